@@ -1,0 +1,320 @@
+"""The model's side of MGSD: loading, adapters, encoding, sampling, scoring, the log. Knows no puzzle.
+
+Everything the two stages and the evaluation share stands here once:
+    PRESETS              the settings of both stages, per backbone
+    load                 a Qwen3-VL in 4, 16 or 32 bits with its processor
+    add_lora             a fresh LoRA adapter, or one from disk
+    encode               prompts and pictures -> a left-padded batch (the only caller of the chat template)
+    sample               responses, token by token, the end token included
+    response_hidden      the hidden states that predict given response tokens
+    Log                  one human line and one JSON line per step
+"""
+import json
+import logging
+import platform
+import resource
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from gen_data import fail
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional CPU kernel as missing
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # between peft and transformers
+
+TINY = str(Path(__file__).parent / "tiny")
+
+# One column per preset; a flag on the command line wins. Batches count rows (coldstart: questions).
+#                                   tiny           4b                             8b
+PRESETS = {name: dict(column) for name, column in zip(("tiny", "4b", "8b"), zip(*[
+    [(key, value) for value in values] for key, *values in [
+        ("model",                   TINY,          "Qwen/Qwen3-VL-4B-Instruct",   "Qwen/Qwen3-VL-8B-Instruct"),
+        ("bits",                    32,            4,                             4),
+        ("lora_rank",               16,            16,                            16),
+        ("lora_vision",             True,          False,                         False),
+        ("max_new_tokens",          120,           1024,                          1024),
+        ("coldstart_steps",         300,           1000,                          1000),
+        ("coldstart_lr",            2e-3,          1e-4,                          1e-4),
+        ("coldstart_batch",         96,            64,                            64),
+        ("coldstart_micro_batch",   96,            4,                             2),
+        ("distill_steps",           150,           500,                           500),
+        ("distill_lr",              1.5e-3,        2e-5,                          2e-5),
+        ("distill_batch",           96,            32,                            32),
+        ("distill_micro_batch",     96,            4,                             2),
+    ]]))}
+
+
+# ---------------------------------------------------------------- loading
+
+LANGUAGE = r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+VISION = (r"visual\.(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc[12])"
+          r"|(merger|deepstack_merger_list\.\d+)\.linear_fc[12])")
+
+
+def load(path, bits, pixels=(65536, 262144)):
+    """(model, processor) of a Qwen3-VL checkpoint: frozen, in eval mode, on the GPU if there is one.
+
+    bits: 4 (NF4 with double quantisation; vision tower and lm_head stay in 16 bits), 16 (bfloat16), 32.
+    """
+    from transformers import AutoProcessor, BitsAndBytesConfig, Qwen3VLForConditionalGeneration, logging
+    logging.disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        fail(f"{path} is no checkpoint folder: it has no config.json")
+    dtype = torch.float32 if bits == 32 else torch.bfloat16
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head", "visual"]) if bits == 4 else None
+    try:
+        model = Qwen3VLForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, quantization_config=quantization, device_map={"": device})
+        processor = AutoProcessor.from_pretrained(path)
+    except OSError as error:
+        fail(f"cannot load --model {path}: {str(error).splitlines()[0]}")
+    model.requires_grad_(False)
+    return model.eval(), processor
+
+
+def add_lora(model, rank=None, vision=False, path=None):
+    """Wrap `model` in a PeftModel with a fresh adapter, or with the one saved in folder `path`.
+
+    The pattern is anchored on the language model's linears; `vision` adds those of the vision tower.
+    """
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+    if not path:
+        pattern = rf".*\.({LANGUAGE}|{VISION})" if vision else rf".*\.{LANGUAGE}"
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=pattern))
+    try:
+        config = LoraConfig.from_pretrained(path)
+        saved = load_file(Path(path) / "adapter_model.safetensors")
+    except (OSError, ValueError, TypeError) as error:
+        fail(f"no adapter in {path}: wanted adapter_config.json and adapter_model.safetensors ({str(error).splitlines()[0]})")
+    config.inference_mode = False
+    try:
+        model = get_peft_model(model, config)
+        own = {name: weight.shape for name, weight in get_peft_model_state_dict(model).items()}
+    except ValueError:
+        own = {}
+    if own != {name: weight.shape for name, weight in saved.items()}:
+        fail(f"the adapter in {path} does not fit {model.config.name_or_path}: it was trained on another backbone "
+             f"({config.base_model_name_or_path}); choose it with --model")
+    set_peft_model_state_dict(model, saved)
+    return model
+
+
+def network(model):
+    """The Qwen3VLForConditionalGeneration inside, adapted or not (LoRA layers live in its modules)."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+# ---------------------------------------------------------------- text and pictures -> batch
+
+def encode(processor, prompts, images=None):
+    """Prompts (and one picture each, or None) -> a left-padded batch ending in the generation prompt.
+
+    Returns a dict of tensors: input_ids, attention_mask, mm_token_type_ids [B, P], and with pictures
+    pixel_values, image_grid_thw. images: a list of PIL images or None, as long as prompts.
+    """
+    chats = []
+    for prompt, image in zip(prompts, images or [None] * len(prompts), strict=True):
+        content = [{"type": "image", "image": image}] if image is not None else []
+        chats.append([{"role": "user", "content": content + [{"type": "text", "text": prompt}]}])
+    return dict(processor.apply_chat_template(
+        chats, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt",
+        processor_kwargs=dict(padding=True, padding_side="left")))
+
+
+def encode_responses(processor, texts):
+    """Reference responses -> (ids [B, T], mask [B, T]): right-padded, the end token included."""
+    tokenizer = processor.tokenizer
+    ids = [row + [tokenizer.eos_token_id] for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    width = max(map(len, ids))
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
+    return torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in ids]), mask
+
+
+def positions(model, batch):
+    """M-RoPE positions [3, B, P] and, per row, the position that comes next [B].
+
+    Always computed here and passed on: the model would otherwise remember `rope_deltas` from one
+    call to the next (transformers issue 44873).
+    """
+    ids, deltas = network(model).model.get_rope_index(
+        batch["input_ids"], batch["mm_token_type_ids"], batch.get("image_grid_thw"), attention_mask=batch["attention_mask"])
+    return ids, batch["attention_mask"].sum(1) + deltas[:, 0]
+
+
+def response_hidden(model, prompt, ids, mask):
+    """The hidden states that predict the response tokens. prompt: from `encode`; ids, mask [B, T].
+
+    Returns [N, hidden] with N = mask.sum(), row by row: entry k is the state from which the k-th
+    valid response token was (or would be) drawn; `lm_head` turns it into that token's logits.
+    """
+    batch = {**prompt,
+             "input_ids": torch.cat([prompt["input_ids"], ids], 1),                    # [B, P+T]
+             "attention_mask": torch.cat([prompt["attention_mask"], mask], 1),
+             "mm_token_type_ids": torch.cat([prompt["mm_token_type_ids"], torch.zeros_like(ids)], 1)}
+    hidden = network(model).model(**batch, position_ids=positions(model, batch)[0], use_cache=False).last_hidden_state
+    start = prompt["input_ids"].shape[1] - 1       # the last prompt position predicts the first response token
+    return hidden[:, start:-1][mask.bool()]        # [B, T, hidden] -> [N, hidden]
+
+
+@torch.no_grad()
+def sample(model, processor, prompt, max_new_tokens, temperature=1.0):
+    """Draw responses (temperature 0: greedy) -> (ids [B, T], mask [B, T]).
+
+    A response goes through its first end token inclusive; one without an end token was cut at
+    `max_new_tokens`. The distribution is the model's own softmax, with nothing but the picture
+    placeholders removed, whatever generation_config says.
+    """
+    net, tokenizer = network(model), processor.tokenizer
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    banned = [processor.image_token_id, processor.video_token_id, processor.vision_start_token_id]
+    position_ids, next_position = positions(model, prompt)
+    out = net.model(**prompt, position_ids=position_ids, use_cache=True)
+    attention, ids = prompt["attention_mask"], []
+    alive = torch.ones(len(attention), dtype=torch.bool, device=attention.device)
+    for t in range(max_new_tokens):
+        logits = net.lm_head(out.last_hidden_state[:, -1]).float()                     # [B, vocabulary]
+        logits[:, banned] = -torch.inf
+        token = logits.argmax(-1) if temperature == 0 else torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
+        ids.append(torch.where(alive, token, pad))
+        alive = alive & (token != end)
+        if not alive.any() or t + 1 == max_new_tokens:
+            break
+        attention = torch.cat([attention, attention.new_ones(len(attention), 1)], 1)
+        out = net.model(input_ids=ids[-1][:, None], attention_mask=attention, past_key_values=out.past_key_values,
+                        position_ids=(next_position + t)[None, :, None].expand(3, -1, -1), use_cache=True)
+    ids = torch.stack(ids, 1)                                                          # [B, T]
+    ended_before = ((ids == end).cumsum(1) - (ids == end).long()) > 0
+    return ids, (~ended_before).long()
+
+
+def decode(processor, ids, mask):
+    """Response tokens [B, T] -> texts, without the end token."""
+    return processor.batch_decode([row[keep.bool()] for row, keep in zip(ids, mask)], skip_special_tokens=True)
+
+
+# ---------------------------------------------------------------- settings
+
+def add_flags(parser, stage=None):
+    """The flags every script shares; with a stage ("coldstart", "distill") its training flags too."""
+    add = parser.add_argument
+    add("--preset", help=f"settings for a backbone: {', '.join(PRESETS)} (default: 4b with CUDA, else tiny)")
+    add("--model", help="checkpoint folder or hub name")
+    add("--bits", type=int, choices=(4, 16, 32), help="precision of the frozen weights: NF4, bfloat16, float32")
+    add("--data", default="data", help="folder made by gen_data.py; made now if it is not there")
+    add("--seed", type=int, default=0, help="draws the data, the rows of a step and the rollouts")
+    if stage:
+        add("--steps", type=int, help="optimizer steps")
+        add("--lr", type=float, help="peak learning rate (cosine, warm-up over the first tenth)")
+        add("--batch", type=int, help="rows per optimizer step")
+        add("--micro_batch", type=int, help="rows per forward pass; does not change the result")
+        add("--lora_rank", type=int, help="rank of the adapters; alpha is twice the rank")
+        add("--lora_vision", type=int, choices=(0, 1), help="1: adapters on the vision tower's linears too")
+
+
+def resolve(args, stage=None):
+    """Fill what was not given from the preset, and say which preset it is and why."""
+    cuda = torch.cuda.is_available()
+    why = "--preset" if args.preset else "CUDA found" if cuda else "no CUDA device"
+    args.preset = args.preset or ("4b" if cuda else "tiny")
+    if args.preset not in PRESETS:
+        fail(f"unknown preset {args.preset!r}, known: {', '.join(PRESETS)}")
+    for key, value in PRESETS[args.preset].items():
+        name = key.removeprefix(f"{stage}_")
+        if hasattr(args, name) and getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("steps", "batch", "micro_batch", "lora_rank", "max_new_tokens"):
+        if getattr(args, name, 1) < 1:
+            fail(f"--{name} {getattr(args, name)}: wanted at least 1")
+    print(f"preset {args.preset} ({why}; choose with --preset {'|'.join(PRESETS)}): {args.model} in {args.bits} bits")
+    return args
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over the first tenth of the steps, then a cosine down to zero."""
+    warm = max(1, steps // 10)
+    return peak * min((step + 1) / warm, 0.5 * (1 + np.cos(np.pi * max(0, step + 1 - warm) / max(1, steps - warm))))
+
+
+def versions():
+    """What a result depends on besides the arguments."""
+    import peft
+    import transformers
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+            "peft": peft.__version__, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+
+
+def peak_gb():
+    """Peak memory so far in GB: of the CUDA device if there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1) / 1e9
+
+
+class Log:
+    """A run's folder: args.json, a copy of the script, metrics.jsonl. One line per step to both eyes and file."""
+
+    def __init__(self, out, args, script):
+        self.out = Path(out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "args.json").write_text(json.dumps({"args": vars(args), "versions": versions()}, indent=1))
+        shutil.copy(script, self.out)
+        self.file = open(self.out / "metrics.jsonl", "w")
+
+    def __call__(self, **values):
+        tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()
+                             if not isinstance(v, dict)))
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+
+
+def save_adapter(model, out):
+    """Write out/adapter in PEFT's format: aside, then renamed, so that it is complete or not there."""
+    folder, aside = Path(out) / "adapter", Path(out) / "adapter.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+# ---------------------------------------------------------------- training
+
+def adamw(weights, lr):
+    """bitsandbytes' paged 8-bit AdamW on CUDA, torch's AdamW elsewhere; no weight decay on adapters."""
+    if torch.cuda.is_available():
+        import bitsandbytes
+        return bitsandbytes.optim.PagedAdamW8bit(weights, lr=lr, weight_decay=0.0)
+    return torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+
+
+def optimizer_step(optimizer, weights, lr, max_norm=1.0):
+    """One clipped step at rate `lr`; returns the gradient norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(weights, max_norm).item()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+class Clock:
+    """Seconds by phase: call it with a phase's name when the phase ends."""
+
+    def __init__(self):
+        self.last, self.seconds = time.perf_counter(), {}
+
+    def __call__(self, phase):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        self.last = now
