@@ -39,14 +39,14 @@ PRESETS = {name: dict(column) for name, column in zip(("tiny", "4b", "8b"), zip(
         ("lora_rank",               16,            16,                            16),
         ("lora_vision",             True,          False,                         False),
         ("max_new_tokens",          120,           1024,                          1024),
-        ("coldstart_steps",         300,           1000,                          1000),
+        ("coldstart_steps",         200,           1000,                          1000),
         ("coldstart_lr",            2e-3,          1e-4,                          1e-4),
         ("coldstart_batch",         96,            64,                            64),
-        ("coldstart_micro_batch",   96,            4,                             2),
-        ("distill_steps",           150,           500,                           500),
+        ("coldstart_micro_batch",   48,            4,                             2),
+        ("distill_steps",           100,           500,                           500),
         ("distill_lr",              1.5e-3,        2e-5,                          2e-5),
         ("distill_batch",           96,            32,                            32),
-        ("distill_micro_batch",     96,            4,                             2),
+        ("distill_micro_batch",     48,            4,                             2),
     ]]))}
 
 
@@ -70,7 +70,7 @@ def load(path, bits, pixels=(65536, 262144)):
     dtype = torch.float32 if bits == 32 else torch.bfloat16
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head", "visual"]) if bits == 4 else None
+        bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head", "model.visual"]) if bits == 4 else None
     try:
         model = Qwen3VLForConditionalGeneration.from_pretrained(
             path, dtype=dtype, quantization_config=quantization, device_map={"": device})
@@ -78,6 +78,12 @@ def load(path, bits, pixels=(65536, 262144)):
     except OSError as error:
         fail(f"cannot load --model {path}: {str(error).splitlines()[0]}")
     model.requires_grad_(False)
+    if bits == 4:
+        from bitsandbytes.nn import Linear4bit
+        four = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+        assert four and all(".language_model." in name for name in four), sorted(four)
+        for module in four.values():  # on the CPU a forward pass in eval mode would repack the weights for a
+            module.support_avx512bf16_for_cpu = False  # kernel without a backward: later gradients would be wrong
     return model.eval(), processor
 
 
@@ -91,11 +97,11 @@ def add_lora(model, rank=None, vision=False, path=None):
     if not path:
         pattern = rf".*\.({LANGUAGE}|{VISION})" if vision else rf".*\.{LANGUAGE}"
         return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=pattern))
-    try:
-        config = LoraConfig.from_pretrained(path)
-        saved = load_file(Path(path) / "adapter_model.safetensors")
-    except (OSError, ValueError, TypeError) as error:
-        fail(f"no adapter in {path}: wanted adapter_config.json and adapter_model.safetensors ({str(error).splitlines()[0]})")
+    weights = Path(path) / "adapter_model.safetensors"
+    if not weights.is_file() or not (Path(path) / "adapter_config.json").is_file():
+        fail(f"no adapter in {path}: wanted adapter_config.json and adapter_model.safetensors; "
+             "python coldstart.py makes one")
+    config, saved = LoraConfig.from_pretrained(path), load_file(weights)
     config.inference_mode = False
     try:
         model = get_peft_model(model, config)

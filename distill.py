@@ -34,7 +34,7 @@ def parse_args(argv=None):
     common.add_flags(parser, "distill")
     add = parser.add_argument
     add("--out", default="out/distill", help="output folder")
-    add("--init", default="out/coldstart", help="folder of the run to continue, or none for a fresh adapter")
+    add("--init", default="out/coldstart", help="run to continue, or none for a fresh adapter")
     add("--teacher_context", default="state+plan", choices=("state+plan", "state"), help="what the teacher reads")
     add("--max_new_tokens", type=int, help="length limit of a rollout, tokens")
     add("--slice", type=int, default=128, help="response positions whose logits exist at a time")

@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections import deque
 from functools import lru_cache, partial
@@ -522,22 +523,25 @@ def draw(row, folder, cell_size, image_size):
     image.save(Path(folder) / row["file_name"], compress_level=1)
 
 
-def load_rows(data, split, tasks=None):
+def load_rows(data, split):
     """Rows of data/<split>; each gets "path", the file of its picture."""
     folder = Path(data) / split
     if not (folder / "metadata.jsonl").is_file():
         fail(f"no {folder}/metadata.jsonl: make the data with `python gen_data.py --out {data}`")
     with open(folder / "metadata.jsonl") as lines:
-        rows = [json.loads(line) for line in lines]
-    rows = [row | {"path": str(folder / row["file_name"])} for row in rows if not tasks or row["task"] in tasks]
-    return rows or fail(f"{folder} holds no row of {', '.join(tasks or ['any task'])}")
+        return [row | {"path": str(folder / row["file_name"])} for row in map(json.loads, lines)]
 
 
 def ensure(data, preset, seed):
     """Make the data of a preset if there is no folder `data`."""
     if not Path(data).exists():
-        print(f"no {data}: making it with `python gen_data.py --preset {preset} --seed {seed} --out {data}`")
-        main(parse_args(["--preset", preset, "--seed", str(seed), "--out", str(data)]))
+        words = ["--preset", preset, "--seed", str(seed), "--out", str(data)]
+        print(f"no {data}: making it with `python gen_data.py {' '.join(words)}`", flush=True)
+        if code := subprocess.run([sys.executable, __file__, *words]).returncode:  # its workers need not import torch
+            raise SystemExit(code)
+    elif (Path(data) / "args.json").is_file():
+        made = json.loads((Path(data) / "args.json").read_text())
+        print(f"data: {data}, made with --preset {made['preset']} --seed {made['seed']}")
 
 
 def parse_tasks(words):
@@ -585,6 +589,8 @@ def parse_args(argv=None):
         fail(f"--hole_prob {args.hole_prob} is outside 0..1")
     if Path(args.out).exists() and not args.overwrite:
         fail(f"{args.out} exists: choose another --out, or --overwrite to replace it")
+    if Path(args.out).exists() and not (Path(args.out) / "args.json").is_file():
+        fail(f"{args.out} was not made by gen_data.py (it has no args.json): not replaced, choose another --out")
     return args
 
 

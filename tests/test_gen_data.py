@@ -220,6 +220,7 @@ def test_same_seed_same_bytes_and_no_state_in_two_splits(tmp_path):
     (["--hole_prob", "1.5"], "outside 0..1"),
     (["--tasks", "minibehaviour:4", "--train", "5000"], "distinct ones found"),
     (["--out", "."], "exists"),
+    (["--out", ".", "--overwrite"], "not made by gen_data.py"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, words, message):
     words = words if "--out" in words else [*words, "--out", tmp_path / "data"]

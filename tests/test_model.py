@@ -274,6 +274,25 @@ def test_one_step_of_each_stage_changes_only_the_adapter(data, tmp_path, bits):
     assert all(torch.equal(weight, frozen[name]) for name, weight in plain.state_dict().items())
 
 
+def test_nf4_gradients_are_the_same_after_sampling():
+    """On the CPU, bitsandbytes would repack the weights in eval mode for a kernel that has no backward."""
+    model, processor = common.load(common.TINY, 4)
+    torch.manual_seed(0)
+    model = common.add_lora(model, 4)
+    rows, images = make_rows(2)
+    prompt = common.encode(processor, [student_prompt(row) for row in rows], images)
+    answers = common.encode_responses(processor, [response(row) for row in rows])
+
+    def gradient():
+        coldstart.answer_loss(model.train(), prompt, *answers).backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+        return grads
+    before = gradient()
+    common.sample(model.eval(), processor, prompt, 3)
+    assert before.abs().max() > 0 and torch.equal(gradient(), before)
+
+
 def test_lora_pattern_is_anchored(tiny):
     model, _ = tiny
     for vision in (False, True):

@@ -1,10 +1,15 @@
 """Make the bundled backbone: a small Qwen3-VL that plans well from symbols and never saw a task's picture.
 
-    python tiny/build.py --check       # print what the committed checkpoint can do (held-out boards)
-    python tiny/build.py --steps 5000  # pretrain it again, from scratch, on the CPU; resumes if stopped
+    python tiny/build.py --check                # what the committed checkpoint can do, on held-out boards
+    python tiny/build.py --out tiny-new         # pretrain it again, from scratch, on the CPU; resumes if stopped
+
+The committed weights are the 2,300 steps of `CYCLES`: 33 + 25 minutes on 2 cores of an AMD EPYC (with AVX-512 bf16), of
+which a part was shared with other work. A step is 128 samples, drawn from (seed, step): plans from symbols, plans with
+a reference plan in the prompt, plans that follow from a map the response itself states, plans after a map with some
+cells wrong, questions about symbols, and generic pictures described in words. Boards come from the train split only.
+The layers are compiled, which needs a C++ compiler; nothing else in this repository does.
 """
 import argparse
-import json
 import random
 import re
 import sys
@@ -42,8 +47,7 @@ SIDES = "nesw"
 ASK_GRID = "The picture shows a pattern of tiles.\nWrite down the pattern, row by row."
 ASK_LINES = "The picture shows tiles with lines between them.\nWrite down the colour and the lined sides of every tile, row by row."
 ASK_FIND = "The picture shows a pattern of tiles.\nWhich tiles hold this:"
-
-
+# Constant pieces of text that become one token each, beside the prompts.
 SYMBOLS = ("The map in symbols:\nMap: ", "\nA reference plan: ", "\nDo not mention that a reference plan is given.",
            "user\n", "assistant\n", "\nMap: ")
 
@@ -227,18 +231,35 @@ def random_plan(rng, row):
     return plan[::-1]
 
 
-# Shares of the mixture, and of the boards within it (the harder levels need more).
-KINDS = {"plan": .15, "given plan": .15, "no map": .15, "corrupted": .1, "perception": .1, "picture": .35}
-BOARDS = {("frozenlake", 3): .1, ("frozenlake", 4): .2, ("maze", 3): .13, ("maze", 4): .29, ("minibehaviour", 5): .28}
+# Pretraining has two cycles, each a cosine. The first learns everything; the second is about planning, and about
+# the 4x4 mazes above all, which stood at 0.78 from symbols after the first and nothing else below 0.9.
+# kinds: shares of the mixture; boards: shares of the boards in it.
+CYCLES = [
+    dict(steps=1300, lr=3e-3,
+         kinds={"plan": .15, "given plan": .15, "no map": .15, "corrupted": .1, "perception": .1, "picture": .35},
+         boards={("frozenlake", 3): .1, ("frozenlake", 4): .2, ("maze", 3): .13, ("maze", 4): .29, ("minibehaviour", 5): .28}),
+    dict(steps=1000, lr=2e-3,
+         kinds={"plan": .3, "given plan": .1, "no map": .25, "corrupted": .1, "perception": .1, "picture": .15},
+         boards={("frozenlake", 3): .08, ("frozenlake", 4): .12, ("maze", 3): .2, ("maze", 4): .45, ("minibehaviour", 5): .15}),
+]
+STEPS = sum(cycle["steps"] for cycle in CYCLES)
 
 
-def draw_sample(rng, pools):
+def cycle_at(step):
+    """The cycle a step belongs to and the learning rate there."""
+    for cycle in CYCLES:
+        if step < cycle["steps"]:
+            return cycle, cycle["lr"] * min(1, (step + 1) / 100) * max(.01, .5 + .5 * np.cos(np.pi * step / cycle["steps"]))
+        step -= cycle["steps"]
+
+
+def draw_sample(rng, pools, cycle):
     """One pretraining sample: (kind, prompt, image or None, [(text, supervised?), ...])."""
-    kind = rng.choices(list(KINDS), KINDS.values())[0]
+    kind = rng.choices(list(cycle["kinds"]), cycle["kinds"].values())[0]
     if kind == "picture":
         image, prompt, answer = generic_picture(rng)
         return kind, prompt, image, [(answer, True)]
-    board = rng.choices(list(BOARDS), BOARDS.values())[0]
+    board = rng.choices(list(cycle["boards"]), cycle["boards"].values())[0]
     row = rng.choice(pools[board])
     task = row["task"]
     if kind == "perception":  # questions about the symbols: one, some, or all of them
@@ -287,7 +308,6 @@ def collate(processor, samples):
 # ---------------------------------------------------------------- pretraining
 
 def pretrain(args):
-    torch.set_num_threads(args.threads)
     work = Path(args.out)
     work.mkdir(parents=True, exist_ok=True)
     model, processor = build_checkpoint(work)
@@ -298,8 +318,8 @@ def pretrain(args):
     plain, fast = [layer.forward for layer in layers], [torch.compile(layer.forward, dynamic=True) for layer in layers]
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=.05, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(others, lr=args.lr, betas=(.9, .98), weight_decay=.0)]
+    optimizers = [torch.optim.Muon(matrices, lr=CYCLES[0]["lr"], weight_decay=.05, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, lr=CYCLES[0]["lr"], betas=(.9, .98), weight_decay=.0)]
     state_file, step = work / "pretrain.pt", 0
     if state_file.exists():
         saved = torch.load(state_file, weights_only=True)
@@ -308,18 +328,17 @@ def pretrain(args):
             optimizer.load_state_dict(state)
         step = saved["step"]
         print(f"resuming at step {step}")
-    pools = {board: board_pool(*board, 20_000, seed=1) for board in BOARDS}
+    pools = {board: board_pool(*board, 20_000, seed=1) for board in CYCLES[0]["boards"]}
     begin, stats = time.time(), {}
-    while step < args.steps:
+    while step < STEPS:
         rng = random.Random(f"{args.seed}:{step}")
-        lr = args.lr * min(1, (step + 1) / 100) * max(.01, .5 + .5 * np.cos(np.pi * step / args.steps))
-        samples = [draw_sample(rng, pools) for _ in range(args.batch)]
+        cycle, lr = cycle_at(step)
+        samples = [draw_sample(rng, pools, cycle) for _ in range(args.batch)]
         # Micro-batches of similar length, pictures apart from text: little padding.
-        width = lambda s: (s[2] is not None, len(processor.tokenizer(s[1])["input_ids"]) + sum(len(t) for t, _ in s[3]) // 3)
-        samples.sort(key=width)
+        samples.sort(key=lambda s: (s[2] is not None, len(processor.tokenizer(s[1])["input_ids"]) + sum(len(t) for t, _ in s[3]) // 3))
         cut = sum(s[2] is None for s in samples)
-        parts = [*np.array_split(np.arange(cut), 3), np.arange(cut, len(samples))]
-        batches = [(part, collate(processor, part)) for part in ([samples[i] for i in part] for part in parts) if part]
+        parts = [samples[:cut // 3], samples[cut // 3:2 * cut // 3], samples[2 * cut // 3:cut], samples[cut:]]
+        batches = [(part, collate(processor, part)) for part in parts if part]
         total = sum(int(b[3].sum()) for _, b in batches)
         for layer, forward in zip(layers, fast):
             layer.forward = forward
@@ -340,10 +359,10 @@ def pretrain(args):
             optimizer.zero_grad()
         step += 1
         if step % 25 == 0:
-            print(f"step {step} {time.time() - begin:.0f} s  " + "  ".join(f"{k} {np.mean(stats[k]):.3f}" for k in KINDS if k in stats),
+            print(f"step {step} {time.time() - begin:.0f} s  " + "  ".join(f"{k} {np.mean(stats[k]):.3f}" for k in stats),
                   flush=True)
             stats = {}
-        if step % args.save_every == 0 or step == args.steps:
+        if step % args.save_every == 0 or step == STEPS:
             torch.save({"model": model.state_dict(), "step": step, "optimizers": [o.state_dict() for o in optimizers]},
                        state_file.with_suffix(".new"))
             state_file.with_suffix(".new").rename(state_file)
@@ -357,38 +376,39 @@ def pretrain(args):
 # ---------------------------------------------------------------- what it can do
 
 def report(model, processor, count, split, inputs=("text", "image")):
-    """Success of greedy plans on held-out boards: {(task, level, input): rate}."""
+    """Success of greedy plans on `count` held-out boards per task and level: {(task, level, input): rate}."""
     rates = {}
-    for (task, level) in BOARDS:
+    for task, level in CYCLES[0]["boards"]:
         rows = list(gen_data.sample_rows(task, level, split, count, seed=7))
-        for kind in inputs:
-            if kind == "text":
+        for source in inputs:
+            if source == "text":
                 prompt = common.encode(processor, [gen_data.teacher_prompt(row, "state") for row in rows])
             else:
                 prompt = common.encode(processor, [gen_data.student_prompt(row) for row in rows],
                                        [TASKS[task].render(row["state"], 32) for row in rows])
-            ids, mask = common.sample(model, processor, prompt, 120, temperature=0)
-            texts = processor.batch_decode([i[m.bool()] for i, m in zip(ids, mask)], skip_special_tokens=True)
+            texts = common.decode(processor, *common.sample(model, processor, prompt, 120, temperature=0))
             wins = [check(task, row["state"], gen_data.parse(text)) == "success" for row, text in zip(rows, texts)]
-            rates[f"{task} {level} {kind}"] = float(np.mean(wins))
+            rates[task, level, source] = float(np.mean(wins))
     return rates
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--steps", type=int, default=1300)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="measure the committed checkpoint and stop")
+    parser.add_argument("--out", default="tiny-new", help="folder of the new checkpoint and of pretrain.pt, its resume file")
+    parser.add_argument("--batch", type=int, default=128, help="samples per step")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--save_every", type=int, default=200)
-    parser.add_argument("--out", default="tiny-new")
+    parser.add_argument("--save_every", type=int, default=200, help="steps between saves")
     args = parser.parse_args()
-    if args.check:
-        print(report(*common.load(str(HERE), 32), 200, "test"))
-    else:
-        pretrain(args)
+    if not args.check:
+        return pretrain(args)
+    rates = report(*common.load(str(HERE), 32), 200, "test")
+    print("Success in %, greedy, 200 held-out boards each\n\n| task | level | from symbols | from pictures |\n|---|---|---|---|")
+    for task, level in CYCLES[0]["boards"]:
+        print(f"| {task} | {level} | {100 * rates[task, level, 'text']:.1f} | {100 * rates[task, level, 'image']:.1f} |")
+    for source in ("text", "image"):
+        by_task = [np.mean([rates[t, l, source] for t, l in CYCLES[0]["boards"] if t == task]) for task in TASKS]
+        print(f"macro, from {source}: {100 * np.mean(by_task):.1f}")
 
 
 if __name__ == "__main__":
