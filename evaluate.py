@@ -2,6 +2,7 @@
 
     python evaluate.py                      # base, out/coldstart, out/distill: whatever is there
     python evaluate.py --limit 20           # a quick look: 20 rows per task and level
+    python evaluate.py --perception         # also: is every question about the picture answered exactly?
 
 Every row counts: an answer that cannot be read is a failure. Prints one Markdown table and writes
 out/eval/results.json and out/eval/<condition>-<input>.jsonl (every response with its verdict).
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 import common
 import gen_data
-from gen_data import TASKS, check, parse, student_prompt, teacher_prompt
+from gen_data import TASKS, check, parse, perception_prompt, perception_target, questions, student_prompt, teacher_prompt
 
 INPUTS = ("image", "text")
 
@@ -33,21 +34,19 @@ def parse_args(argv=None):
     add("--limit", type=int, help="rows per task and level (default: all)")
     add("--micro_batch", type=int, default=100, help="rows answered at a time")
     add("--max_new_tokens", type=int, help="length limit of an answer, tokens")
+    add("--perception", action="store_true", help="also ask every perception question about every picture")
     return common.resolve(parser.parse_args(argv))
 
 
-def answer(model, processor, rows, source, micro_batch, max_new_tokens, bar):
-    """Greedy responses to `rows` from source "image" or "text" (the symbols, no reference plan)."""
+def answer(model, processor, prompts, pictures, micro_batch, max_new_tokens, bar):
+    """Greedy responses to prompts, each beside its picture (a file, or None for symbols only)."""
     texts = []
-    for i in range(0, len(rows), micro_batch):
-        part = rows[i:i + micro_batch]
-        if source == "image":
-            prompt = common.encode(processor, [student_prompt(row) for row in part], [Image.open(row["path"]) for row in part])
-        else:
-            prompt = common.encode(processor, [teacher_prompt(row, "state") for row in part])
+    for i in range(0, len(prompts), micro_batch):
+        images = [path and Image.open(path) for path in pictures[i:i + micro_batch]]
+        prompt = common.encode(processor, prompts[i:i + micro_batch], images)
         prompt = {k: v.to(model.device) for k, v in prompt.items()}
         texts += common.decode(processor, *common.sample(model, processor, prompt, max_new_tokens, temperature=0))
-        bar.update(len(part))
+        bar.update(len(images))
     return texts
 
 
@@ -107,30 +106,41 @@ def table(results):
 def main(args):
     gen_data.ensure(args.data, args.preset, args.seed)
     rows = gen_data.load_rows(args.data, "test")
-    if args.limit:
-        counts = Counter()
-        rows = [row for row in rows if (counts.update([(row["task"], row["level"])]) or
-                                        counts[row["task"], row["level"]] <= args.limit)]
+    levels = {}
+    for row in rows:
+        levels.setdefault((row["task"], row["level"]), []).append(row)
+    rows = [row for group in levels.values() for row in group[:args.limit]]
     adapters = {"base": None, "coldstart": args.coldstart, "distill": args.distill}
     adapters = {name: run and f"{run}/adapter" for name, run in adapters.items() if not run or Path(run, "adapter").exists()}
     print(f"{len(rows)} rows; conditions: {', '.join(adapters)}")
     model, processor = common.load(args.model, args.bits)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    results, verdicts = [], {}
-    with tqdm(total=len(rows) * len(adapters) * len(INPUTS), desc="answers", unit="row") as bar:
+    results, verdicts, seen = [], {}, {}
+    count = len(rows) * len(INPUTS) + args.perception * sum(len(questions(row["task"])) for row in rows)
+    with tqdm(total=count * len(adapters), desc="answers", unit="row") as bar:
         for condition, adapter in adapters.items():
             network = common.add_lora(model, path=adapter) if adapter else model
             network.eval()
             for source in INPUTS:
-                texts = answer(network, processor, rows, source, args.micro_batch, args.max_new_tokens, bar)
+                prompts = [student_prompt(row) if source == "image" else teacher_prompt(row, "state") for row in rows]
+                pictures = [row["path"] if source == "image" else None for row in rows]
+                texts = answer(network, processor, prompts, pictures, args.micro_batch, args.max_new_tokens, bar)
                 verdicts[condition, source] = [judge(row, text) for row, text in zip(rows, texts)]
                 results += summarise(condition, source, verdicts[condition, source])
                 with open(out / f"{condition}-{source}.jsonl", "w") as file:
                     file.writelines(json.dumps(v) + "\n" for v in verdicts[condition, source])
+            if args.perception:
+                asked = [(row, (name,)) for row in rows for name in questions(row["task"])]
+                texts = answer(network, processor, [perception_prompt(*pair) for pair in asked], [row["path"] for row, _ in asked],
+                               args.micro_batch, args.max_new_tokens, bar)
+                for (row, (name,)), text in zip(asked, texts):
+                    seen.setdefault((condition, row["task"], name), []).append(text == perception_target(row, (name,)))
             if adapter:
                 model = network.unload()
-    report = {"rows": results, "args": vars(args), "versions": common.versions()}
+    perception = [{"condition": c, "task": task, "question": name, "n": len(right), "exact": float(np.mean(right))}
+                  for (c, task, name), right in seen.items()]
+    report = {"rows": results, "perception": perception, "args": vars(args), "versions": common.versions()}
     (out / "results.json").write_text(json.dumps(report, indent=1))
 
     print("\nSuccess in %, in brackets with the shortest plan; greedy answers, every row counts.\n")
@@ -144,12 +154,18 @@ def main(args):
     for condition in adapters:
         if condition != "base" and gap > 0:
             gained = macro[condition, "image"]["success"] - macro["base", "image"]["success"]
-            print(f"{condition} closes {100 * gained / gap:.0f}% of the base model's gap of {100 * gap:.0f} points")
+            print(f"{condition} closes {round(100 * gained / gap)}% of the base model's gap of {100 * gap:.0f} points")
     if {"coldstart", "distill"} <= adapters.keys():
         for task in dict.fromkeys(row["task"] for row in rows):
             a, b = ([v for v in verdicts[c, "image"] if v["task"] == task] for c in ("distill", "coldstart"))
             print("distill minus coldstart, %s, pictures: %+.0f points, 95%% interval %+.1f to %+.1f" % (
                 task, 100 * (rates(a)["success"] - rates(b)["success"]), *paired_interval(a, b)))
+    if perception:
+        print("\nPerception questions answered exactly, in %\n\n| task | question | " + " | ".join(adapters) + " |")
+        print("|---" * (2 + len(adapters)) + "|")
+        exact = {(p["condition"], p["task"], p["question"]): 100 * p["exact"] for p in perception}
+        for task, name in dict.fromkeys((p["task"], p["question"]) for p in perception):
+            print(f"| {task} | {name} | " + " | ".join(f"{exact[c, task, name]:.0f}" for c in adapters) + " |")
     print(f"\nwrote {out}/results.json")
 
 

@@ -318,3 +318,18 @@ def test_a_step_does_not_depend_on_the_micro_batch(tiny, student):
         grads.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
         student.zero_grad()
     torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-3)
+
+
+def test_the_backbone_plans_from_symbols_and_not_from_pictures(tiny):
+    model, processor = tiny
+    wins = {"symbols": [], "pictures": []}
+    for task, levels in gen_data.PRESETS["tiny"]["tasks"].items():
+        for level in levels:
+            rows = list(gen_data.sample_rows(task, level, "test", 30, seed=11))
+            images = [TASKS[task].render(row["state"], 32) for row in rows]
+            for source, prompt in (("symbols", common.encode(processor, [teacher_prompt(row, "state") for row in rows])),
+                                   ("pictures", common.encode(processor, [student_prompt(row) for row in rows], images))):
+                texts = common.decode(processor, *common.sample(model, processor, prompt, 120, temperature=0))
+                wins[source].append(np.mean([gen_data.check(task, row["state"], gen_data.parse(text)) == "success"
+                                             for row, text in zip(rows, texts)]))
+    assert min(wins["symbols"]) >= 0.85 and np.mean(wins["pictures"]) <= 0.3, wins

@@ -19,7 +19,7 @@ def test_end_to_end(tmp_path):
     made = run("gen_data.py", *shared, "--train", 10, "--val", 4, "--test", 4, cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     toy = ["--steps", 2, "--batch", 8, "--micro_batch", 4]
-    for script, extra in (("coldstart.py", toy), ("distill.py", [*toy, "--max_new_tokens", 60]), ("evaluate.py", ["--limit", 2])):
+    for script, extra in (("coldstart.py", toy), ("distill.py", [*toy, "--max_new_tokens", 60]), ("evaluate.py", ["--limit", 2, "--perception"])):
         result = run(script, *shared, *extra, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert "preset tiny (--preset" in result.stdout
@@ -38,6 +38,7 @@ def test_end_to_end(tmp_path):
     for row in report["rows"]:
         assert {"condition", "input", "task", "level", "n", "success", "optimal", "parsed"} <= row.keys()
         assert 0 <= row["optimal"] <= row["success"] <= row["parsed"] <= 1
+    assert len(report["perception"]) == 3 * (5 + 5 + 8)  # conditions x questions
     assert {row["condition"] for row in report["rows"]} == {"base", "coldstart", "distill"}
     assert "| macro | all | 10 |" in result.stdout
 
