@@ -57,7 +57,7 @@ VISION = (r"visual\.(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc[12])"
           r"|(merger|deepstack_merger_list\.\d+)\.linear_fc[12])")
 
 
-def load(path, bits, pixels=(65536, 262144)):
+def load(path, bits):
     """(model, processor) of a Qwen3-VL checkpoint: frozen, in eval mode, on the GPU if there is one.
 
     bits: 4 (NF4 with double quantisation; vision tower and lm_head stay in 16 bits), 16 (bfloat16), 32.
@@ -77,7 +77,12 @@ def load(path, bits, pixels=(65536, 262144)):
         processor = AutoProcessor.from_pretrained(path)
     except OSError as error:
         fail(f"cannot load --model {path}: {str(error).splitlines()[0]}")
+    # The paper's upper limit, 512x512; passing max_pixels to from_pretrained may be ignored (transformers issue 41955).
+    size = processor.image_processor.size
+    processor.image_processor.size = {"shortest_edge": size["shortest_edge"], "longest_edge": min(size["longest_edge"], 262_144)}
     model.requires_grad_(False)
+    if device == "cuda":  # takes effect in train mode only
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if bits == 4:
         from bitsandbytes.nn import Linear4bit
         four = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
@@ -278,7 +283,7 @@ class Log:
 
     def __call__(self, **values):
         tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()
-                             if not isinstance(v, dict)))
+                             if v is not None and not isinstance(v, dict)))
         self.file.write(json.dumps(values) + "\n")
         self.file.flush()
 
@@ -305,6 +310,8 @@ def adamw(weights, lr):
 def optimizer_step(optimizer, weights, lr, max_norm=1.0):
     """One clipped step at rate `lr`; returns the gradient norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(weights, max_norm).item()
+    if norm == 0:
+        fail("the gradient is zero: nothing connects the loss to the adapters")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

@@ -121,18 +121,20 @@ def main(args):
         norm = common.optimizer_step(optimizer, weights, lr)
         clock("optimizer")
 
-        texts, by_part = [], {name: [] for name in PARTS}  # text and KL of every rollout
+        # For the log: the text of every rollout and its KL by part, what its plan is worth.
+        texts, by_part = [], {name: [] for name in PARTS}
         for (ids, mask), values in zip(rollouts, kl):
             for row_ids, row_mask, row_kl in zip(ids, mask, values.split(mask.sum(1).tolist())):
                 pieces = processor.tokenizer.batch_decode(row_ids[row_mask.bool()][:, None])
                 texts.append("".join(pieces))
-                for name, value in zip(part_of(pieces), row_kl.tolist()):
-                    by_part[PARTS[name]].append(value)
+                for part, value in zip(part_of(pieces), row_kl.tolist()):
+                    by_part[PARTS[part]].append(value)
         plans = [parse(text) for text in texts]
         wins = [check(row["task"], row["state"], plan) == "success" for row, plan in zip(batch, plans)]
         end = processor.tokenizer.eos_token
-        log(step=step + 1, kl=float(torch.cat(kl).mean()),
-            **{f"kl_{name}": float(np.mean(values)) if values else 0.0 for name, values in by_part.items()},
+        mean_kl = float(torch.cat(kl).mean())
+        log(step=step + 1, loss=mean_kl, kl=mean_kl,
+            **{f"kl_{name}": float(np.mean(values)) if values else None for name, values in by_part.items()},
             success=float(np.mean(wins)),
             optimal=float(np.mean([win and len(plan) == len(row["plan"]) for win, plan, row in zip(wins, plans, batch)])),
             length=tokens / args.batch, cut=float(np.mean([not text.endswith(end) for text in texts])),

@@ -233,6 +233,24 @@ def test_cold_start_supervises_the_answer_and_its_end_only(tiny):
     torch.testing.assert_close(loss, by_hand, atol=1e-3, rtol=1e-4)
 
 
+def test_gradient_checkpointing_changes_no_gradient(tiny, student):
+    """As `load` switches it on for CUDA: same gradients in train mode, adapters on in the recomputation."""
+    processor = tiny[1]
+    rows, images = make_rows(3)
+    prompt = common.encode(processor, [student_prompt(row) for row in rows], images)
+    answers = common.encode_responses(processor, [response(row) for row in rows])
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            common.network(student).activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        coldstart.answer_loss(student.train(), prompt, *answers).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
+        student.zero_grad()
+    common.network(student).activation_checkpointing_disable()
+    student.eval()
+    torch.testing.assert_close(grads[0], grads[1])
+
+
 # ---------------------------------------------------------------- whole steps
 
 @pytest.fixture(scope="module")
