@@ -28,6 +28,7 @@ def parse_args(argv=None):
     common.add_flags(parser, "coldstart")
     add = parser.add_argument
     add("--out", default="out/coldstart", help="output folder")
+    add("--max_new_tokens", type=int, help="length limit of an answer when looking at held-out pictures, tokens")
     add("--map_share", type=float, default=0.6, help="share of rows that ask for the whole map")
     add("--eval_every", type=int, default=50, help="steps between looks at held-out pictures")
     return common.resolve(parser.parse_args(argv), "coldstart")
@@ -48,9 +49,8 @@ def draw_questions(rows, count, rng, map_share):
 def encode(processor, pairs, device):
     """(row, names) pairs -> the prompt batch and the target tokens (ids, mask) [B, T]."""
     prompt = common.encode(processor, [perception_prompt(row, names) for row, names in pairs],
-                           [Image.open(row["path"]) for row, _ in pairs])
-    ids, mask = common.encode_responses(processor, [perception_target(row, names) for row, names in pairs])
-    return {k: v.to(device) for k, v in prompt.items()}, ids.to(device), mask.to(device)
+                           [Image.open(row["path"]) for row, _ in pairs], device)
+    return prompt, *common.encode_responses(processor, [perception_target(row, names) for row, names in pairs], device)
 
 
 def answer_loss(model, prompt, ids, mask):
@@ -106,7 +106,7 @@ def main(args):
         values = dict(step=step + 1, loss=loss, lr=lr, grad_norm=norm, seconds=time.time() - begin, peak_gb=common.peak_gb())
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             values |= dict(zip(("val_loss", "val_map", "val_questions"),
-                               look(model, processor, held_out, args.micro_batch, 120, device)))
+                               look(model, processor, held_out, args.micro_batch, args.max_new_tokens, device)))
         log(**values)
     common.save_adapter(model, args.out)
     print(f"wrote {args.out}/adapter; next: python distill.py")

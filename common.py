@@ -127,7 +127,7 @@ def network(model):
 
 # ---------------------------------------------------------------- text and pictures -> batch
 
-def encode(processor, prompts, images=None):
+def encode(processor, prompts, images=None, device="cpu"):
     """Prompts (and one picture each, or None) -> a left-padded batch ending in the generation prompt.
 
     Returns a dict of tensors: input_ids, attention_mask, mm_token_type_ids [B, P], and with pictures
@@ -137,18 +137,18 @@ def encode(processor, prompts, images=None):
     for prompt, image in zip(prompts, images or [None] * len(prompts), strict=True):
         content = [{"type": "image", "image": image}] if image is not None else []
         chats.append([{"role": "user", "content": content + [{"type": "text", "text": prompt}]}])
-    return dict(processor.apply_chat_template(
-        chats, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt",
-        processor_kwargs=dict(padding=True, padding_side="left")))
+    batch = processor.apply_chat_template(chats, tokenize=True, add_generation_prompt=True, return_dict=True,
+                                          return_tensors="pt", processor_kwargs=dict(padding=True, padding_side="left"))
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def encode_responses(processor, texts):
+def encode_responses(processor, texts, device="cpu"):
     """Reference responses -> (ids [B, T], mask [B, T]): right-padded, the end token included."""
     tokenizer = processor.tokenizer
     ids = [row + [tokenizer.eos_token_id] for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     width = max(map(len, ids))
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
-    return torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in ids]), mask
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
+    return torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in ids], device=device), mask
 
 
 def positions(model, batch):

@@ -17,7 +17,6 @@ Writes out/distill/{adapter, args.json, metrics.jsonl, distill.py}.
 Left out on purpose: rewards, a value function, replay, several rollouts per prompt.
 """
 import argparse
-import time
 
 import numpy as np
 import torch
@@ -93,8 +92,8 @@ def main(args):
         model.eval()
         prompts, rollouts = [], []
         for part in parts:
-            prompt = common.encode(processor, [student_prompt(row) for row in part], [Image.open(row["path"]) for row in part])
-            prompts.append({k: v.to(device) for k, v in prompt.items()})
+            pictures = [Image.open(row["path"]) for row in part]
+            prompts.append(common.encode(processor, [student_prompt(row) for row in part], pictures, device))
             rollouts.append(common.sample(model, processor, prompts[-1], args.max_new_tokens))   # ids, mask: [B, T]
         tokens = sum(int(mask.sum()) for _, mask in rollouts)  # one denominator for the whole step
         clock("sample")
@@ -103,9 +102,9 @@ def main(args):
         kl = []
         for part, prompt, (ids, mask) in zip(parts, prompts, rollouts):
             # 2. The teacher scores the same tokens from the symbols, adapters off, no gradient.
-            symbols = common.encode(processor, [teacher_prompt(row, args.teacher_context) for row in part])
+            symbols = common.encode(processor, [teacher_prompt(row, args.teacher_context) for row in part], device=device)
             with torch.no_grad(), model.disable_adapter():
-                teacher_hidden = common.response_hidden(model, {k: v.to(device) for k, v in symbols.items()}, ids, mask)
+                teacher_hidden = common.response_hidden(model, symbols, ids, mask)  # [N, hidden]
             clock("teacher")
 
             # 3. The student scores them again, with gradient.

@@ -43,8 +43,7 @@ def answer(model, processor, prompts, pictures, micro_batch, max_new_tokens, bar
     texts = []
     for i in range(0, len(prompts), micro_batch):
         images = [path and Image.open(path) for path in pictures[i:i + micro_batch]]
-        prompt = common.encode(processor, prompts[i:i + micro_batch], images)
-        prompt = {k: v.to(model.device) for k, v in prompt.items()}
+        prompt = common.encode(processor, prompts[i:i + micro_batch], images, model.device)
         texts += common.decode(processor, *common.sample(model, processor, prompt, max_new_tokens, temperature=0))
         bar.update(len(images))
     return texts

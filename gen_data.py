@@ -86,8 +86,8 @@ class FrozenLake:
     @staticmethod
     def step(state, pos, action):
         if action not in MOVES:
-            return pos, "pick" if action == "PICK" else "drop"
-        new = (pos[0] + MOVES[action][0], pos[1] + MOVES[action][1])
+            return pos, action.lower()
+        new = neighbour(pos, action)
         cell = at(state["grid"], new)
         return (pos, "edge") if cell is None else (new, "hole" if cell == "H" else None)
 
@@ -134,8 +134,8 @@ class Maze:
         seen = set(path)
         while path:  # a depth-first walk that opens a wall whenever it enters a new cell
             r, c = path[-1]
-            free = [(a, (r + dr, c + dc)) for a, (dr, dc) in MOVES.items()
-                    if 0 <= r + dr < level and 0 <= c + dc < level and (r + dr, c + dc) not in seen]
+            free = [(a, neighbour((r, c), a)) for a in MOVES]
+            free = [(a, new) for a, new in free if at(walls, new) is not None and new not in seen]
             if not free:
                 path.pop()
                 continue
@@ -154,8 +154,8 @@ class Maze:
     @staticmethod
     def step(state, pos, action):
         if action not in MOVES:
-            return pos, "pick" if action == "PICK" else "drop"
-        new = (pos[0] + MOVES[action][0], pos[1] + MOVES[action][1])
+            return pos, action.lower()
+        new = neighbour(pos, action)
         if at(state["walls"], new) is None:
             return pos, "edge"
         return (pos, "wall") if state["walls"][pos[0]][pos[1]] & Maze.bits[action] else (new, None)
@@ -249,12 +249,12 @@ class MiniBehaviour:
     @staticmethod
     def step(state, pos, action):
         r, c, phase = pos
-        beside = [at(state["grid"], (r + dr, c + dc)) for dr, dc in MOVES.values()]
+        beside = [at(state["grid"], neighbour(pos, a)) for a in MOVES]
         if action == "PICK":
             return ((r, c, 1), None) if phase == 0 and "P" in beside else (pos, "pick")
         if action == "DROP":
             return ((r, c, 2), None) if phase == 1 and "T" in beside else (pos, "drop")
-        new = (r + MOVES[action][0], c + MOVES[action][1])
+        new = neighbour(pos, action)
         cell = at(state["grid"], new)
         fault = {None: "edge", "T": "table", "P": "printer" if phase == 0 else None}.get(cell)
         return (pos, fault) if fault else ((*new, phase), None)
@@ -293,7 +293,7 @@ class MiniBehaviour:
 
         def beside(marks):
             return places([(r, c) for r in range(n) for c in range(n) if grid[r][c] in ".A" and
-                           any(at(grid, (r + dr, c + dc)) == marks for dr, dc in MOVES.values())])
+                           any(at(grid, neighbour((r, c), a)) == marks for a in MOVES)])
         legal = [a for a in ACTIONS if MiniBehaviour.step(state, start, a)[1] is None]
         return {"size": f"{n}x{n}", "agent": places([start[:2]]), "printer": places(find(grid, "P")),
                 "table": places(find(grid, "T")), "near_printer": beside("P"), "near_table": beside("T"),
@@ -304,6 +304,11 @@ TASKS = {"frozenlake": FrozenLake, "maze": Maze, "minibehaviour": MiniBehaviour}
 
 
 # ---------------------------------------------------------------- helpers of the tasks
+
+def neighbour(pos, action):
+    """The position one move away; it may be off the board."""
+    return pos[0] + MOVES[action][0], pos[1] + MOVES[action][1]
+
 
 def at(grid, pos):
     """The cell at `pos`, or None off the board."""

@@ -118,7 +118,7 @@ def test_sampled_tokens_have_the_scored_probabilities(tiny, student):
     scored = logits(student, prompt, ids, mask).log_softmax(-1).gather(1, ids[mask.bool()][:, None])[:, 0]
     net, kept = common.network(student), []
     for i in range(len(rows)):
-        cache, got = None, ids[i][mask[i].bool()]
+        got = ids[i][mask[i].bool()]
         one = common.encode(processor, [student_prompt(rows[i])], [images[i]])
         position, following = common.positions(student, one)
         with torch.no_grad():
