@@ -96,7 +96,7 @@ def table(results):
     lines = ["| task | level | n | " + " | ".join(f"{c}, {s}" for c, s in columns) + " |",
              "|---" * (3 + len(columns)) + "|"]
     for task, level in dict.fromkeys((r["task"], r["level"]) for r in results):
-        row = [cells[task, level, *column] for column in columns]
+        row = [cells[(task, level, *column)] for column in columns]
         shown = [f"{100 * r['success']:.0f} ({100 * r['optimal']:.0f})" for r in row]
         lines.append(f"| {task} | {level or 'all'} | {row[0]['n']} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
