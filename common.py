@@ -26,7 +26,7 @@ from tqdm import tqdm
 from gen_data import fail
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional CPU kernel as missing
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # between peft and transformers
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")  # the newer name came with transformers 5.23
 
 TINY = str(Path(__file__).parent / "tiny")
 
@@ -82,7 +82,7 @@ def load(path, bits):
     processor.image_processor.size = {"shortest_edge": size["shortest_edge"], "longest_edge": min(size["longest_edge"], 262_144)}
     model.requires_grad_(False)
     if device == "cuda":  # takes effect in train mode only
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if bits == 4:
         from bitsandbytes.nn import Linear4bit
         four = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}

@@ -242,11 +242,11 @@ def test_gradient_checkpointing_changes_no_gradient(tiny, student):
     grads = []
     for checkpointing in (False, True):
         if checkpointing:
-            common.network(student).activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            common.network(student).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         coldstart.answer_loss(student.train(), prompt, *answers).backward()
         grads.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
         student.zero_grad()
-    common.network(student).activation_checkpointing_disable()
+    common.network(student).gradient_checkpointing_disable()
     student.eval()
     torch.testing.assert_close(grads[0], grads[1])
 
