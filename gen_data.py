@@ -459,9 +459,9 @@ def perception_target(row, names=None):
     return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1)) if len(lines) > 1 else lines[0]
 
 
-def response(row, plan=None):
+def response(row):
     """The model response of three parts: the state, the route with its positions, the answer."""
-    rules, plan = TASKS[row["task"]], plan or row["plan"]
+    rules, plan = TASKS[row["task"]], row["plan"]
     pos = rules.start(row["state"])
     route = f"Route: from ({pos[0]},{pos[1]})"
     for action in plan:
