@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import common
 import gen_data
-from gen_data import perception_prompt, perception_target, questions
+from gen_data import perception_prompt, perception_target, questions, score_perception
 
 
 def parse_args(argv=None):
@@ -72,7 +72,7 @@ def look(model, processor, pairs, micro_batch, max_new_tokens, device):
         tokens += int(mask.sum())
         for (row, names), text in zip(part, common.decode(processor, *common.sample(
                 model, processor, prompt, max_new_tokens, temperature=0))):
-            right[names == ("map",)].append(text == perception_target(row, names))
+            right[names == ("map",)].append(all(score_perception(row, names, text).values()))
     return loss / tokens, float(np.mean(right[True])), float(np.mean(right[False]))
 
 

@@ -21,10 +21,13 @@ import multiprocessing
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
-from collections import deque
+import zlib
+from collections import Counter, deque
 from functools import lru_cache, partial
+from itertools import combinations_with_replacement, count as count_up, islice, product
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +38,8 @@ MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
 ACTIONS = (*MOVES, "PICK", "DROP")
 HOLE_PROB = 0.18  # the share of holes in VSP's FrozenLake maps
 SPLITS = ("train", "val", "test")
+DIFFICULTIES = ("easy", "medium", "hard")
+PATIENCE = 50_000  # random puzzles without a new one of a wanted difficulty, before a request counts as impossible
 
 # What each preset trains on. `cell_size` 32 makes one cell exactly one image token of the tiny
 # backbone (patch 16, merge 2); the big ones get the paper's 256x256 pictures.
@@ -97,8 +102,7 @@ class FrozenLake:
 
     @staticmethod
     def render(state, cell_size):
-        return paste_tiles([[("ice", {"S": "stool", "G": "goal", "H": "hole"}.get(cell), cell == "S" and "elf_down")
-                             for cell in row] for row in state["grid"]], cell_size)
+        return assemble([[lake_tile(cell, cell_size) for cell in row] for row in state["grid"]])
 
     @staticmethod
     def describe(state):
@@ -129,23 +133,22 @@ class Maze:
 
     @staticmethod
     def sample(rng, level):
-        walls = np.full((level, level), 15)
-        path = [tuple(int(x) for x in rng.integers(level, size=2))]
-        seen = set(path)
-        while path:  # a depth-first walk that opens a wall whenever it enters a new cell
-            r, c = path[-1]
-            free = [(a, neighbour((r, c), a)) for a in MOVES]
-            free = [(a, new) for a, new in free if at(walls, new) is not None and new not in seen]
-            if not free:
+        walls = [[15] * level for _ in range(level)]
+        root, start, goal = (divmod(int(i), level) for i in (rng.integers(level * level), *rng.choice(level * level, 2, replace=False)))
+        path, seen = [root], {root}
+        for draw in rng.random(level * level - 1):  # a depth-first walk that opens a wall whenever it enters a new cell
+            while True:
+                r, c = path[-1]
+                around = [(a, neighbour((r, c), a)) for a in MOVES]
+                if free := [(a, new) for a, new in around if new not in seen and at(walls, new) is not None]:
+                    break
                 path.pop()
-                continue
-            action, new = free[rng.integers(len(free))]
-            walls[r, c] -= Maze.bits[action]
-            walls[new] -= Maze.bits[{"U": "D", "D": "U", "L": "R", "R": "L"}[action]]
+            action, new = free[int(draw * len(free))]
+            walls[r][c] -= Maze.bits[action]
+            walls[new[0]][new[1]] -= Maze.bits[{"U": "D", "D": "U", "L": "R", "R": "L"}[action]]
             seen.add(new)
             path.append(new)
-        start, goal = (divmod(int(i), level) for i in rng.choice(level * level, 2, replace=False))
-        return {"walls": walls.tolist(), "start": list(start), "goal": list(goal)}
+        return {"walls": walls, "start": list(start), "goal": list(goal)}
 
     @staticmethod
     def start(state):
@@ -170,38 +173,16 @@ class Maze:
 
     @staticmethod
     def render(state, cell_size):
-        n, wall = len(state["walls"]), max(2, cell_size // 8)  # px; a wall is half on either side
-        image = Image.new("RGB", (n * cell_size, n * cell_size), "black")
-        draw = ImageDraw.Draw(image)
+        return assemble([[maze_tile(Maze.open_sides(bits), Maze.mark(state, (r, c)), cell_size)
+                          for c, bits in enumerate(row)] for r, row in enumerate(state["walls"])])
 
-        def box(r, c, up, down, left, right):
-            """Fill cell (r, c), inset from its four sides by so many px."""
-            x, y = c * cell_size, r * cell_size
-            return [x + left, y + up, x + cell_size - 1 - right, y + cell_size - 1 - down]
-
-        half = wall // 2
-        for r, row in enumerate(state["walls"]):
-            for c, bits in enumerate(row):
-                inset = [half if bits & Maze.bits[a] else 0 for a in "UDLR"]
-                draw.rectangle(box(r, c, *[half] * 4), "white")
-                for i, a in enumerate("UDLR"):  # open sides: the corridor runs on to the border
-                    if not inset[i]:
-                        draw.rectangle(box(r, c, *[0 if j == i else half for j in range(4)]), "white")
-        for r, row in enumerate(state["walls"]):
-            for c, bits in enumerate(row):  # a thin grey line where two cells join
-                x, y = c * cell_size, r * cell_size
-                if not bits & Maze.bits["R"]:
-                    draw.line([x + cell_size, y + half, x + cell_size, y + cell_size - 1 - half], (200, 200, 200))
-                if not bits & Maze.bits["D"]:
-                    draw.line([x + half, y + cell_size, x + cell_size - 1 - half, y + cell_size], (200, 200, 200))
-        for (r, c), colour in ((state["start"], (255, 215, 0)), (state["goal"], (30, 90, 255))):
-            draw.ellipse(box(r, c, *[cell_size // 4] * 4), colour)
-        return image
+    @staticmethod
+    def mark(state, pos):
+        return {tuple(state["start"]): "S", tuple(state["goal"]): "G"}.get(pos, ".")
 
     @staticmethod
     def describe(state):
-        mark = {tuple(state["start"]): "S", tuple(state["goal"]): "G"}
-        return listing([[mark.get((r, c), ".") + Maze.open_sides(bits) for c, bits in enumerate(row)]
+        return listing([[Maze.mark(state, (r, c)) + Maze.open_sides(bits) for c, bits in enumerate(row)]
                         for r, row in enumerate(state["walls"])])
 
     @staticmethod
@@ -265,22 +246,7 @@ class MiniBehaviour:
 
     @staticmethod
     def render(state, cell_size):
-        n, s = len(state["grid"]), cell_size
-        image = Image.new("RGB", (n * s, n * s), "black")
-        draw = ImageDraw.Draw(image)
-        for r, row in enumerate(state["grid"]):
-            for c, cell in enumerate(row):
-                x, y = c * s, r * s
-                if cell == "T":
-                    draw.rectangle([x, y, x + s - 1, y + s - 1], (210, 180, 140))
-                draw.rectangle([x, y, x + s - 1, y + s - 1], outline=(70, 70, 70))
-                if cell == "A":
-                    draw.polygon([(x + s * 0.2, y + s * 0.2), (x + s * 0.8, y + s * 0.5), (x + s * 0.2, y + s * 0.8)], "red")
-                if cell == "P":  # the icon: paper above, body below, a slot
-                    draw.rectangle([x + s * 0.34, y + s * 0.2, x + s * 0.66, y + s * 0.45], "white")
-                    draw.rectangle([x + s * 0.2, y + s * 0.42, x + s * 0.8, y + s * 0.78], "white")
-                    draw.line([x + s * 0.3, y + s * 0.62, x + s * 0.7, y + s * 0.62], "black", max(1, s // 16))
-        return image
+        return assemble([[office_tile(cell, cell_size) for cell in row] for row in state["grid"]])
 
     @staticmethod
     def describe(state):
@@ -331,27 +297,72 @@ def listing(grid):
     return "\n".join([f"Map: {len(grid)}x{len(grid[0])}", *rows])
 
 
+def trace(task, state, plan):
+    """The positions a plan visits, the start first; up to its first fault, or the end of the episode."""
+    rules = TASKS[task]
+    path = [rules.start(state)]
+    for action in plan:
+        pos, fault = rules.step(state, path[-1], action)
+        if fault or rules.done(state, path[-1]):
+            break
+        path.append(pos)
+    return path
+
+
+# ---------------------------------------------------------------- pictures
+
+def assemble(tiles):
+    """A picture from rows of equally large tiles, uint8 [cell, cell, 3] each."""
+    return Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in tiles]))
+
+
 @lru_cache
-def tile(name, cell_size):
-    """One tile of gymnasium's FrozenLake art, scaled with nearest-neighbour. RGBA."""
+def lake_tile(cell, size):
+    """A cell as VSP draws it, pixel by pixel: gymnasium's art, scaled with nearest-neighbour: ice, then hole, goal or
+    stool, a one-pixel outline, then the elf on the start. Blended in the integer arithmetic of pygame, which drew VSP's."""
     import gymnasium
-    path = Path(gymnasium.__file__).parent / "envs/toy_text/img" / f"{name}.png"
-    return Image.open(path).convert("RGBA").resize((cell_size, cell_size), Image.NEAREST)
+    pixels = np.zeros((size, size, 3), int)
+    for name in ("ice", *{"H": ["hole"], "G": ["goal"], "S": ["stool"]}.get(cell, []), "outline", *["elf_down"] * (cell == "S")):
+        if name == "outline":
+            pixels[[0, -1]] = pixels[:, [0, -1]] = 180, 200, 230
+            continue
+        art = Image.open(Path(gymnasium.__file__).parent / f"envs/toy_text/img/{name}.png").convert("RGBA")
+        art = np.asarray(art.resize((size, size), Image.NEAREST)).astype(int)
+        colour, alpha = art[..., :3], art[..., 3:]
+        pixels += ((colour - pixels) * alpha + colour) >> 8
+    return pixels.astype(np.uint8)
 
 
-def paste_tiles(layers, cell_size):
-    """A picture as VSP draws its maps: ground and object, a one-pixel outline, then the player."""
-    image = Image.new("RGB", (len(layers[0]) * cell_size, len(layers) * cell_size))
+@lru_cache
+def maze_tile(open_sides, mark, size):
+    """A white corridor on black, a thin grey line where two cells join, the yellow player or the blue goal."""
+    image = Image.new("RGB", (size, size))
     draw = ImageDraw.Draw(image)
-    for r, row in enumerate(layers):
-        for c, (ground, thing, player) in enumerate(row):
-            x, y = c * cell_size, r * cell_size
-            for name in filter(None, (ground, thing)):
-                image.paste(tile(name, cell_size), (x, y), tile(name, cell_size))
-            draw.rectangle([x, y, x + cell_size - 1, y + cell_size - 1], outline=(180, 200, 230))
-            if player:
-                image.paste(tile(player, cell_size), (x, y), tile(player, cell_size))
-    return image
+    half, end = max(2, size // 8) // 2, size - 1  # px: half a wall lies on either side of a border
+    for side in ("", *open_sides):  # the cell inside its walls; then on to the border where a side is open
+        draw.rectangle([half * (side != "L"), half * (side != "U"), end - half * (side != "R"), end - half * (side != "D")], "white")
+    if "L" in open_sides:
+        draw.line([0, half, 0, end - half], (200, 200, 200))
+    if "U" in open_sides:
+        draw.line([half, 0, end - half, 0], (200, 200, 200))
+    if mark != ".":
+        draw.ellipse([size // 4] * 2 + [end - size // 4] * 2, {"S": (255, 215, 0), "G": (30, 90, 255)}[mark])
+    return np.asarray(image)
+
+
+@lru_cache
+def office_tile(cell, size):
+    """Black floor with a dark grey grid, the tan table, the red agent, the white printer."""
+    image = Image.new("RGB", (size, size), (210, 180, 140) if cell == "T" else "black")
+    draw, s = ImageDraw.Draw(image), size
+    draw.rectangle([0, 0, s - 1, s - 1], outline=(70, 70, 70))
+    if cell == "A":
+        draw.polygon([(s * 0.2, s * 0.2), (s * 0.8, s * 0.5), (s * 0.2, s * 0.8)], "red")
+    if cell == "P":  # paper above, body below, a slot
+        draw.rectangle([s * 0.34, s * 0.2, s * 0.66, s * 0.45], "white")
+        draw.rectangle([s * 0.2, s * 0.42, s * 0.8, s * 0.78], "white")
+        draw.line([s * 0.3, s * 0.62, s * 0.7, s * 0.62], "black", max(1, s // 16))
+    return np.asarray(image)
 
 
 # ---------------------------------------------------------------- solver, judge, reader: once for all tasks
@@ -411,6 +422,72 @@ def parse(text):
     return plan if plan and "".join(plan) == body.replace(" ", "") else None
 
 
+def read_state(task, text):
+    """The state that the first map in a text describes (see `listing`), or None if it cannot be read.
+
+    It is read as it stands: a maze whose two sides of a border disagree keeps the disagreement. It has
+    exactly one start and one goal (or agent and printer, and a table), else there is no world to plan in.
+    """
+    head = re.search(r"map\s*:\s*([0-9]{1,2})\s*x\s*([0-9]{1,2})\b", text, re.IGNORECASE)
+    if not head or head[1] != head[2]:
+        return None
+    n = int(head[1])
+    rows = re.findall(r"^row ([0-9]{1,2}): ([^\n]{1,200})$", text[head.end():].split("Route")[0], re.IGNORECASE | re.MULTILINE)[:n]
+    grid = [cells.upper().split() for _, cells in rows]
+    if [int(r) for r, _ in rows] != list(range(n)) or any(len(cells) != n for cells in grid):
+        return None
+    marks = [cell[0] for cells in grid for cell in cells]
+    one, others = {"frozenlake": ("SG", "FH"), "maze": ("SG", "."), "minibehaviour": ("AP", "T.")}[task]
+    if any(marks.count(mark) != 1 for mark in one) or not set(marks) <= set(one + others):
+        return None
+    if task == "maze":
+        if not all(set(cell[1:]) <= set(MOVES) for cells in grid for cell in cells):
+            return None
+        walls = [[15 - sum(Maze.bits[a] for a in set(cell[1:])) for cell in cells] for cells in grid]
+        start, goal = (list(divmod(marks.index(mark), n)) for mark in "SG")
+        return {"walls": walls, "start": start, "goal": goal}
+    if any(len(cell) != 1 for cells in grid for cell in cells) or task == "minibehaviour" and "T" not in marks:
+        return None
+    return {"grid": ["".join(cells) for cells in grid]}
+
+
+def read_fact(name, text):
+    """What a free-form answer to the question `name` says, in a form that can be compared; None: unreadable.
+
+    size -> (rows, columns); moves -> a set of actions; anything else -> a set of positions. Sets may be
+    in any order, everything that is mentioned counts, and only the word none (or no) stands for the empty set.
+    """
+    if name == "size":
+        numbers = re.findall(r"[0-9]{1,4}", text)
+        return tuple(map(int, numbers)) if len(numbers) == 2 else None
+    if name == "moves":
+        found = re.findall(r"\b(PICK|DROP|UP|DOWN|LEFT|RIGHT|[UDLR])\b", text.upper())
+        found = {word if word in ACTIONS else word[0] for word in found}
+    else:
+        pairs = re.findall(r"[(\[] ?([0-9]{1,4}) ?, ?([0-9]{1,4}) ?[)\]]|\brow ([0-9]{1,4}),? (?:and )?col(?:umn)? ([0-9]{1,4})\b", text, re.IGNORECASE)
+        found = {(int(a or c), int(b or d)) for a, b, c, d in pairs}
+    return found or (set() if re.search(r"\b(none|no)\b", text, re.IGNORECASE) else None)
+
+
+def score_perception(row, names, text):
+    """Read a free-form answer to `perception_prompt(row, names)` back: {question: is it exactly right?}
+
+    Several questions are told apart by their numbers ("1." or "1)" at the beginning of a line; the last
+    of equal numbers counts). What cannot be read is wrong; no text raises.
+    """
+    names = names or questions(row["task"])
+    answers = {1: text}
+    if len(names) > 1:
+        pieces = re.split(r"^[ *]{0,4}([0-9]{1,2})[.):]", text, flags=re.MULTILINE)
+        answers = {int(number): piece for number, piece in zip(pieces[1::2], pieces[2::2])}
+    right = {}
+    for i, name in enumerate(names, 1):
+        answer, target = answers.get(i, ""), perception_target(row, (name,))
+        read = partial(read_state, row["task"]) if name == "map" else partial(read_fact, name)
+        right[name] = read(answer) is not None and read(answer) == read(target)
+    return right
+
+
 # ---------------------------------------------------------------- prompts and targets: functions of a row
 
 PICTURE = "The picture shows the map."
@@ -462,10 +539,9 @@ def perception_target(row, names=None):
 def response(row):
     """The model response of three parts: the state, the route with its positions, the answer."""
     rules, plan = TASKS[row["task"]], row["plan"]
-    pos = rules.start(row["state"])
-    route = f"Route: from ({pos[0]},{pos[1]})"
-    for action in plan:
-        pos, _ = rules.step(row["state"], pos, action)
+    start, *path = trace(row["task"], row["state"], plan)
+    route = f"Route: from ({start[0]},{start[1]})"
+    for action, pos in zip(plan, path):
         route += f" {action} {'to' if action in MOVES else 'at'} ({pos[0]},{pos[1]})"
     return f"{rules.describe(row['state'])}\n{route}.\n<answer>{','.join(plan)}</answer>"
 
@@ -486,7 +562,12 @@ def part_of(pieces):
     return parts
 
 
-# ---------------------------------------------------------------- splits and files
+# ---------------------------------------------------------------- splits and sampling
+
+def key_of(state):
+    """A state as text: the same for the same state."""
+    return json.dumps(state, sort_keys=True)
+
 
 def split_of(task, state):
     """The split a state belongs to: a fixed function of its content, 80% train, 10% val, 10% test.
@@ -498,43 +579,228 @@ def split_of(task, state):
     return {8: "val", 9: "test"}.get(int(hashlib.sha256(key).hexdigest(), 16) % 10, "train")
 
 
-def sample_rows(task, level, split, count, seed, hole_prob=HOLE_PROB):
-    """`count` rows with distinct solvable states of one split. Fails with the number that can be had."""
+@lru_cache
+def thirds(task, level, hole_prob=HOLE_PROB):
+    """(a, b): a plan of up to a actions is easy, of up to b medium, a longer one hard.
+
+    The borders that cut the plans of 1,000 random puzzles into the three most equal parts.
+    """
+    rng = np.random.default_rng(0)
+    extra = {"hole_prob": hole_prob} if task == "frozenlake" else {}
+    plans = (solve(task, TASKS[task].sample(rng, level, **extra)) for _ in range(1000))
+    lengths = np.array([len(plan) for plan in plans if plan is not None])
+
+    def unevenness(borders):
+        return np.var(np.histogram(lengths, (0, borders[0] + 0.5, borders[1] + 0.5, np.inf))[0])
+    return min(combinations_with_replacement(sorted(set(lengths.tolist())), 2), key=unevenness)
+
+
+def bucket(length, borders):
+    """The difficulty of a shortest plan of `length` actions between `thirds`' borders."""
+    return DIFFICULTIES[int(np.searchsorted(borders, length))]
+
+
+def sample_rows(task, level, split, count, seed, hole_prob=HOLE_PROB, exclude=()):
+    """`count` rows with distinct solvable states of one split, a third of each difficulty.
+
+    exclude: states (as `key_of`) that may not appear. Fails with the number of rows that can be had.
+    """
     rng = np.random.default_rng([seed, list(TASKS).index(task), level, SPLITS.index(split)])
     extra = {"hole_prob": hole_prob} if task == "frozenlake" else {}
-    seen, misses = set(), 0
-    while len(seen) < count:
+    borders = thirds(task, level, hole_prob)
+    wanted = {name: len(part) for name, part in zip(DIFFICULTIES, np.array_split(np.arange(count), 3))}
+    found, latest = dict.fromkeys(wanted, 0), dict.fromkeys(wanted, 0)
+    seen = set(exclude)
+    for draw in count_up():
+        short = [name for name in wanted if found[name] < wanted[name]]
+        if not short:
+            return
+        if draw - min(latest[name] for name in short) > PATIENCE:
+            fail(f"{task} level {level}: {count} {split} rows wanted, a third of each difficulty; only "
+                 f"{3 * min(found.values())} distinct ones can be had: lower --{split}")
         state = TASKS[task].sample(rng, level, **extra)
-        key = json.dumps(state)
+        key = key_of(state)
         plan = solve(task, state) if key not in seen and split_of(task, state) == split else None
-        if plan is None:
-            misses += 1
-            if misses > 20_000 + 20 * len(seen):
-                fail(f"{task} level {level}: {count} {split} rows wanted, only {len(seen)} distinct ones found; "
-                     f"lower --{split}")
+        name = plan and bucket(len(plan), borders)
+        if name not in short:
             continue
-        name = f"{task}_{level}_{len(seen):05d}"
         seen.add(key)
-        misses = 0
-        yield {"file_name": f"{name}.png", "id": f"{split}_{name}", "task": task, "level": level,
-               "seed": seed, "state": state, "plan": plan}
+        row_id = f"{task}_{level}_{sum(found.values()):05d}"
+        found[name], latest[name] = found[name] + 1, draw
+        yield {"file_name": f"{row_id}.png", "id": f"{split}_{row_id}", "task": task, "level": level, "seed": seed,
+               "source": "gen_data.py", "bucket": name, "state": state, "plan": plan}
+
+
+def generated_rows(args, split, exclude=()):
+    """The rows of one split, task by task and level by level."""
+    for task, levels in args.tasks.items():
+        for level in levels:
+            yield from sample_rows(task, level, split, getattr(args, split), args.seed, args.hole_prob, exclude)
+
+
+# ---------------------------------------------------------------- the public benchmarks
+
+def examine(where, task, level, state, stated=None):
+    """The shortest plan of a benchmark's state, after every check on it. Fails naming the record `where`."""
+    if level not in TASKS[task].levels:
+        fail(f"{where}: level {level}, wanted {TASKS[task].levels[0]} to {TASKS[task].levels[-1]} for {task}")
+    grid = state["walls"] if task == "maze" else state["grid"]
+    if len(grid) != level or any(len(row) != level for row in grid):
+        fail(f"{where}: the map is not square, or not {level}x{level} as its level says")
+    if task != "maze":
+        one, others = ("SG", "FH") if task == "frozenlake" else ("AP", "T.")
+        for mark, cells in ((mark, find(grid, mark)) for mark in sorted(set("".join(grid)) | set(one))):
+            if mark not in one + others:
+                fail(f"{where}: unknown symbol {mark!r}")
+            if mark in one and len(cells) != 1:
+                fail(f"{where}: {len(cells)} cells with {mark}, wanted exactly one")
+    plan = solve(task, state)
+    if not plan:
+        fail(f"{where}: the goal cannot be reached" if plan is None else f"{where}: the start is the goal")
+    if stated is not None and len(plan) != stated:
+        fail(f"{where}: the record says that the shortest plan has {stated} actions, the rules here say {len(plan)}")
+    return plan
+
+
+def vsp_records(folder):
+    """(where, task, level, state, stated length, picture) of VSP's FrozenLake: folder/level*/{table,img}/<i>.{txt,png}."""
+    tables = sorted(Path(folder).glob("level*/table/*.txt"), key=lambda path: [int(n) for n in re.findall(r"\d+", str(path))])
+    if not tables:
+        fail(f"no VSP tables in {folder}: wanted {folder}/level3/table/0.txt and so on")
+    for table in tables:
+        grid = []
+        header, *lines = table.read_text().rstrip().splitlines() or [""]
+        for number, line in enumerate(lines, 2):
+            cells = [cell.strip() for cell in line.strip().strip("|").split("|")[1:]]
+            if unknown := set(cells) - set("@*#_"):
+                fail(f"{table}, line {number}: unknown symbol {sorted(unknown)[0]!r}, wanted @ * # or _")
+            if len(cells) != header.count("Col") or len(cells) != len(lines):
+                fail(f"{table}, line {number}: {len(cells)} cells under {header.count('Col')} columns in {len(lines)} rows: not a square map")
+            grid.append("".join({"@": "S", "*": "G", "#": "H", "_": "F"}[cell] for cell in cells))
+        picture = table.parents[1] / "img" / f"{table.stem}.png"
+        try:
+            size = Image.open(picture).convert("RGB").size
+        except OSError as error:
+            fail(f"{picture}: cannot be read as a picture ({error})")
+        if size[0] != size[1]:
+            fail(f"{picture}: {size[0]}x{size[1]} px, wanted a square")
+        level = table.parents[1].name.removeprefix("level")
+        yield str(table), "frozenlake", int(level) if level.isdigit() else level, {"grid": grid}, None, picture
+
+
+def visualplanning_records(file, task):
+    """(where, task, level, state, stated length, None) of a VisualPlanning JSONL file of one task."""
+    for number, line in enumerate(open(file), 1):
+        where = f"{file}, line {number}"
+        try:
+            record = json.loads(line)
+            meta, level = record["meta"], record["meta"]["level"]
+            if task == "minibehaviour":
+                state = {"grid": office_grid(meta, level)}
+            elif task == "frozenlake":
+                state = {"grid": ["".join(row) for row in meta["layout"]]}
+                for mark, pos in (("S", meta["start_pos"]), ("G", meta["target_pos"])):
+                    if at(state["grid"], divmod(pos, level)) != mark:
+                        raise ValueError(f"no {mark} at its position {pos}")
+            else:
+                state = maze_state(meta, level)
+            lengths = {len(record["input_state"]) - 1} if "input_state" in record else set()
+            if "distance_map" in meta:
+                lengths.add(int(meta["distance_map"][str(meta["start_pos"])]))
+            stated = lengths.pop() if lengths else None
+            if lengths:
+                raise ValueError("input_state and distance_map state different lengths")
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            fail(f"{where}: not a {task} record of VisualPlanning ({type(error).__name__}: {error})")
+        yield where, task, level, state, stated, None
+
+
+def office_grid(meta, level):
+    """MiniBehaviour's grid from VisualPlanning's positions. ValueError if they overlap or the table does not lie."""
+    grid = [["."] * level for _ in range(level)]
+    table = sorted(map(tuple, meta["table_pos"]))
+    if table != [(table[0][0] + r, table[0][1] + c) for r in range(2) for c in range(3)]:
+        raise ValueError("the table is not 2 rows of 3 cells")
+    for mark, pos in (("A", meta["start_pos"]), ("P", meta["printer_pos"]), *(("T", pos) for pos in table)):
+        if at(grid, pos) != ".":
+            raise ValueError(f"{mark} at {tuple(pos)} is off the map or on another thing")
+        grid[pos[0]][pos[1]] = mark
+    return ["".join(row) for row in grid]
+
+
+def maze_state(meta, level):
+    """A maze's state from VisualPlanning's walls. ValueError if its two sides of a border disagree or it is open."""
+    sides = {"U": "north", "D": "south", "L": "west", "R": "east"}
+    walls = [[sum(Maze.bits[a] for a, side in sides.items() if cell[side]) for cell in row] for row in meta["layout"]]
+    for r, c in product(range(level), repeat=2):
+        for a, back in zip("UDLR", "DURL"):
+            other = at(walls, neighbour((r, c), a))
+            if (walls[r][c] & Maze.bits[a] != 0) != (other is None or other & Maze.bits[back] != 0):
+                raise ValueError(f"the {sides[a]} side of cell ({r},{c}) is open on one side only")
+    start, goal = (list(divmod(meta[key], level)) for key in ("start_pos", "target_pos"))
+    if at(walls, start) is None or at(walls, goal) is None:
+        raise ValueError("start or target is off the map")
+    return {"walls": walls, "start": start, "goal": goal}
+
+
+def benchmark_rows(records, base):
+    """Rows of the split test from benchmark records; a picture that came with one is kept under "picture"."""
+    ids = Counter()
+    for where, task, level, state, stated, picture in records:
+        plan = examine(where, task, level, state, stated)
+        name = f"{task}_{level}_{ids[level]:05d}"
+        ids[level] += 1
+        yield {"file_name": f"{name}.png", "id": f"test_{name}", "task": task, "level": level, "seed": None,
+               "source": os.path.relpath(where, Path(base).parent),
+               "bucket": bucket(len(plan), thirds(task, level)), "state": state, "plan": plan, "picture": picture}
+
+
+# ---------------------------------------------------------------- files
+
+@lru_cache(maxsize=512)
+def narrow(strip, width, size):
+    """The horizontal pass of a Lanczos resize over RGB rows, runs of equal rows done once. bytes -> [rows, size, 3]"""
+    rows = np.frombuffer(strip, np.uint8).reshape(-1, width, 3)
+    first = np.r_[True, (rows[1:] != rows[:-1]).any((1, 2))]
+    few = Image.fromarray(rows[first])
+    return np.asarray(few.resize((size, few.height), Image.LANCZOS))[first.cumsum() - 1]
+
+
+def shrink(image, size, cell_size):
+    """image.resize((size, size), Image.LANCZOS), to the bit, faster: rows of cells recur from picture to picture."""
+    pixels = np.asarray(image)
+    strips = [narrow(pixels[i:i + cell_size].tobytes(), image.width, size) for i in range(0, len(pixels), cell_size)]
+    return Image.fromarray(np.concatenate(strips)).resize((size, size), Image.LANCZOS)
+
+
+def write_png(image, path):
+    """An 8-bit RGB PNG without row filters: half the time of Pillow's, whose search for the best filter cannot be switched off."""
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    rows = np.pad(np.asarray(image).reshape(image.height, -1), ((0, 0), (1, 0)))  # each row begins with its filter: 0, none
+    header = struct.pack(">IIBBBBB", image.width, image.height, 8, 2, 0, 0, 0)
+    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 1)) + chunk(b"IEND", b""))
 
 
 def draw(row, folder, cell_size, image_size):
     """Write one row's PNG. image_size: px of the square it is resized to (Lanczos), 0 keeps the drawn size."""
+    target = Path(folder) / row["file_name"]
+    if row.get("picture"):  # a benchmark's own
+        if image_size:
+            write_png(Image.open(row["picture"]).convert("RGB").resize((image_size, image_size), Image.LANCZOS), target)
+        else:
+            shutil.copyfile(row["picture"], target)
+        return
     image = TASKS[row["task"]].render(row["state"], cell_size)
-    if image_size:
-        image = image.resize((image_size, image_size), Image.LANCZOS)
-    image.save(Path(folder) / row["file_name"], compress_level=1)
+    write_png(shrink(image, image_size, cell_size) if image_size else image, target)
 
 
-def load_rows(data, split):
-    """Rows of data/<split>; each gets "path", the file of its picture."""
-    folder = Path(data) / split
-    if not (folder / "metadata.jsonl").is_file():
-        fail(f"no {folder}/metadata.jsonl: make the data with `python gen_data.py --out {data}`")
-    with open(folder / "metadata.jsonl") as lines:
-        return [row | {"path": str(folder / row["file_name"])} for row in map(json.loads, lines)]
+def load_rows(data, split="*"):
+    """Rows of data/<split> (default: of every split); each gets "path", the file of its picture."""
+    files = sorted(Path(data).glob(f"{split}/metadata.jsonl"))
+    if not files:
+        fail(f"no {data}/{split}/metadata.jsonl: make the data with `python gen_data.py --out {data}`")
+    return [row | {"path": str(file.parent / row["file_name"])} for file in files for row in map(json.loads, open(file))]
 
 
 def ensure(data, preset, seed):
@@ -546,7 +812,8 @@ def ensure(data, preset, seed):
             raise SystemExit(code)
     elif (Path(data) / "args.json").is_file():
         made = json.loads((Path(data) / "args.json").read_text())
-        print(f"data: {data}, made with --preset {made['preset']} --seed {made['seed']}")
+        words = [f"--{key} {made[key]}" for key in ("from_vsp", "from_visualplanning", "preset", "seed") if made.get(key) is not None]
+        print(f"data: {data}, made with {' '.join(words)}")
 
 
 def parse_tasks(words):
@@ -576,15 +843,22 @@ def parse_args(argv=None):
     add("--val", type=int)
     add("--test", type=int)
     add("--cell_size", type=int, help="px a cell is drawn at")
-    add("--image_size", type=int, help="px of the square the picture is resized to, 0 keeps it as drawn")
+    add("--image_size", type=int, help="px of the square the picture is resized to, 0 keeps it as drawn (VSP's own pictures: 0)")
     add("--hole_prob", type=float, default=HOLE_PROB, help="FrozenLake: share of holes")
+    add("--exclude", nargs="+", default=[], metavar="DIR", help="folders made by this script whose states may not appear")
     add("--seed", type=int, default=0, help="same seed, same bytes")
     add("--workers", type=int, default=os.cpu_count(), help="processes that draw; the bytes do not depend on it")
     add("--out", "--data", default="data", help="output folder")
     add("--overwrite", action="store_true", help="replace the output folder")
+    add("--from_vsp", metavar="DIR", help="import VSP's FrozenLake maps, pictures included, as the split test")
+    add("--from_visualplanning", metavar="FILE", help="import a JSONL file of VisualPlanning as the split test")
+    add("--task", help=f"the task of --from_visualplanning: {', '.join(TASKS)}")
+    add("--show", nargs="?", const="puzzles.png", metavar="PNG", help="only draw a contact sheet (puzzles.png) and print the prompts")
     args = parser.parse_args(argv)
     if args.preset not in PRESETS:
         fail(f"unknown preset {args.preset!r}, known: {', '.join(PRESETS)}")
+    if args.from_vsp and args.image_size is None:
+        args.image_size = 0
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -592,38 +866,82 @@ def parse_args(argv=None):
         args.tasks = parse_tasks(args.tasks)
     if not 0 <= args.hole_prob <= 1:
         fail(f"--hole_prob {args.hole_prob} is outside 0..1")
-    if Path(args.out).exists() and not args.overwrite:
-        fail(f"{args.out} exists: choose another --out, or --overwrite to replace it")
-    if Path(args.out).exists() and not (Path(args.out) / "args.json").is_file():
-        fail(f"{args.out} was not made by gen_data.py (it has no args.json): not replaced, choose another --out")
+    for name, least in (("train", 0), ("val", 0), ("test", 0), ("seed", 0), ("cell_size", 8), ("image_size", 0), ("workers", 1)):
+        if getattr(args, name) < least:
+            fail(f"--{name} {getattr(args, name)}: wanted at least {least}")
+    if args.from_visualplanning and args.task not in TASKS:
+        fail(f"--from_visualplanning needs --task, one of {', '.join(TASKS)}; got {args.task!r}")
+    for source in filter(None, (args.from_vsp, args.from_visualplanning)):
+        if not Path(source).exists():
+            fail(f"{source} does not exist")
+    if Path(args.out).exists() and not args.show:
+        if not args.overwrite:
+            fail(f"{args.out} exists: choose another --out, or --overwrite to replace it")
+        if not (Path(args.out) / "args.json").is_file():
+            fail(f"{args.out} was not made by gen_data.py (it has no args.json): not replaced, choose another --out")
     return args
 
 
+def show(args):
+    """A contact sheet, one column per level, every puzzle with its shortest path below; then each task's prompts."""
+    size, columns = 256, max(len(levels) for levels in args.tasks.values())
+    sheet = Image.new("RGB", (columns * (size + 16), len(args.tasks) * 2 * (size + 24)), "white")
+    label = ImageDraw.Draw(sheet)
+    for i, (task, levels) in enumerate(args.tasks.items()):
+        for j, level in enumerate(levels):
+            row = max(sample_rows(task, level, "train", 3, args.seed, args.hole_prob), key=lambda row: len(row["plan"]))
+            image = TASKS[task].render(row["state"], args.cell_size).resize((size, size), Image.LANCZOS)
+            x, y = j * (size + 16) + 8, i * 2 * (size + 24) + 20
+            label.text((x, y - 14), f"{task} {level}, {row['bucket']}: {','.join(row['plan'])}"[:48], "black")
+            sheet.paste(image, (x, y))
+            path = [((c + 0.5) * size / level, (r + 0.5) * size / level) for r, c, *_ in trace(task, row["state"], row["plan"])]
+            pen = ImageDraw.Draw(image)
+            pen.line(path, (230, 0, 160), 5, joint="curve")
+            for (px, py), action in zip(path[1:], row["plan"]):
+                if action in ("PICK", "DROP"):
+                    pen.ellipse([px - 9, py - 9, px + 9, py + 9], outline=(230, 0, 160), width=4)
+            sheet.paste(image, (x, y + size + 4))
+        for title, text in (("row", json.dumps(row)), ("student, beside the picture", student_prompt(row)),
+                            ("teacher, with the reference plan", teacher_prompt(row)), ("teacher without it", teacher_prompt(row, "state")),
+                            ("response", response(row)), ("perception", perception_prompt(row)), ("target", perception_target(row))):
+            print(f"--- {task}: {title}\n{text}")
+    sheet.save(args.show)
+    print(f"--- wrote {args.show}")
+
+
 def main(args):
+    if args.show:
+        return show(args)
+    if args.from_vsp:
+        splits = {"test": benchmark_rows(vsp_records(args.from_vsp), args.from_vsp)}
+    elif args.from_visualplanning:
+        splits = {"test": benchmark_rows(visualplanning_records(args.from_visualplanning, args.task), args.from_visualplanning)}
+    else:
+        exclude = {key_of(row["state"]) for folder in args.exclude for row in load_rows(folder)}
+        splits = {split: generated_rows(args, split, exclude) for split in SPLITS}
     # Everything is written aside and renamed at the end: the folder is complete or not there.
-    partial_dir = Path(f"{args.out}.partial")
-    shutil.rmtree(partial_dir, ignore_errors=True)
-    total = sum(len(levels) for levels in args.tasks.values()) * (args.train + args.val + args.test)
+    aside = Path(f"{args.out}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    total = None if len(splits) == 1 else sum(map(len, args.tasks.values())) * (args.train + args.val + args.test)
     try:
-        with multiprocessing.get_context("spawn").Pool(args.workers) as pool, \
-                tqdm(total=total, desc="puzzles", unit="row") as bar:
-            for split in SPLITS:
-                folder = partial_dir / split
-                folder.mkdir(parents=True)
-                with open(folder / "metadata.jsonl", "w") as out:
-                    for task, levels in args.tasks.items():
-                        for level in levels:
-                            rows = list(sample_rows(task, level, split, getattr(args, split), args.seed, args.hole_prob))
-                            out.writelines(json.dumps(row) + "\n" for row in rows)
-                            job = partial(draw, folder=folder, cell_size=args.cell_size, image_size=args.image_size)
-                            for _ in pool.imap(job, rows, chunksize=32):
-                                bar.update()
-        (partial_dir / "args.json").write_text(json.dumps(vars(args), indent=1))
+        with multiprocessing.get_context("spawn").Pool(args.workers) as pool, tqdm(total=total, desc="puzzles", unit="row") as bar:
+            for split, rows in splits.items():
+                (aside / split).mkdir(parents=True)
+                job = partial(draw, folder=aside / split, cell_size=args.cell_size, image_size=args.image_size)
+                drawing = ()
+                with open(aside / split / "metadata.jsonl", "w") as file:
+                    while block := list(islice(rows, 256)):  # the next block is found while the last one is being drawn
+                        drawn, drawing = drawing, pool.imap_unordered(job, block, chunksize=16)
+                        file.writelines(json.dumps({key: row[key] for key in row if key != "picture"}) + "\n" for row in block)
+                        bar.update(sum(1 for _ in drawn))
+                bar.update(sum(1 for _ in drawing))
+            total = bar.n
+        (aside / "args.json").write_text(json.dumps(vars(args), indent=1))
         if Path(args.out).exists():
             shutil.rmtree(args.out)
-        partial_dir.rename(args.out)
+        aside.rename(args.out)
     finally:
-        shutil.rmtree(partial_dir, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
     print(f"{total} puzzles in {args.out}")
 
 

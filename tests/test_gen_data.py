@@ -218,7 +218,7 @@ def test_same_seed_same_bytes_and_no_state_in_two_splits(tmp_path):
     (["--tasks", "minibehaviour:2"], "minibehaviour has levels 4 to 6"),
     (["--tasks", "maze:x"], "cannot read the levels"),
     (["--hole_prob", "1.5"], "outside 0..1"),
-    (["--tasks", "minibehaviour:4", "--train", "5000"], "distinct ones found"),
+    (["--tasks", "minibehaviour:4", "--train", "5000"], "distinct ones can be had"),
     (["--out", "."], "exists"),
     (["--out", ".", "--overwrite"], "not made by gen_data.py"),
 ])
