@@ -54,7 +54,7 @@ PRESETS["8b"] = PRESETS["4b"]
 
 def fail(message):
     """Bad input: one line on stderr, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, also below a progress bar
     raise SystemExit(2)
 
 
@@ -699,6 +699,8 @@ def visualplanning_records(file, task):
                 state = {"grid": office_grid(meta, level)}
             elif task == "frozenlake":
                 state = {"grid": ["".join(row) for row in meta["layout"]]}
+                if any(len(row) != level for row in state["grid"]):
+                    raise ValueError(f"the map is not square, or not {level}x{level} as its level says")
                 for mark, pos in (("S", meta["start_pos"]), ("G", meta["target_pos"])):
                     if at(state["grid"], divmod(pos, level)) != mark:
                         raise ValueError(f"no {mark} at its position {pos}")
@@ -913,9 +915,10 @@ def main(args):
     if args.show:
         return show(args)
     if args.from_vsp:
-        splits = {"test": benchmark_rows(vsp_records(args.from_vsp), args.from_vsp)}
+        splits = {"test": iter(list(benchmark_rows(vsp_records(args.from_vsp), args.from_vsp)))}
     elif args.from_visualplanning:
-        splits = {"test": benchmark_rows(visualplanning_records(args.from_visualplanning, args.task), args.from_visualplanning)}
+        records = visualplanning_records(args.from_visualplanning, args.task)
+        splits = {"test": iter(list(benchmark_rows(records, args.from_visualplanning)))}
     else:
         exclude = {key_of(row["state"]) for folder in args.exclude for row in load_rows(folder)}
         splits = {split: generated_rows(args, split, exclude) for split in SPLITS}
