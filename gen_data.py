@@ -8,10 +8,13 @@ written once for all of them stands below the classes.
     python gen_data.py                                  # the paper's range -> data/{train,val,test}
     python gen_data.py --preset tiny --overwrite        # what the bundled tiny backbone is trained on
     python gen_data.py --tasks frozenlake:3-5 maze:4 --train 500 --out data/mine
+    python gen_data.py --show                           # look: puzzles.png, and the prompts of each task
+    python gen_data.py --from_vsp DIR --out data/vsp    # a public benchmark as the split "test", same rows
+    python gen_data.py --from_visualplanning FILE --task maze --out data/vp_maze
 
 Rows go to data/<split>/metadata.jsonl beside their PNGs (the "imagefolder" layout of `datasets`):
-    {"file_name", "id", "task", "level", "seed", "state", "plan"}
-A row holds facts only. Prompts are functions of a row, so changing one needs no new data.
+    {"file_name", "id", "task", "level", "seed", "source", "bucket", "state", "plan"}
+`bucket` is the difficulty (easy, medium, hard), by the length of the shortest plan. A row holds facts only. Prompts are functions of a row, so changing one needs no new data.
 Coordinates are (row, column), counted from 0 at the top left.
 """
 import argparse
@@ -319,7 +322,7 @@ def assemble(tiles):
 @lru_cache
 def lake_tile(cell, size):
     """A cell as VSP draws it, pixel by pixel: gymnasium's art, scaled with nearest-neighbour: ice, then hole, goal or
-    stool, a one-pixel outline, then the elf on the start. Blended in the integer arithmetic of pygame, which drew VSP's."""
+    stool, a one-pixel outline, then the elf on the start. Blended in pygame's integer arithmetic: so VSP's own pictures come out."""
     import gymnasium
     pixels = np.zeros((size, size, 3), int)
     for name in ("ice", *{"H": ["hole"], "G": ["goal"], "S": ["stool"]}.get(cell, []), "outline", *["elf_down"] * (cell == "S")):
