@@ -310,7 +310,7 @@ class Run:
             for path in self.out.iterdir():
                 if path.name in ("adapter", "args.json") or path.name.startswith("checkpoint") or path.suffix == ".jsonl":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-        record = {"args": vars(args), "inputs": {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in inputs},
+        record = {"args": vars(args), "inputs": {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in inputs if Path(path).is_file()},
                   "versions": versions()}
         sizes = {}
         if newest := max(self.out.glob("checkpoint-*"), default=None):

@@ -44,7 +44,7 @@ def contents(out):
     """What a run leaves, without times and memory: the adapter's bytes, the other lines."""
     lines = {file.name: [json.loads(line) for line in open(file)] for file in sorted(out.glob("*.jsonl"))}
     for line in lines["metrics.jsonl"]:
-        del line["seconds"], line["peak_gb"]
+        line = [line.pop(key, None) for key in ("seconds", "step_seconds", "peak_gb")]
     return (out / "adapter/adapter_model.safetensors").read_bytes(), lines
 
 
