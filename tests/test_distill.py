@@ -1,4 +1,6 @@
 """The distillation step: the divergences, the sliced loss, its alignment and the options, against independent references."""
+import json
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -8,6 +10,7 @@ from torch.nn.functional import kl_div
 
 import common
 import distill
+import gen_data
 from bench_distill import qwen_checkpoint
 from distill import DIVERGENCES, forward_kl, jsd, reverse_kl, sampled
 from gen_data import response, student_prompt, teacher_prompt
@@ -340,3 +343,66 @@ def test_rollouts_follow_the_seed(backbone, student):
         runs.append(common.sample(student.eval(), backbone[1], prompt, 12))
     assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
     assert runs[0][0].tolist() != runs[2][0].tolist()
+
+
+# ---------------------------------------------------------------- the options
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "data"
+    gen_data.main(gen_data.parse_args(["--preset", "tiny", "--train", "8", "--val", "2", "--test", "2", "--out", str(folder)]))
+    return folder
+
+
+def train(data, out, *words, steps=1):
+    """Run distill.py's main from a fresh adapter -> its metrics and its rollouts."""
+    distill.main(distill.parse_args(["--preset", "tiny", "--data", str(data), "--out", str(out), "--init", "none", "--batch", "12",
+                                     "--micro_batch", "5", "--steps", str(steps), *words]))
+    return ([json.loads(line) for line in open(out / name)] for name in ("metrics.jsonl", "rollouts.jsonl"))
+
+
+def test_the_teacher_samples_off_policy(data, tmp_path):
+    """From symbols and plan the base model succeeds, from pictures it does not: it is seen who sampled."""
+    [by_teacher], rollouts = train(data, tmp_path / "a", "--on_policy", "0", "--divergence", "forward_kl")
+    [by_student], _ = train(data, tmp_path / "b")
+    assert (by_teacher["sampler"], by_student["sampler"]) == ("teacher", "student")
+    assert by_teacher["success"] > 0.7 > 0.3 > by_student["success"]
+    assert by_student["loss"] == by_student["kl"] and by_teacher["loss"] != by_teacher["kl"]
+    assert {"encode", "sample", "teacher", "student", "loss", "backward", "optimizer", "rest"} == by_teacher["seconds"].keys()
+    assert 1 < len(rollouts) <= 8 and {row["task"] for row in rollouts} == set(gen_data.TASKS)
+    for row in rollouts:
+        assert row.keys() == {"step", "id", "task", "tokens", "kl", "part", "outcome"}
+        assert len(row["tokens"]) == len(row["kl"]) == len(row["part"]) and row["part"] == sorted(row["part"])
+
+
+def test_who_the_teacher_is_and_what_it_reads(data, tmp_path, monkeypatch):
+    """Every scoring pass: are the adapters on, is there a picture, which text?"""
+    seen, original = [], common.response_hidden
+
+    def spy(model, prompt, ids, mask):
+        on = not model.base_model.model.model.language_model.layers[0].mlp.up_proj.disable_adapters
+        seen.append((torch.is_grad_enabled(), on, "pixel_values" in prompt, prompt["input_ids"].shape[1]))
+        return original(model, prompt, ids, mask)
+    monkeypatch.setattr(common, "response_hidden", spy)
+    lengths = {}
+    for context in ("state+plan", "state", "none"):
+        for weights in ("base", "live"):
+            seen.clear()
+            # With the same prompt, a fresh adapter makes both roles equal: there is no gradient, and main says so.
+            with pytest.raises(SystemExit) if context == "none" else nullcontext():
+                train(data, tmp_path / f"{context}-{weights}", "--teacher_context", context, "--teacher_weights", weights,
+                      "--tasks", "maze:3", "--max_new_tokens", "8")
+            assert len(seen) == 2 * 3 and {(grad, on) for grad, on, *_ in seen} == {(True, True), (False, weights == "live")}
+            assert all(picture == (grad or context == "none") for grad, _, picture, _ in seen)
+            lengths[context] = max(length for grad, *_, length in seen if not grad)
+    assert lengths["state+plan"] > lengths["state"]
+
+
+def test_tasks_filter_the_rows_and_bad_options_are_refused(data, tmp_path, capsys):
+    _, rollouts = train(data, tmp_path / "a", "--tasks", "maze:4", "minibehaviour", "--max_new_tokens", "4")
+    assert {row["id"].rsplit("_", 1)[0] for row in rollouts} == {"train_maze_4", "train_minibehaviour_5"}
+    for words, message in ((["--tasks", "maze:6"], "maze:6"), (["--beta", "2"], "--beta 2.0"), (["--on_policy", "-1"], "--on_policy"),
+                           (["--slice", "0"], "--slice 0")):
+        with pytest.raises(SystemExit) as stop:
+            train(data, tmp_path / "b", *words)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
