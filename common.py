@@ -314,7 +314,7 @@ class Run:
     def __init__(self, args, script, inputs=()):
         """inputs: files that the result depends on, such as the rows; their hashes are kept with the arguments."""
         self.args, self.out, self.optimizer, self.stop = args, Path(args.out), None, None
-        self.step, self.skipped, self.skipped_in_a_row, self.adapter = 0, 0, 0, None
+        self.step, self.skipped, self.skipped_in_a_row, self.adapter, self.checkpoint, self.updated = 0, 0, 0, None, None, False
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.out / "lock", "w")  # held as long as this process lives, however it ends
         try:
@@ -358,9 +358,10 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if isinstance(error, torch.OutOfMemoryError):
-            self.save()
-            fail(f"the GPU's memory does not suffice ({str(error).splitlines()[0]}). Saved after {self.step} steps; run again with a lower "
-                 "--micro_batch or --slice to go on, or with a lower --max_new_tokens and --restart")
+            if not self.updated:  # else the weights are a step further than the log
+                self.save()
+            fail(f"the GPU's memory does not suffice ({str(error).splitlines()[0]}). {self.checkpoint or 'No checkpoint'} is what there is; "
+                 "run again with a lower --micro_batch or --slice to go on, or with a lower --max_new_tokens and --restart")
 
     def steps(self, model, optimizer):
         """The numbers of the steps to do. Saves every `save_every` steps, at the end, and when a signal asks to stop."""
@@ -368,6 +369,7 @@ class Run:
         if self.adapter:
             optimizer.load_state_dict(load_optimizer(self.checkpoint / "optimizer.pt"))
         for step in tqdm(range(self.step, self.args.steps), desc=self.out.name, unit="step", initial=self.step, total=self.args.steps):
+            self.updated = False
             yield step
             self.step = step + 1
             if self.stop or self.step % self.args.save_every == 0 or self.step == self.args.steps:
@@ -408,8 +410,6 @@ class Run:
             shutil.rmtree(other)
         self.checkpoint = folder
 
-    checkpoint = None
-
     def append(self, name, rows):
         """Lines for a .jsonl file beside the log; an interrupted run cuts it back like the log."""
         try:
@@ -439,6 +439,7 @@ class Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            self.updated = True
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
             self.append("not_finite.jsonl", [{"step": self.step + 1, "loss": str(loss), "grad_norm": str(norm), **item} for item in evidence])
