@@ -38,6 +38,9 @@ def parse_args(argv=None):
     add("--max_new_tokens", type=int, help="length limit of a rollout, tokens")
     add("--slice", type=int, default=128, help="response positions whose logits exist at a time")
     add("--show_every", type=int, default=25, help="steps between sampled responses on the console")
+    add("--estimate", nargs="?", const="cuda", choices=("cuda", "cpu"), help="print what a step would hold in memory and stop")
+    add("--prompt_tokens", type=int, nargs=2, default=(250, 320), metavar=("STUDENT", "TEACHER"),
+        help="for --estimate: prompt lengths (default: the longest of all tasks and levels in Qwen's tokens)")
     return common.resolve(parser.parse_args(argv), "distill")
 
 
@@ -66,6 +69,8 @@ def sliced_backward(hidden, teacher_hidden, lm_head, divergence, denominator, wi
 
 
 def main(args):
+    if args.estimate:
+        return common.estimate(args, lambda *states: sliced_backward(*states, reverse_kl, 1, args.slice))
     gen_data.ensure(args.data, args.preset, args.seed)
     rows = gen_data.load_rows(args.data, "train")
     model, processor = common.load(args.model, args.bits)
