@@ -406,6 +406,8 @@ def skeleton(args):
         config = Qwen3VLConfig(**CONFIGS[args.model])
     else:
         fail(f"no config.json for --model {args.model}: wanted a folder that has one, or {' or '.join(CONFIGS)}")
+    if args.prompt_tokens[0] <= IMAGE_TOKENS:
+        fail(f"--prompt_tokens {args.prompt_tokens[0]}: wanted more than the {IMAGE_TOKENS} of the picture in it")
     AttentionInterface.register("fused", fused_attention)
     config._attn_implementation = "fused"
     with torch.device("meta"):
@@ -425,6 +427,9 @@ def held(model, args):
     other = f"embeddings and lm_head ({'one matrix' if tied else 'two matrices'}), norms, {frozen}"
     adapters, gradients, adam = "adapters, float32", "their gradients", f"AdamW, {'8 bits, paged' if paged else 'float32'}"
     rows = dict.fromkeys([linears, vision, other, adapters, gradients, adam], 0)
+    tower = network(model).config.vision_config  # a patch is float32, [channels, frames, height, width]
+    patch = 4 * tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
+    rows["pictures of the step, float32"] = args.batch * IMAGE_TOKENS * tower.spatial_merge_size**2 * patch
     for name, weight in model.named_parameters():
         n = weight.numel()
         if weight.requires_grad:
@@ -450,8 +455,8 @@ def moments(model, args, slice_loss, B):
     T, (P, teacher_P) = args.max_new_tokens, args.prompt_tokens
     N, merge = B * T, tower.spatial_merge_size**2
     kv_cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * B * (P + T) * size
-    # NF4 linears are dequantised one at a time, in forward and backward
-    matrix = max(w.numel() for n, w in model.named_parameters() if re.search(LANGUAGE, n)) * size if args.bits == 4 else 0
+    # NF4 linears are dequantised one at a time, in the forward and in the backward pass
+    matrix = {"a dequantised matrix": text.hidden_size * text.intermediate_size * size} if args.bits == 4 else {}
     empty = partial(torch.empty, device="meta", dtype=net.lm_head.weight.dtype)
 
     def language(embeddings):
@@ -483,17 +488,18 @@ def moments(model, args, slice_loss, B):
         live.peak = 0
         hidden.backward(torch.empty_like(hidden))
         backward = live.peak
+    few, state = min(N, 2 * args.slice), 4 * text.hidden_size * size  # a third slice finds the room of the first
     with Live() as live:
-        slice_loss(empty(N, text.hidden_size).requires_grad_(), empty(N, text.hidden_size), net.lm_head)
-    states = 4 * N * text.hidden_size * size  # of student and teacher; the gradient, once more as it enters the network
+        slice_loss(empty(few, text.hidden_size).requires_grad_(), empty(few, text.hidden_size), net.lm_head)
+    states, logits = N * state, live.peak - few * state  # student, teacher, gradient, its copy as it enters the network
     keep = {f"kept for the backward pass{', layer inputs' if args.estimate == 'cuda' else ''}": saved}
+    back = "one layer, recomputed, and its gradients" if args.estimate == "cuda" else "gradients on their way"
     return {
-        "rollout": {"KV cache": kv_cache, "logits of one token": 4 * 4 * B * text.vocab_size, "a dequantised matrix": matrix},
-        "teacher": {"one layer at a time": teacher, "a dequantised matrix": matrix},
-        "student": keep | {"one layer at a time": forward - saved, "a dequantised matrix": matrix},
-        "loss": keep | {"hidden states and gradient": states, "one slice of logits": live.peak - states},
-        "backward": keep | {"hidden states and gradient": states, "one layer, recomputed, and its gradients": backward - saved,
-                            "a dequantised matrix": matrix}}
+        "rollout": {"KV cache": kv_cache, "logits of one token": 4 * 4 * B * text.vocab_size, **matrix},
+        "teacher": {"one layer at a time": teacher, **matrix},
+        "student": {**keep, "one layer at a time": forward - saved, **matrix},
+        "loss": {**keep, "hidden states and gradient": states, "one slice of logits": logits},
+        "backward": {**keep, "hidden states and gradient": states, back: backward - saved, **matrix}}
 
 
 def estimate(args, slice_loss):
@@ -502,13 +508,15 @@ def estimate(args, slice_loss):
     resident = held(model, args)
     if args.estimate == "cuda":
         resident["CUDA itself (assumed, not measured)"] = CUDA_BYTES
+    # From B rows to 2B everything grows in proportion, so two counts give the largest micro-batch.
     now, twice = moments(model, args, slice_loss, B), moments(model, args, slice_loss, 2 * B)
     base, need = sum(resident.values()), {name: sum(rows.values()) for name, rows in now.items()}
-    grow = {name: (sum(rows.values()) - need[name]) / B for name, rows in twice.items()}  # bytes per row, after the first
+    grow = {name: (sum(rows.values()) - need[name]) / B for name, rows in twice.items()}  # bytes per row
     worst = max(need, key=need.get)
-    print(f"\nOne distillation step on {args.estimate}: micro-batch {B}, prompts of {args.prompt_tokens[0]} (student, picture and all)"
-          f" and {args.prompt_tokens[1]} tokens (teacher),\nresponses of {args.max_new_tokens} tokens, slices of {args.slice}"
-          f", LoRA rank {args.lora_rank}. GB = 10^9 bytes.\n")
+    student, teacher = args.prompt_tokens
+    print(f"\nOne distillation step on {args.estimate}: micro-batch {B}, LoRA rank {args.lora_rank}, slices of {args.slice},\n"
+          f"prompts of {student} (student, {IMAGE_TOKENS} of them the picture) and {teacher} tokens (teacher), "
+          f"every response {args.max_new_tokens} tokens long.\nGB = 10^9 bytes.\n")
     for title, rows in [("held throughout", resident), *((f"at its worst: {name}" if name == worst else name, rows)
                                                          for name, rows in now.items())]:
         print(f"{sum(rows.values()) / 1e9:8.3f}  {title}")
@@ -519,6 +527,6 @@ def estimate(args, slice_loss):
         most = min(B + (card * 2**30 - base - need[name]) // grow[name] for name in need)
         print(f"{card:3d} GB card ({card * 2**30 / 1e9:.1f} GB): " + (f"micro-batch up to {most:.0f}" if most > 0 else "does not fit"))
     if args.estimate == "cuda":
-        print("\nNo GPU was measured. The same count is within 15% of the measured peak on the CPU (tests/bench_memory.py);\n"
+        print("\nNo GPU was measured. On the CPU the same count is within 15% of the measured peak (python tests/bench_memory.py);\n"
               "what CUDA itself takes is a guess, and a desktop on the same card comes on top.")
     return resident, now, base + need[worst]
