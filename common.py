@@ -441,7 +441,8 @@ def held(model, args):
             # a scale of 8 bits per 64, for those a float32 per 256, an offset, and the code books of both levels
             rows[linears] += n // 2 + -(-n // 64) + 4 * -(-n // (64 * 256)) + 4 * (1 + 16 + 256)
         else:
-            rows[linears if re.search(LANGUAGE, name) else vision if ".visual." in name else other] += n * weight.element_size()
+            row = linears if re.search(LANGUAGE, name) else vision if ".visual." in name else other
+            rows[row] += n * weight.element_size()
     return rows
 
 
@@ -525,8 +526,9 @@ def estimate(args, slice_loss):
     print(f"{(base + need[worst]) / 1e9:8.3f}  peak = held throughout + {worst}\n")
     for card in (8, 12, 16, 24) if args.estimate == "cuda" else ():
         most = min(B + (card * 2**30 - base - need[name]) // grow[name] for name in need)
-        print(f"{card:3d} GB card ({card * 2**30 / 1e9:.1f} GB): " + (f"micro-batch up to {most:.0f}" if most > 0 else "does not fit"))
+        verdict = f"micro-batch up to {most:.0f}" if most > 0 else "does not fit"
+        print(f"{card:3d} GB card ({card * 2**30 / 1e9:.1f} GB): {verdict}")
     if args.estimate == "cuda":
-        print("\nNo GPU was measured. On the CPU the same count is within 15% of the measured peak (python tests/bench_memory.py);\n"
-              "what CUDA itself takes is a guess, and a desktop on the same card comes on top.")
+        print("\nNo GPU was measured. On the CPU the same count is within 15% of the measured peak\n"
+              "(python tests/bench_memory.py); what CUDA itself takes is a guess, and a desktop on the same card comes on top.")
     return resident, now, base + need[worst]
