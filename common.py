@@ -325,12 +325,13 @@ class Run:
             for path in self.out.iterdir():
                 if path.name in ("adapter", "args.json") or path.name.startswith("checkpoint") or path.suffix == ".jsonl":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-        record = {"args": vars(args), "inputs": {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in inputs if Path(path).is_file()},
+        arguments = json.loads(json.dumps(vars(args)))
+        record = {"args": arguments, "inputs": {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in inputs if Path(path).is_file()},
                   "versions": versions()}
         sizes = {}
         if newest := max(self.out.glob("checkpoint-*"), default=None):
             old, state = (json.loads((folder / name).read_text()) for folder, name in ((self.out, "args.json"), (newest, "state.json")))
-            other = [f"--{key} was {old['args'].get(key)!r} and is {value!r}" for key, value in vars(args).items()
+            other = [f"--{key} was {old['args'].get(key)!r} and is {value!r}" for key, value in arguments.items()
                      if key not in self.free and old["args"].get(key) != value]
             other += [f"{path} has changed" for path, digest in record["inputs"].items() if old["inputs"].get(path, digest) != digest]
             other += [f"--steps {args.steps}, but {state['step']} are done"] if state["step"] > args.steps else []

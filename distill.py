@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 import common
+import estimate
 import gen_data
 from gen_data import PARTS, check, open_picture, parse, part_of, student_prompt, teacher_prompt
 
@@ -47,6 +48,9 @@ def parse_args(argv=None):
     add("--max_new_tokens", type=int, help="length limit of a rollout, tokens")
     add("--slice", type=int, default=128, help="response positions whose logits exist at a time")
     add("--show_every", type=int, default=25, help="steps between sampled responses on the console and in rollouts.jsonl")
+    add("--estimate", nargs="?", const="cuda", choices=("cuda", "cpu"), help="print what a step would hold in memory and stop")
+    add("--prompt_tokens", type=int, nargs=2, default=(250, 320), metavar=("STUDENT", "TEACHER"),
+        help="for --estimate: prompt lengths (default: a little over the longest of all tasks and levels in Qwen's tokens)")
     args = parser.parse_args(argv)
     for name in ("beta", "on_policy"):
         if not 0 <= getattr(args, name) <= 1:
@@ -125,6 +129,10 @@ def sliced_divergence(hidden, teacher_hidden, token, lm_head, divergence, width)
 
 
 def main(args):
+    divergence = partial(jsd, beta=args.beta) if args.divergence == "jsd" else DIVERGENCES[args.divergence]
+    if args.estimate:
+        return estimate.estimate(args, lambda hidden, teacher_hidden, token, lm_head: sliced_divergence(
+            hidden, teacher_hidden, token, lm_head, divergence, args.slice))
     gen_data.ensure(args.data, args.preset, args.seed)
     rows = gen_data.load_rows(args.data, "train")
     if args.tasks:
@@ -143,7 +151,6 @@ def main(args):
     lm_head = common.network(model).lm_head
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = common.adamw(weights, args.lr)
-    divergence = partial(jsd, beta=args.beta) if args.divergence == "jsd" else DIVERGENCES[args.divergence]
     teacher_weights = nullcontext if args.teacher_weights == "live" else model.disable_adapter
 
     with run:
