@@ -14,13 +14,11 @@ import time
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 import common
 import gen_data
-from gen_data import perception_prompt, perception_target, questions, score_perception
+from gen_data import open_picture, perception_prompt, perception_target, questions, score_perception
 
 
 def parse_args(argv=None):
@@ -49,7 +47,7 @@ def draw_questions(rows, count, rng, map_share):
 def encode(processor, pairs, device):
     """(row, names) pairs -> the prompt batch and the target tokens (ids, mask) [B, T]."""
     prompt = common.encode(processor, [perception_prompt(row, names) for row, names in pairs],
-                           [Image.open(row["path"]) for row, _ in pairs], device)
+                           [open_picture(row["path"]) for row, _ in pairs], device)
     return prompt, *common.encode_responses(processor, [perception_target(row, names) for row, names in pairs], device)
 
 
@@ -79,36 +77,36 @@ def look(model, processor, pairs, micro_batch, max_new_tokens, device):
 def main(args):
     gen_data.ensure(args.data, args.preset, args.seed)
     train, val = gen_data.load_rows(args.data, "train"), gen_data.load_rows(args.data, "val")
+    run = common.Run(args, __file__, [f"{args.data}/train/metadata.jsonl"])
     torch.manual_seed(args.seed)
     model, processor = common.load(args.model, args.bits)
-    model = common.add_lora(model, args.lora_rank, args.lora_vision)
+    model = common.add_lora(model, args.lora_rank, args.lora_vision, run.adapter)
     device = model.device
     model.print_trainable_parameters()
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = common.adamw(weights, args.lr)
-    log = common.Log(args.out, args, __file__)
     held_out = draw_questions(val, 96, np.random.default_rng(args.seed), 0.5)
 
-    for step in tqdm(range(args.steps), desc="coldstart", unit="step"):
-        begin = time.time()
-        lr = common.learning_rate(step, args.steps, args.lr)
-        pairs = draw_questions(train, args.batch, np.random.default_rng([args.seed, step]), args.map_share)
-        pairs.sort(key=lambda pair: (pair[1] != ("map",), pair[0]["task"], pair[0]["level"]))  # similar lengths: less padding
-        batches = [encode(processor, pairs[i:i + args.micro_batch], device) for i in range(0, args.batch, args.micro_batch)]
-        tokens = sum(int(mask.sum()) for _, _, mask in batches)  # one denominator, whatever the micro-batches
-        model.train()
-        loss = 0.0
-        for prompt, ids, mask in batches:
-            part = answer_loss(model, prompt, ids, mask) / tokens
-            part.backward()
-            loss += part.item()
-        norm = common.optimizer_step(optimizer, weights, lr)
-        values = dict(step=step + 1, loss=loss, lr=lr, grad_norm=norm, seconds=time.time() - begin, peak_gb=common.peak_gb())
-        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            values |= dict(zip(("val_loss", "val_map", "val_questions"),
-                               look(model, processor, held_out, args.micro_batch, args.max_new_tokens, device)))
-        log(**values)
-    common.save_adapter(model, args.out)
+    with run:
+        for step in run.steps(model, optimizer):
+            begin = time.time()
+            lr = common.learning_rate(step, args.steps, args.lr)
+            pairs = draw_questions(train, args.batch, np.random.default_rng([args.seed, step]), args.map_share)
+            pairs.sort(key=lambda pair: (pair[1] != ("map",), pair[0]["task"], pair[0]["level"]))  # similar lengths: less padding
+            batches = [encode(processor, pairs[i:i + args.micro_batch], device) for i in range(0, args.batch, args.micro_batch)]
+            tokens = sum(int(mask.sum()) for _, _, mask in batches)  # one denominator, whatever the micro-batches
+            model.train()
+            loss = 0.0
+            for prompt, ids, mask in batches:
+                part = answer_loss(model, prompt, ids, mask) / tokens
+                part.backward()
+                loss += part.item()
+            norm = run.update(loss, weights, lr, ({"id": row["id"], "questions": names} for row, names in pairs))
+            values = dict(step=step + 1, loss=loss, lr=lr, grad_norm=norm, seconds=time.time() - begin, peak_gb=common.peak_gb())
+            if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+                values |= dict(zip(("val_loss", "val_map", "val_questions"),
+                                   look(model, processor, held_out, args.micro_batch, args.max_new_tokens, device)))
+            run.log(**values)
     print(f"wrote {args.out}/adapter; next: python distill.py")
 
 

@@ -7,20 +7,26 @@ Everything the two stages and the evaluation share stands here once:
     encode               prompts and pictures -> a left-padded batch (the only caller of the chat template)
     sample               responses, token by token, the end token included
     response_hidden      the hidden states that predict given response tokens
-    Log                  one human line and one JSON line per step
+    Run                  a stage's folder: its log, its checkpoints, its way back after an interruption
 """
+import fcntl
+import hashlib
 import json
 import logging
+import math
+import os
+import pickle
 import platform
 import resource
 import shutil
+import signal
 import sys
 import time
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from gen_data import fail
@@ -230,6 +236,8 @@ def add_flags(parser, stage=None):
         add("--micro_batch", type=int, help="rows per forward pass; does not change the result")
         add("--lora_rank", type=int, help="rank of the adapters; alpha is twice the rank")
         add("--lora_vision", type=int, choices=(0, 1), help="1: adapters on the vision tower's linears too")
+        add("--save_every", type=int, default=20, help="steps between checkpoints; run again to continue from the newest")
+        add("--restart", action="store_true", help="delete what is in --out and begin anew")
 
 
 def resolve(args, stage=None):
@@ -243,7 +251,7 @@ def resolve(args, stage=None):
         name = key.removeprefix(f"{stage}_")
         if hasattr(args, name) and getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("steps", "batch", "micro_batch", "lora_rank", "max_new_tokens"):
+    for name in ("steps", "batch", "micro_batch", "lora_rank", "max_new_tokens", "save_every"):
         if getattr(args, name, 1) < 1:
             fail(f"--{name} {getattr(args, name)}: wanted at least 1")
     print(f"preset {args.preset} ({why}; choose with --preset {'|'.join(PRESETS)}): {args.model} in {args.bits} bits")
@@ -253,7 +261,7 @@ def resolve(args, stage=None):
 def learning_rate(step, steps, peak):
     """Linear warm-up over the first tenth of the steps, then a cosine down to zero."""
     warm = max(1, steps // 10)
-    return peak * min((step + 1) / warm, 0.5 * (1 + np.cos(np.pi * max(0, step + 1 - warm) / max(1, steps - warm))))
+    return peak * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, step + 1 - warm) / max(1, steps - warm))))
 
 
 def versions():
@@ -271,30 +279,187 @@ def peak_gb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1) / 1e9
 
 
-class Log:
-    """A run's folder: args.json, a copy of the script, metrics.jsonl. One line per step to both eyes and file."""
+class Run:
+    """One stage's run in the folder args.out, and its way back after an interruption.
 
-    def __init__(self, out, args, script):
-        self.out = Path(out)
+        run = Run(args, __file__, inputs)      # refuses a second writer and other arguments; knows where to continue
+        model = add_lora(..., run.adapter or ...)
+        with run:
+            for step in run.steps(model, optimizer):
+                ...
+                norm = run.update(loss, weights, lr, evidence)
+                run.log(step=step + 1, ...)
+
+    The folder holds args.json, a copy of the script, metrics.jsonl, the newest checkpoint-<steps done> (adapter,
+    optimizer.pt, state.json) and, when all steps are done, adapter/ in PEFT's format. Nothing random is stored: a step
+    draws its randomness from (seed, step).
+    """
+    free = ("steps", "micro_batch", "slice", "save_every", "show_every", "eval_every", "restart")  # may differ when a run goes on
+
+    def __init__(self, args, script, inputs=()):
+        """inputs: files that the result depends on, such as the rows; their hashes are kept with the arguments."""
+        self.args, self.out, self.optimizer, self.stop = args, Path(args.out), None, None
+        self.step, self.skipped, self.skipped_in_a_row, self.adapter = 0, 0, 0, None
         self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "args.json").write_text(json.dumps({"args": vars(args), "versions": versions()}, indent=1))
+        self.lock = open(self.out / "lock", "w")  # held as long as this process lives, however it ends
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            fail(f"another run is writing to {self.out}: wait for its end or choose another --out")
+        if args.restart:
+            for path in self.out.iterdir():
+                if path.name in ("adapter", "args.json") or path.name.startswith("checkpoint") or path.suffix == ".jsonl":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        record = {"args": vars(args), "inputs": {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in inputs if Path(path).is_file()},
+                  "versions": versions()}
+        sizes = {}
+        if newest := max(self.out.glob("checkpoint-*"), default=None):
+            old, state = (json.loads((folder / name).read_text()) for folder, name in ((self.out, "args.json"), (newest, "state.json")))
+            other = [f"--{key} was {old['args'].get(key)!r} and is {value!r}" for key, value in vars(args).items()
+                     if key not in self.free and old["args"].get(key) != value]
+            other += [f"{path} has changed" for path, digest in record["inputs"].items() if old["inputs"].get(path, digest) != digest]
+            other += [f"--steps {args.steps}, but {state['step']} are done"] if state["step"] > args.steps else []
+            if other:
+                fail(f"{self.out} holds a run that cannot go on like this: {'; '.join(other)}. "
+                     "Give its arguments again, --restart to begin anew, or another --out")
+            self.step, self.skipped, sizes = state["step"], state["skipped"], state["sizes"]
+            self.skipped_in_a_row, self.adapter, self.checkpoint = state["skipped_in_a_row"], str(newest / "adapter"), newest
+            print(f"{self.out}: {self.step} of {args.steps} steps are done" + (", going on" if self.step < args.steps else
+                  "; --steps goes on from here, --restart begins anew"))
+        for file in self.out.glob("*.jsonl"):  # lines of steps that will be done again
+            os.truncate(file, sizes.get(file.name, 0))
+        write_aside(self.out / "args.json", json.dumps(record, indent=1))
         shutil.copy(script, self.out)
-        self.file = open(self.out / "metrics.jsonl", "w")
 
-    def __call__(self, **values):
+    def __enter__(self):
+        def stop(number, frame):
+            self.stop = number
+            signal.signal(number, signal.default_int_handler)  # a second signal stops at once
+            tqdm.write("stopping after this step (again: at once, back to the newest checkpoint)")
+        self.handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind, error, trace):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if isinstance(error, torch.OutOfMemoryError):
+            self.save()
+            fail(f"the GPU's memory does not suffice ({str(error).splitlines()[0]}). Saved after {self.step} steps; run again with a lower "
+                 "--micro_batch or --slice to go on, or with a lower --max_new_tokens and --restart")
+
+    def steps(self, model, optimizer):
+        """The numbers of the steps to do. Saves every `save_every` steps, at the end, and when a signal asks to stop."""
+        self.model, self.optimizer = model, optimizer
+        if self.adapter:
+            optimizer.load_state_dict(load_optimizer(self.checkpoint / "optimizer.pt"))
+        for step in tqdm(range(self.step, self.args.steps), desc=self.out.name, unit="step", initial=self.step, total=self.args.steps):
+            yield step
+            self.step = step + 1
+            if self.stop or self.step % self.args.save_every == 0 or self.step == self.args.steps:
+                self.save()
+            if self.stop and self.step < self.args.steps:
+                print(f"stopped: {self.step} of {self.args.steps} steps are saved in {self.out}; the same command goes on")
+                raise SystemExit(128 + self.stop)
+        if self.checkpoint:  # the finished adapter; the old one stays until the new one is whole
+            aside, old, final = (self.out / name for name in ("adapter.partial", "adapter.old", "adapter"))
+            for folder in (aside, old):
+                shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(self.checkpoint / "adapter", aside)
+            if final.exists():
+                final.rename(old)
+            aside.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+
+    def save(self):
+        """Write checkpoint-<step> aside, flush it, rename it; only then remove the one before."""
+        aside, folder = self.out / "checkpoint.partial", self.out / f"checkpoint-{self.step:07d}"
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            self.model.save_pretrained(aside / "adapter")
+            torch.save(self.optimizer.state_dict(), aside / "optimizer.pt")
+            sizes = {file.name: file.stat().st_size for file in self.out.glob("*.jsonl")}
+            (aside / "state.json").write_text(json.dumps({"step": self.step, "skipped": self.skipped,
+                                                          "skipped_in_a_row": self.skipped_in_a_row, "sizes": sizes}))
+            for path in (*aside.rglob("*"), aside):
+                flush(path)
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+            flush(self.out)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            fail(f"cannot write {folder}: {str(error).splitlines()[0]}; {self.checkpoint or 'no checkpoint'} is what there is, free some "
+                 "space and run again to go on")
+        for other in set(self.out.glob("checkpoint-*")) - {folder}:
+            shutil.rmtree(other)
+        self.checkpoint = folder
+
+    checkpoint = None
+
+    def append(self, name, rows):
+        """Lines for a .jsonl file beside the log; an interrupted run cuts it back like the log."""
+        try:
+            with open(self.out / name, "a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        except OSError as error:
+            fail(f"cannot write {self.out / name}: {error.strerror}; {self.checkpoint or 'no checkpoint'} is what there is")
+
+    def log(self, **values):
+        """One line per step to the eye, one to metrics.jsonl. Numbers that are not finite are null there."""
+        values = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
         tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()
                              if v is not None and not isinstance(v, dict)))
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        self.append("metrics.jsonl", [values])
+
+    def update(self, loss, weights, lr, evidence, max_norm=1.0, patience=5):
+        """One clipped optimizer step at rate `lr`; returns the gradient norm before clipping.
+
+        A loss or norm that is not finite skips the step and writes `evidence` (dicts: rows, responses) to
+        not_finite.jsonl; `patience` such steps in a row end the run. A gradient of zero at the first step is an error.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(weights, max_norm).item()
+        if norm == 0 and self.step == 0:
+            fail("the gradient of the first step is zero: nothing connects the loss to the adapters")
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        else:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            self.append("not_finite.jsonl", [{"step": self.step + 1, "loss": str(loss), "grad_norm": str(norm), **item} for item in evidence])
+            warn(f"step {self.step + 1} skipped: loss {loss}, gradient norm {norm}; its rows are in {self.out}/not_finite.jsonl")
+            if self.skipped_in_a_row == patience:
+                fail(f"{patience} steps in a row were not finite: try a lower --lr, or --bits 16 or 32 instead of {self.args.bits}")
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
 
-def save_adapter(model, out):
-    """Write out/adapter in PEFT's format: aside, then renamed, so that it is complete or not there."""
-    folder, aside = Path(out) / "adapter", Path(out) / "adapter.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+def warn(message):
+    """One line on stderr, below a progress bar too."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def flush(path):
+    """Make sure that a file or folder is on the disk and not only on its way."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def write_aside(path, text):
+    """Write a small file so that it is the old or the new one, whatever happens."""
+    aside = path.with_suffix(".partial")
+    aside.write_text(text)
+    flush(aside)
+    aside.rename(path)
+
+
+def load_optimizer(path):
+    """An optimizer's state dict; only tensors and plain values are read, no code in it is run."""
+    try:
+        return torch.load(path, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        fail(f"cannot read {path}: {str(error).split('. ')[0]}; begin anew with --restart")
 
 
 def merge(path, adapter, folder):
@@ -323,18 +488,6 @@ def adamw(weights, lr):
         import bitsandbytes
         return bitsandbytes.optim.PagedAdamW8bit(weights, lr=lr, weight_decay=0.0)
     return torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
-
-
-def optimizer_step(optimizer, weights, lr, max_norm=1.0):
-    """One clipped step at rate `lr`; returns the gradient norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(weights, max_norm).item()
-    if norm == 0:
-        fail("the gradient is zero: nothing connects the loss to the adapters")
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
 
 
 class Clock:

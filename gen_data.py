@@ -41,6 +41,7 @@ MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
 ACTIONS = (*MOVES, "PICK", "DROP")
 HOLE_PROB = 0.18  # the share of holes in VSP's FrozenLake maps
 SPLITS = ("train", "val", "test")
+MAX_PIXELS = 4096  # a picture's side; larger ones are refused before they are decoded
 DIFFICULTIES = ("easy", "medium", "hard")
 PATIENCE = 50_000  # random puzzles without a new one of a wanted difficulty, before a request counts as impossible
 
@@ -681,10 +682,7 @@ def vsp_records(folder):
                 fail(f"{table}, line {number}: {len(cells)} cells under {header.count('Col')} columns in {len(lines)} rows: not a square map")
             grid.append("".join({"@": "S", "*": "G", "#": "H", "_": "F"}[cell] for cell in cells))
         picture = table.parents[1] / "img" / f"{table.stem}.png"
-        try:
-            size = Image.open(picture).convert("RGB").size
-        except OSError as error:
-            fail(f"{picture}: cannot be read as a picture ({error})")
+        size = open_picture(picture).size
         if size[0] != size[1]:
             fail(f"{picture}: {size[0]}x{size[1]} px, wanted a square")
         level = table.parents[1].name.removeprefix("level")
@@ -801,11 +799,40 @@ def draw(row, folder, cell_size, image_size):
 
 
 def load_rows(data, split="*"):
-    """Rows of data/<split> (default: of every split); each gets "path", the file of its picture."""
+    """Rows of data/<split> (default: of every split), each executed once: a row that is broken stops here, with its line.
+
+    Each gets "path", the file of its picture, which must lie beside the metadata.
+    """
     files = sorted(Path(data).glob(f"{split}/metadata.jsonl"))
     if not files:
         fail(f"no {data}/{split}/metadata.jsonl: make the data with `python gen_data.py --out {data}`")
-    return [row | {"path": str(file.parent / row["file_name"])} for file in files for row in map(json.loads, open(file))]
+    rows = []
+    for file in files:
+        for number, line in enumerate(open(file), 1):
+            try:
+                row = json.loads(line)
+                path = file.parent / row["file_name"]
+                outcome = check(row["task"], row["state"], row["plan"])
+                row["id"], row["level"]
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+                fail(f"{file}, line {number}: not a row ({type(error).__name__}: {error}); make the data again")
+            if outcome != "success":
+                fail(f"{file}, line {number}: the plan of {row['id']} does not solve its puzzle: {outcome}")
+            if path.name != row["file_name"] or path.is_symlink():
+                fail(f"{file}, line {number}: the picture {row['file_name']!r} is not a file in {file.parent}")
+            rows.append(row | {"path": str(path)})
+    return rows
+
+
+def open_picture(path):
+    """The picture in a file, decoded. Fails if it is broken, or so large that decoding it would fill the memory."""
+    try:
+        image = Image.open(path)
+        if max(image.size) > MAX_PIXELS:
+            fail(f"{path}: {image.width}x{image.height} px, wanted at most {MAX_PIXELS} a side")
+        return image.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        fail(f"{path}: cannot be read as a picture ({error})")
 
 
 def ensure(data, preset, seed):

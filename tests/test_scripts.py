@@ -74,7 +74,7 @@ def test_a_foreign_adapter_is_refused(tmp_path):
     sys.path.insert(0, str(ROOT))
     import common
     model = common.add_lora(common.load(common.TINY, 32)[0], 4)
-    common.save_adapter(model, tmp_path)
+    model.save_pretrained(tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     for change in ({"r": 8}, {"target_modules": ["c_attn"]}):
         (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | change))
