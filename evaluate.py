@@ -28,13 +28,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from scipy.stats import binomtest, bootstrap
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import common
 import gen_data
-from gen_data import check, fail, parse, perception_prompt, questions, read_state, score_perception, student_prompt, teacher_prompt, trace
+from gen_data import (check, fail, open_picture, parse, perception_prompt, questions, read_state, score_perception, student_prompt,
+                      teacher_prompt, trace)
 
 RUNS = ("out/coldstart", "out/distill")
 GALLERY = 500  # rows the report shows at most
@@ -59,6 +60,8 @@ def parse_args(argv=None):
     add("--temperature", type=float, default=0.0, help="0: greedy")
     add("--samples", type=int, default=1, help="answers per row: their mean, and pass@k (wants a temperature)")
     add("--perception", action="store_true", help="also ask every perception question about every picture, greedily")
+    add("--force_route", action="store_true", help="where a response ends without an answer, begin its route and let it go on "
+        "(condition RUN+route): shows how a student plans that learnt to stop after the map")
     add("--responses", metavar="FILE", help='score the JSONL {"id", "response"} of any other model')
     add("--name", help="name of the condition (default: the run's folder, the file's stem, the served model)")
     add("--allow_missing", action="store_true", help="rows that --responses does not answer are failures, no error")
@@ -75,8 +78,8 @@ def parse_args(argv=None):
             fail(f"--{name} {getattr(args, name)}: wanted at least 1")
     if args.temperature < 0 or (args.samples > 1 and args.temperature == 0):
         fail(f"--samples {args.samples} --temperature {args.temperature}: several different answers need a --temperature above 0")
-    if args.responses and (args.api_base or args.samples > 1 or args.perception):
-        fail("--responses scores one plan per row: it goes with neither --api_base, --samples nor --perception")
+    if args.responses and (args.api_base or args.samples > 1 or args.perception) or args.force_route and (args.responses or args.api_base):
+        fail("--responses scores one plan per row, without --api_base, --samples, --perception; --force_route is for models here")
     if bool(args.api_base) != bool(args.api_model) or not (args.api_base or "http").startswith("http"):
         fail(f"--api_base {args.api_base} --api_model {args.api_model}: wanted both, e.g. http://localhost:8000/v1 and a model's name")
     if args.name and not re.fullmatch(r"\w[\w.+-]*", args.name):
@@ -168,16 +171,33 @@ class Local:
             self.worn = adapter
         self.model.eval()
 
-    def answer(self, adapter, name, temperature, job):
+    def answer(self, adapter, name, temperature, route, job):
+        """The lines of one batch. route: a response without an answer is made to go on with its route."""
         index, batch = job
         self.wear(adapter)
         torch.manual_seed(int(digest(self.args.seed, name, index), 16) % 2**62)  # depends on nothing before this batch
-        images = [path and Image.open(path) for _, _, path in batch]
+        lines = self.say(batch, [""] * len(batch), temperature)
+        stuck = [i for i, line in enumerate(lines) if route and "</answer>" not in line["response"]]
+        begun = [lines[i]["response"].split("\nRoute")[0].rstrip() + "\nRoute: from" for i in stuck]
+        for i, line in zip(stuck, self.say([batch[i] for i in stuck], begun, temperature) if stuck else []):
+            lines[i] = {**line, "tokens": lines[i]["tokens"] + line["tokens"]}
+        return lines
+
+    def say(self, batch, begun, temperature):
+        """Responses to a batch that begin with the texts `begun`."""
+        images = [path and open_picture(path) for _, _, path in batch]
         prompt = common.encode(self.processor, [text for _, text, _ in batch], images, self.model.device)
-        ids, mask = common.sample(self.model, self.processor, prompt, self.args.max_new_tokens, temperature)   # [B, T]
-        ended = (ids == self.processor.tokenizer.eos_token_id).any(1)
-        return [{**key, "response": text, "tokens": int(row.sum()), "cut": not end} for (key, _, _), text, row, end in zip(
-            batch, common.decode(self.processor, ids, mask), mask, ended.tolist())]
+        if any(begun):
+            more = [torch.tensor(ids, device=self.model.device) for ids in self.processor.tokenizer(begun, add_special_tokens=False)["input_ids"]]
+            keep = prompt["attention_mask"].bool()
+            for name, pad, behind in (("input_ids", self.processor.tokenizer.pad_token_id, more), ("mm_token_type_ids", 0, [0 * ids for ids in more]),
+                                      ("attention_mask", 0, [0 * ids + 1 for ids in more])):
+                rows = [torch.cat([row[kept], new]) for row, kept, new in zip(prompt[name], keep, behind)]
+                prompt[name] = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")        # [B, P]
+        ids, mask = common.sample(self.model, self.processor, prompt, self.args.max_new_tokens, temperature)       # [B, T]
+        ended = (ids == self.processor.tokenizer.eos_token_id).any(1).tolist()
+        return [{**key, "response": start + text, "tokens": int(row.sum()), "cut": not end} for (key, _, _), start, text, row, end in zip(
+            batch, begun, common.decode(self.processor, ids, mask), mask, ended)]
 
 
 def server(args, temperature):
@@ -434,7 +454,7 @@ def read_lines(file):
 
 def picture(row):
     """The row's picture as a small data URL, for looking at."""
-    image, file = Image.open(row["path"]).convert("RGB"), io.BytesIO()
+    image, file = open_picture(row["path"]), io.BytesIO()
     image.thumbnail((256, 256))
     image.quantize(64).save(file, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -463,13 +483,6 @@ def report(rows, summaries, verdicts, comparison, runs):
 
 # ---------------------------------------------------------------- main
 
-def write(file, text):
-    """Aside, then renamed: the file is complete or not there."""
-    aside = Path(f"{file}.partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)
-
-
 def conclude(folder, rows, lines, perception, args):
     """Judge a condition's answers: predictions.jsonl, perception.jsonl, summary.json."""
     rows_by_id = {row["id"]: row for row in rows}
@@ -479,14 +492,14 @@ def conclude(folder, rows, lines, perception, args):
         row = rows_by_id[line["id"]]
         right = "error" not in line and score_perception(row, (line["question"],), line["response"])[line["question"]]
         seen.append({**line, "task": row["task"], "level": row["level"], "right": right})
-    summary = {"rows": digest([(row["id"], row["state"]) for row in rows]), "table": summarise(verdicts),
+    summary = {"rows": digest([(row["id"], row["state"], row.get("bucket")) for row in rows]), "table": summarise(verdicts),
                "diagnosis": diagnose(verdicts), "perception": summarise_perception(seen), "args": vars(args),
                "versions": common.versions()}
     folder.mkdir(parents=True, exist_ok=True)
     for name, things in (("predictions", verdicts), ("perception", seen)):
         if things:
-            write(folder / f"{name}.jsonl", "".join(json.dumps(thing) + "\n" for thing in things))
-    write(folder / "summary.json", json.dumps(summary, indent=1))
+            common.write_aside(folder / f"{name}.jsonl", "".join(json.dumps(thing) + "\n" for thing in things))
+    common.write_aside(folder / "summary.json", json.dumps(summary, indent=1))
 
 
 def adapters(args):
@@ -495,9 +508,9 @@ def adapters(args):
     for run in args.adapter or ["base", *(run for run in RUNS if Path(run, "adapter").is_dir())]:
         path = Path(run, "adapter") if Path(run, "adapter").is_dir() else Path(run)
         name = "base" if run == "base" else args.name or (path.parent if path.name == "adapter" else path).name
-        if name in found:
+        if name + "+route" * args.force_route in found:
             fail(f"two runs are called {name!r}: evaluate them one at a time with --name")
-        found[name] = None if run == "base" else str(path)
+        found[name + "+route" * args.force_route] = None if run == "base" else str(path)
     return found
 
 
@@ -517,7 +530,7 @@ def main(args):
     else:
         ask(args, rows, out)
 
-    own = digest([(row["id"], row["state"]) for row in rows])
+    own = digest([(row["id"], row["state"], row.get("bucket")) for row in rows])
     finished = {path.parent.name: json.loads(path.read_text()) for path in out.glob("*/summary.json")}
     for name in [name for name, summary in finished.items() if summary["rows"] != own]:
         print(f"{name} answered other rows: left out of the table")
@@ -527,9 +540,9 @@ def main(args):
     verdicts = {name: read_lines(out / name / "predictions.jsonl") for name in summaries}
     comparison = compare(verdicts)
     text = results(summaries, comparison)
-    write(out / "results.md", text)
-    write(out / "results.json", json.dumps({"conditions": summaries, **comparison}, indent=1))
-    write(out / "report.html", report(rows, summaries, verdicts, comparison, args.adapter or RUNS))
+    common.write_aside(out / "results.md", text)
+    common.write_aside(out / "results.json", json.dumps({"conditions": summaries, **comparison}, indent=1))
+    common.write_aside(out / "report.html", report(rows, summaries, verdicts, comparison, args.adapter or RUNS))
     print(f"\n{text}\nwrote {out}/report.html, {out}/results.md, {out}/results.json, {out}/<condition>/")
 
 
@@ -552,14 +565,15 @@ def ask(args, rows, out):
             ThreadPool(args.concurrency) as pool:
 
         def answers(folder, adapter, what, asked, temperature, wins=None):
-            settings = {**fixed, "adapter": weights_of(adapter), "temperature": temperature, "seed": args.seed if temperature else None}
+            route = args.force_route and what == "predictions.jsonl"
+            settings = {**fixed, "route": route, "adapter": weights_of(adapter), "temperature": temperature, "seed": args.seed if temperature else None}
             if args.api_base:
                 try:
                     return collect(folder / what, settings, asked, 1, server(args, temperature), pool.imap_unordered, bar, wins)
                 except ConnectionError as problem:
                     fail(f"{args.api_base} does not answer for {args.api_model}: {problem}")
-            return collect(folder / what, settings, asked, args.micro_batch, partial(local.answer, adapter, folder.name, temperature),
-                           map, bar, wins)
+            return collect(folder / what, settings, asked, args.micro_batch, partial(
+                local.answer, adapter, folder.name, temperature, route), map, bar, wins)
         for stage, adapter in stages.items():
             for source in inputs:
                 folder = out / f"{stage}-{source}"

@@ -286,6 +286,26 @@ def test_cut_and_length_are_those_of_the_tokens(data, tmp_path):
     assert [v["cut"] for v in answers("--max_new_tokens", longest - 1)] == [v["tokens"] == longest for v in free]
 
 
+def test_a_response_goes_on_where_it_was_begun(data):
+    """Greedy answers cut after the map and begun again with their route end as they ended; those without an answer get one."""
+    local = evaluate.Local(evaluate.parse_args(["--preset", "tiny"]))
+    local.wear(None)
+    batch = [({"id": row["id"]}, gen_data.teacher_prompt(row, "state"), None) for row in gen_data.load_rows(data, "test")]
+    whole = [line["response"] for line in local.say(batch, [""] * len(batch), 0)]
+    begun = [text.split(" (", 1)[0] for text in whole]
+    assert all(text.endswith("\nRoute: from") for text in begun) and len({len(text) for text in begun}) > 1
+    assert [line["response"] for line in local.say(batch, begun, 0)] == whole
+    asked = [(key, gen_data.perception_prompt(row, ("map",), gen_data.symbols(row)), None)
+             for (key, _, _), row in zip(batch, gen_data.load_rows(data, "test"))]
+    plain, forced = (local.answer(None, "x", 0, route, (0, asked)) for route in (False, True))
+    for before, after in zip(plain, forced):
+        if "</answer>" in before["response"]:
+            assert after == before
+        else:
+            assert "\nRoute: from" in after["response"] and after["tokens"] > before["tokens"]
+    assert any("</answer>" not in line["response"] for line in plain)
+
+
 def test_merged_checkpoint_needs_nothing_of_ours(data, tmp_path):
     """An adapter that learns four answers by heart, merged: plain transformers gives them too, plain peft loads it as well."""
     import torch
@@ -305,7 +325,7 @@ def test_merged_checkpoint_needs_nothing_of_ours(data, tmp_path):
         cross_entropy(common.network(model).lm_head(common.response_hidden(model, prompt, ids, mask)), ids[mask.bool()]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    common.save_adapter(model, tmp_path / "run")
+    model.save_pretrained(tmp_path / "run/adapter")
     model = common.add_lora(common.load(common.TINY, 16)[0], path=str(tmp_path / "run/adapter")).eval()
     assert common.decode(processor, *common.sample(model, processor, prompt, 20, 0)) == learned
     with model.disable_adapter():
