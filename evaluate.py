@@ -104,6 +104,11 @@ def digest(*things):
     return hashlib.sha256(json.dumps(things).encode()).hexdigest()[:16]
 
 
+def same(rows):
+    """What two conditions must share to stand in one table: their puzzles."""
+    return digest([(row["id"], row["state"], row.get("bucket")) for row in rows])
+
+
 def weights_of(folder):
     """Name, size and time of a folder's weight files, so that new weights are not taken for the old; [] for a hub name."""
     files = sorted(Path(folder).glob("*.safetensors")) if folder else []
@@ -380,7 +385,8 @@ def compare(verdicts):
     pictures = [name for name in verdicts if not name.endswith("-text")]
     pairs = [(name.replace("-image", "-text"), name) for name in pictures if name.endswith("-image")]
     gaps = {name: difference(verdicts[text], verdicts[name]) for text, name in pairs if text in verdicts}
-    steps = {f"{b} minus {a}": difference(verdicts[b], verdicts[a]) for a, b in zip(pictures, pictures[1:])}
+    chain = [name for name in pictures if "+route" not in name]
+    steps = {f"{b} minus {a}": difference(verdicts[b], verdicts[a]) for a, b in zip(chain, chain[1:])}
     closed = {}
     if "base-image" in gaps:
         for name in pictures:
@@ -461,7 +467,7 @@ def picture(row):
 
 
 def report(rows, summaries, verdicts, comparison, runs):
-    """The page: report.html with its data. The data is JSON without "<", and the page sets text only: nothing in it can run."""
+    """The page: report.html with its data. runs: the training runs whose curves it shows. The data is JSON without "<", and the page sets text only: nothing in it can run."""
     shown = rows[::-(-len(rows) // GALLERY)]
 
     def told(row, v):
@@ -471,8 +477,8 @@ def report(rows, summaries, verdicts, comparison, runs):
                 "next": v["plan"][len(cells) - 1] if len(v["plan"] or []) >= len(cells) else None}  # what was not executed
     by_id = {name: {v["id"]: v for v in reversed(answers)} for name, answers in verdicts.items()}  # of several samples the first
     data = {"summaries": summaries, "comparison": comparison, "total": len(rows),
-            "curves": {Path(run).name: read_lines(f"{run}/metrics.jsonl") for run in runs},
-            "rollouts": {Path(run).name: read_lines(f"{run}/rollouts.jsonl") for run in runs}, "parts": gen_data.PARTS,
+            "curves": {run.name: read_lines(run / "metrics.jsonl") for run in runs}, "parts": gen_data.PARTS,
+            "rollouts": {run.name: read_lines(run / "rollouts.jsonl") for run in runs},
             "rows": [{"id": row["id"], "task": row["task"], "level": row["level"], "picture": picture(row), "plan": row["plan"],
                       "size": len(row["state"].get("grid") or row["state"]["walls"]),
                       "true": gen_data.TASKS[row["task"]].describe(row["state"])} for row in shown],
@@ -492,7 +498,7 @@ def conclude(folder, rows, lines, perception, args):
         row = rows_by_id[line["id"]]
         right = "error" not in line and score_perception(row, (line["question"],), line["response"])[line["question"]]
         seen.append({**line, "task": row["task"], "level": row["level"], "right": right})
-    summary = {"rows": digest([(row["id"], row["state"], row.get("bucket")) for row in rows]), "table": summarise(verdicts),
+    summary = {"rows": same(rows), "table": summarise(verdicts),
                "diagnosis": diagnose(verdicts), "perception": summarise_perception(seen), "args": vars(args),
                "versions": common.versions()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -530,19 +536,19 @@ def main(args):
     else:
         ask(args, rows, out)
 
-    own = digest([(row["id"], row["state"], row.get("bucket")) for row in rows])
     finished = {path.parent.name: json.loads(path.read_text()) for path in out.glob("*/summary.json")}
-    for name in [name for name, summary in finished.items() if summary["rows"] != own]:
+    for name in [name for name, summary in finished.items() if summary["rows"] != same(rows)]:
         print(f"{name} answered other rows: left out of the table")
         del finished[name]
-    order = {f"{stage}-{source}": i for i, (stage, source) in enumerate((a, b) for a in STAGES for b in ("image", "text"))}
-    summaries = {name: finished[name] for name in sorted(finished, key=lambda name: (order.get(name, 99), name))}
+    order = [f"{stage}{route}-{source}" for stage in STAGES for route in ("", "+route") for source in ("image", "text")]
+    summaries = {name: finished[name] for name in (*filter(finished.get, order), *sorted(finished.keys() - set(order)))}
     verdicts = {name: read_lines(out / name / "predictions.jsonl") for name in summaries}
     comparison = compare(verdicts)
     text = results(summaries, comparison)
     common.write_aside(out / "results.md", text)
     common.write_aside(out / "results.json", json.dumps({"conditions": summaries, **comparison}, indent=1))
-    common.write_aside(out / "report.html", report(rows, summaries, verdicts, comparison, args.adapter or RUNS))
+    runs = [run for run in map(Path, dict.fromkeys((*RUNS, *(args.adapter or ())))) if (run / "metrics.jsonl").is_file()]
+    common.write_aside(out / "report.html", report(rows, summaries, verdicts, comparison, runs))
     print(f"\n{text}\nwrote {out}/report.html, {out}/results.md, {out}/results.json, {out}/<condition>/")
 
 

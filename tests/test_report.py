@@ -30,8 +30,10 @@ def page_file(tmp_path_factory):
         (run / "rollouts.jsonl").write_text("\n".join(json.dumps({
             "step": step, "id": f"train_{step}", "task": "maze", "tokens": ["Map", ":", "\n", EVIL], "kl": [0.0, 0.5, 0.1, 3.0], "part": [0, 0, 1, 2],
             "outcome": "wall"}) for step in (1, 26)))
-        evaluate.main(evaluate.parse_args(["--preset", "tiny", "--data", str(folder / "data"), "--out", str(folder / "eval"), "--responses", str(file),
-                                           "--adapter", str(run)]))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluate, "RUNS", ())                      # not what lies in out/ here
+            evaluate.main(evaluate.parse_args(["--preset", "tiny", "--data", str(folder / "data"), "--out", str(folder / "eval"),
+                                               "--responses", str(file), "--adapter", str(run)]))
     return folder / "eval/report.html"
 
 
