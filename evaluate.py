@@ -74,14 +74,16 @@ def parse_args(argv=None):
         args.max_new_tokens = args.max_new_tokens or 1024
     args = common.resolve(args)
     for name in ("limit", "samples", "concurrency", "micro_batch"):
-        if (getattr(args, name) or 1) < 1 or getattr(args, name) == 0:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name} {getattr(args, name)}: wanted at least 1")
     if args.temperature < 0 or (args.samples > 1 and args.temperature == 0):
-        fail(f"--samples {args.samples} --temperature {args.temperature}: several different answers need a --temperature above 0")
-    if args.responses and (args.api_base or args.samples > 1 or args.perception) or args.force_route and (args.responses or args.api_base):
-        fail("--responses scores one plan per row, without --api_base, --samples, --perception; --force_route is for models here")
+        fail(f"--samples {args.samples} --temperature {args.temperature}: several answers need a --temperature above 0")
+    if args.responses and (args.api_base or args.samples > 1 or args.perception):
+        fail("--responses scores one plan per row, without --api_base, --samples or --perception")
+    if args.force_route and (args.responses or args.api_base):
+        fail("--force_route is for models that run here, without --responses or --api_base")
     if bool(args.api_base) != bool(args.api_model) or not (args.api_base or "http").startswith("http"):
-        fail(f"--api_base {args.api_base} --api_model {args.api_model}: wanted both, e.g. http://localhost:8000/v1 and a model's name")
+        fail(f"--api_base {args.api_base} --api_model {args.api_model}: wanted both, a URL and a model's name")
     if args.name and not re.fullmatch(r"\w[\w.+-]*", args.name):
         fail(f"--name {args.name!r}: wanted letters, digits and . + - _ (it names a folder)")
     return args
@@ -89,11 +91,11 @@ def parse_args(argv=None):
 
 def choose_rows(args):
     """The test rows that --tasks, --levels and --limit leave."""
-    tasks, groups = gen_data.parse_tasks(args.tasks or gen_data.TASKS), {}
+    tasks, groups = gen_data.parse_tasks(args.tasks or ()), {}
     for row in gen_data.load_rows(args.data, "test"):
-        chosen = row["level"] in tasks.get(row["task"], ()) if args.tasks else True
-        if chosen and row["level"] in (args.levels or [row["level"]]):
-            groups.setdefault((row["task"], row["level"]), []).append(row)
+        task, level = row["task"], row["level"]
+        if (not args.tasks or level in tasks.get(task, ())) and (not args.levels or level in args.levels):
+            groups.setdefault((task, level), []).append(row)
     if not groups:
         fail(f"no row left in {args.data}/test: loosen --tasks or --levels")
     return [row for group in groups.values() for row in group[:args.limit]]
@@ -127,6 +129,7 @@ def collect(file, settings, asked, size, answer, pooled_map, bar, wins=None):
 
     asked: [(key, prompt, picture or None)], key {"id"} and what else tells answers apart. answer((index, batch)) gives the
     lines of one batch of at most `size`; a batch is always the same rows, so a resumed run draws and pads as an unbroken one.
+    pooled_map: map, or a pool's imap_unordered. wins(line) -> bool, for the rate that the bar shows.
     """
     pin, lines = file.with_suffix(".settings.json"), {}
     settings = json.loads(json.dumps({**settings, "asked": digest([(key, prompt, picture and hashlib.sha256(
@@ -193,16 +196,17 @@ class Local:
         images = [path and open_picture(path) for _, _, path in batch]
         prompt = common.encode(self.processor, [text for _, text, _ in batch], images, self.model.device)
         if any(begun):
-            more = [torch.tensor(ids, device=self.model.device) for ids in self.processor.tokenizer(begun, add_special_tokens=False)["input_ids"]]
-            keep = prompt["attention_mask"].bool()
-            for name, pad, behind in (("input_ids", self.processor.tokenizer.pad_token_id, more), ("mm_token_type_ids", 0, [0 * ids for ids in more]),
+            tokenizer, keep = self.processor.tokenizer, prompt["attention_mask"].bool()
+            more = [torch.tensor(ids, device=keep.device) for ids in tokenizer(begun, add_special_tokens=False)["input_ids"]]
+            for name, pad, behind in (("input_ids", tokenizer.pad_token_id, more), ("mm_token_type_ids", 0, [0 * ids for ids in more]),
                                       ("attention_mask", 0, [0 * ids + 1 for ids in more])):
                 rows = [torch.cat([row[kept], new]) for row, kept, new in zip(prompt[name], keep, behind)]
                 prompt[name] = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")        # [B, P]
         ids, mask = common.sample(self.model, self.processor, prompt, self.args.max_new_tokens, temperature)       # [B, T]
         ended = (ids == self.processor.tokenizer.eos_token_id).any(1).tolist()
-        return [{**key, "response": start + text, "tokens": int(row.sum()), "cut": not end} for (key, _, _), start, text, row, end in zip(
-            batch, begun, common.decode(self.processor, ids, mask), mask, ended)]
+        texts = [start + text for start, text in zip(begun, common.decode(self.processor, ids, mask))]
+        return [{**key, "response": text, "tokens": int(row.sum()), "cut": not end}
+                for (key, _, _), text, row, end in zip(batch, texts, mask, ended)]
 
 
 def server(args, temperature):
@@ -263,7 +267,7 @@ def read_responses(args, rows):
         lines[line["id"]] = {"id": line["id"], "response": line["response"]}
     missing = [row["id"] for row in rows if row["id"] not in lines]
     if missing and not args.allow_missing:
-        fail(f"{args.responses}: no response for {len(missing)} rows, the first {missing[0]!r}; --allow_missing counts them as failures")
+        fail(f"{args.responses}: no response for {len(missing)} rows, the first {missing[0]!r}; --allow_missing makes them failures")
     return [lines.get(row["id"], {"id": row["id"], "response": ""}) for row in rows]
 
 
@@ -321,7 +325,7 @@ def cell(verdicts):
 
 
 def grouped(things):
-    """{(task, level): [[…]]}: per task and level, per task (level None), and of all tasks ("macro") a list per task, all and by bucket."""
+    """{(task, level): [[…]]}: per task and level, per task (level None); "macro", all and by bucket: a list per task."""
     tasks, groups = list(dict.fromkeys(t["task"] for t in things)), {}
     for task in tasks:
         mine = [t for t in things if t["task"] == task]
@@ -381,7 +385,10 @@ def difference(a, b, value=RATES["success"]):
 
 
 def compare(verdicts):
-    """What takes two conditions: the gaps, what each stage closed of the base's, the steps on pictures. verdicts: {name: […]}"""
+    """What takes two conditions: the gaps, what each stage closed of the base's, the steps on pictures.
+
+    verdicts: {condition: its predictions}, in the order of the stages.
+    """
     pictures = [name for name in verdicts if not name.endswith("-text")]
     pairs = [(name.replace("-image", "-text"), name) for name in pictures if name.endswith("-image")]
     gaps = {name: difference(verdicts[text], verdicts[name]) for text, name in pairs if text in verdicts}
@@ -445,8 +452,9 @@ def results(summaries, comparison):
             for name, summary in summaries.items() if summary["perception"]}
     if seen:
         text += ["Perception questions answered exactly, in % with 95% intervals; all: every question about a picture.",
-                 markdown(["task", "question", "n", *seen], [[*key, number["n"], *(shown(s[key]["exact"], s[key]["exact_ci"])
-                                                              for s in seen.values())] for key, number in next(iter(seen.values())).items()])]
+                 markdown(["task", "question", "n", *seen], [
+                     [*key, number["n"], *(shown(s[key]["exact"], s[key]["exact_ci"]) for s in seen.values())]
+                     for key, number in next(iter(seen.values())).items()])]
     return "\n\n".join(text) + "\n"
 
 
@@ -467,7 +475,10 @@ def picture(row):
 
 
 def report(rows, summaries, verdicts, comparison, runs):
-    """The page: report.html with its data. runs: the training runs whose curves it shows. The data is JSON without "<", and the page sets text only: nothing in it can run."""
+    """The page: report.html with its data. runs: the training runs whose curves it shows.
+
+    The data goes in as JSON without "<", and the page only ever sets text: nothing in a response can run.
+    """
     shown = rows[::-(-len(rows) // GALLERY)]
 
     def told(row, v):
@@ -572,7 +583,8 @@ def ask(args, rows, out):
 
         def answers(folder, adapter, what, asked, temperature, wins=None):
             route = args.force_route and what == "predictions.jsonl"
-            settings = {**fixed, "route": route, "adapter": weights_of(adapter), "temperature": temperature, "seed": args.seed if temperature else None}
+            settings = {**fixed, "route": route, "adapter": weights_of(adapter), "temperature": temperature,
+                        "seed": args.seed if temperature else None}
             if args.api_base:
                 try:
                     return collect(folder / what, settings, asked, 1, server(args, temperature), pool.imap_unordered, bar, wins)
