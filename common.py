@@ -183,6 +183,19 @@ def response_hidden(model, prompt, ids, mask):
     return hidden[:, start:-1][mask.bool()]        # [B, T, hidden] -> [N, hidden]
 
 
+def draw(logits, temperature):
+    """One token per row of logits [B, vocabulary] -> [B]; temperature 0: the likeliest.
+
+    By inverting the cumulative distribution: it takes one random number per row (torch.multinomial draws one per
+    word, and spends most of its time on that), and is exact: in float64 the rarest of 151,936 words keeps its share.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulative = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+    level = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, level, right=True)[:, 0]                     # never a word of probability 0
+
+
 @torch.no_grad()
 def sample(model, processor, prompt, max_new_tokens, temperature=1.0):
     """Draw responses (temperature 0: greedy) -> (ids [B, T], mask [B, T]).
@@ -192,26 +205,28 @@ def sample(model, processor, prompt, max_new_tokens, temperature=1.0):
     placeholders removed, whatever generation_config says.
     """
     net, tokenizer = network(model), processor.tokenizer
-    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     banned = [processor.image_token_id, processor.video_token_id, processor.vision_start_token_id]
     position_ids, next_position = positions(model, prompt)
-    out = net.model(**prompt, position_ids=position_ids, use_cache=True)
-    attention, ids = prompt["attention_mask"], []
-    alive = torch.ones(len(attention), dtype=torch.bool, device=attention.device)
+    out, attention = net.model(**prompt, position_ids=position_ids, use_cache=True), prompt["attention_mask"]
+    ids = attention.new_full((len(attention), max_new_tokens), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    rows = torch.arange(len(ids), device=ids.device)         # those without an end token yet: only they are computed
     for t in range(max_new_tokens):
-        logits = net.lm_head(out.last_hidden_state[:, -1]).float()                     # [B, vocabulary]
+        # lm_head with its factors swapped: for the few rows of a rollout twice as fast on a CPU. [rows, vocabulary]
+        logits = (net.lm_head.weight @ out.last_hidden_state[:, -1].T).T.float().contiguous()
         logits[:, banned] = -torch.inf
-        token = logits.argmax(-1) if temperature == 0 else torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
-        ids.append(torch.where(alive, token, pad))
-        alive = alive & (token != end)
-        if not alive.any() or t + 1 == max_new_tokens:
+        token = draw(logits, temperature)                                              # [rows]
+        ids[rows, t], mask[rows, t] = token, 1
+        going = token != tokenizer.eos_token_id
+        if t + 1 == max_new_tokens or not going.any():
             break
-        attention = torch.cat([attention, attention.new_ones(len(attention), 1)], 1)
-        out = net.model(input_ids=ids[-1][:, None], attention_mask=attention, past_key_values=out.past_key_values,
+        if not going.all():
+            rows, token, attention, next_position = (x[going] for x in (rows, token, attention, next_position))
+            out.past_key_values.batch_select_indices(going)
+        attention = torch.cat([attention, attention.new_ones(len(rows), 1)], 1)
+        out = net.model(input_ids=token[:, None], attention_mask=attention, past_key_values=out.past_key_values,
                         position_ids=(next_position + t)[None, :, None].expand(3, -1, -1), use_cache=True)
-    ids = torch.stack(ids, 1)                                                          # [B, T]
-    ended_before = ((ids == end).cumsum(1) - (ids == end).long()) > 0
-    return ids, (~ended_before).long()
+    return ids[:, :t + 1], mask[:, :t + 1]
 
 
 def decode(processor, ids, mask):
