@@ -405,9 +405,9 @@ def compare(verdicts):
 
 # ---------------------------------------------------------------- what is read by people
 
-def shown(mean, ci, form="{:.0f}"):
+def shown(mean, ci, form="{}"):
     """0.5, [0.4, 0.6] -> "50 [40, 60]" """
-    mean, *ends = (form.format(100 * x) for x in (mean, *(ci or ())))
+    mean, *ends = (form.format(round(100 * x)) for x in (mean, *(ci or ())))
     return f"{mean} [{', '.join(ends)}]" if ends else mean
 
 
@@ -442,8 +442,8 @@ def results(summaries, comparison):
                 ("failures of perception / planning / unclear", "perception planning unclear"))])]
     lines = [[f"{name.replace('-image', '-text')} minus {name}", *gap.values()] for name, gap in comparison["gaps"].items()]
     lines += [[name, *step.values()] for name, step in comparison["differences"].items()]
-    lines = [[head, *(shown(d["mean"], d["ci"], "{:+.0f}") for d in numbers)] for head, *numbers in lines]
-    lines += [[f"closed by {name} of the base's gap", *("" if share is None else f"{100 * share:.0f}%" for share in closed.values())]
+    lines = [[head, *(shown(d["mean"], d["ci"], "{:+}") for d in numbers)] for head, *numbers in lines]
+    lines += [[f"closed by {name} of the base's gap", *("" if share is None else f"{round(100 * share)}%" for share in closed.values())]
               for name, closed in comparison["closed"].items() if name != "base-image"]
     if lines:
         text += ["Differences of success in points, with 95% intervals over the same rows.",
