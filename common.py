@@ -479,6 +479,24 @@ def load_optimizer(path):
         fail(f"cannot read {path}: {str(error).split('. ')[0]}; begin anew with --restart")
 
 
+def merge(path, adapter, folder):
+    """Write the 16-bit weights of backbone `path` with `adapter` merged in, as an ordinary checkpoint with its processor.
+
+    The folder must be new. 16-bit weights are 2 bytes each (4B: 9 GB); without room for them on the GPU, hide it with
+    CUDA_VISIBLE_DEVICES= and merge on the CPU.
+    """
+    if Path(folder).exists():
+        fail(f"{folder} exists: --merge_to wants a new folder")
+    model, processor = load(path, 16)
+    model = add_lora(model, path=adapter).merge_and_unload()
+    aside = Path(f"{folder}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside)
+    processor.save_pretrained(aside)
+    aside.rename(folder)
+    print(f"wrote {folder}: {path} with {adapter} in 16 bits")
+
+
 # ---------------------------------------------------------------- training
 
 def adamw(weights, lr):

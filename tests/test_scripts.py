@@ -32,14 +32,19 @@ def test_end_to_end(tmp_path):
         assert (folder / "adapter/adapter_model.safetensors").is_file() and (folder / f"{stage}.py").is_file()
         assert json.loads((folder / "args.json").read_text())["args"]["seed"] == 3
     report = json.loads((tmp_path / "out/eval/results.json").read_text())
-    assert {"rows", "args", "versions"} <= report.keys()
-    # 3 conditions x 2 inputs x (5 levels + 3 tasks + macro)
-    assert len(report["rows"]) == 3 * 2 * 9
-    for row in report["rows"]:
-        assert {"condition", "input", "task", "level", "n", "success", "optimal", "parsed"} <= row.keys()
-        assert 0 <= row["optimal"] <= row["success"] <= row["parsed"] <= 1
-    assert len(report["perception"]) == 3 * (5 + 5 + 8)  # conditions x questions
-    assert {row["condition"] for row in report["rows"]} == {"base", "coldstart", "distill"}
+    names = [f"{stage}-{source}" for stage in ("base", "coldstart", "distill") for source in ("image", "text")]
+    assert list(report["conditions"]) == names and {"gaps", "closed", "differences"} <= report.keys()
+    for name in names:
+        summary = json.loads((tmp_path / "out/eval" / name / "summary.json").read_text())
+        assert summary == report["conditions"][name] and summary["args"]["seed"] == 3
+        assert len([c for c in summary["table"] if c["task"] != "macro"]) == 5 + 3 and summary["table"][8]["n"] == 10
+        for c in summary["table"]:
+            assert 0 <= c["optimal"] <= c["success"] <= c["parsed"] <= 1
+        assert sum(summary["diagnosis"][f"{a}_{b}"] for a in ("right", "wrong") for b in ("optimal", "valid", "failed")) == 10
+        questions = 2 * (5 + 1) + 2 * (5 + 1) + 8 + 1 + 6 + 6 + 9   # (questions + all) per level, and per task
+        assert len(summary["perception"]) == (questions if name.endswith("image") else 0)
+        assert len(open(tmp_path / "out/eval" / name / "predictions.jsonl").readlines()) == 10
+    assert (tmp_path / "out/eval/results.md").read_text() in result.stdout and (tmp_path / "out/eval/report.html").is_file()
     assert "| macro | all | 10 |" in result.stdout
 
 
@@ -53,9 +58,10 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, script, words, message)
     (tmp_path / "here").mkdir()
     if "--data" not in words:
         (tmp_path / "data/train").mkdir(parents=True)
-        row = {"file_name": "a.png", "task": "maze", "level": 3, "state": {}, "plan": []}
+        row = {"file_name": "a.png", "id": "a", "task": "frozenlake", "level": 3, "state": {"grid": ["SG", "FF"]}, "plan": ["R"]}
         for split in ("train", "val", "test"):
             (tmp_path / "data" / split).mkdir(exist_ok=True)
+            (tmp_path / "data" / split / "a.png").touch()
             (tmp_path / "data" / split / "metadata.jsonl").write_text(json.dumps(row))
     result = run(script, *words, cwd=tmp_path)
     assert result.returncode == 2, result.stderr
