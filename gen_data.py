@@ -234,11 +234,10 @@ class MiniBehaviour:
     @staticmethod
     def step(state, pos, action):
         r, c, phase = pos
-        beside = [at(state["grid"], neighbour(pos, a)) for a in MOVES]
-        if action == "PICK":
-            return ((r, c, 1), None) if phase == 0 and "P" in beside else (pos, "pick")
-        if action == "DROP":
-            return ((r, c, 2), None) if phase == 1 and "T" in beside else (pos, "drop")
+        if action in ("PICK", "DROP"):
+            when, thing = (0, "P") if action == "PICK" else (1, "T")
+            possible = phase == when and any(at(state["grid"], neighbour(pos, a)) == thing for a in MOVES)
+            return ((r, c, phase + 1), None) if possible else (pos, action.lower())
         new = neighbour(pos, action)
         cell = at(state["grid"], new)
         fault = {None: "edge", "T": "table", "P": "printer" if phase == 0 else None}.get(cell)

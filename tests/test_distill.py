@@ -367,7 +367,8 @@ def test_the_teacher_samples_off_policy(data, tmp_path):
     [by_student], _ = train(data, tmp_path / "b")
     assert (by_teacher["sampler"], by_student["sampler"]) == ("teacher", "student")
     assert by_teacher["success"] > 0.7 > 0.3 > by_student["success"]
-    assert by_student["loss"] == by_student["kl"] and by_teacher["loss"] != by_teacher["kl"]
+    assert by_student["loss"] == pytest.approx(by_student["kl"], rel=1e-5) != by_teacher["loss"]
+    assert by_teacher["loss"] != pytest.approx(by_teacher["kl"], rel=1e-2)
     assert {"encode", "sample", "teacher", "student", "loss", "backward", "optimizer", "rest"} == by_teacher["seconds"].keys()
     assert 1 < len(rollouts) <= 8 and {row["task"] for row in rollouts} == set(gen_data.TASKS)
     for row in rollouts:

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -230,16 +229,6 @@ def test_bad_flags(data, words, message, capsys):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def kill_when(process, file, lines):
-    """Kill -9 as soon as `file` has so many lines."""
-    while process.poll() is None:
-        if file.is_file() and file.read_bytes().count(b"\n") >= lines:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.002)
-    process.wait()
-
-
 def test_a_killed_run_goes_on_to_the_same_bytes(data, tmp_path, monkeypatch, capsys):
     """Sampled answers, two per row, batches of 3; killed in the middle, with half a line left behind."""
     words = ["--data", data, "--temperature", 1, "--samples", 2, "--micro_batch", 3, "--max_new_tokens", 12, "--input", "image", "--out", "eval"]
@@ -249,11 +238,19 @@ def test_a_killed_run_goes_on_to_the_same_bytes(data, tmp_path, monkeypatch, cap
     monkeypatch.chdir(whole)
     run(*words)
     file = broken / "eval/base-image/predictions.jsonl"
-    process = subprocess.Popen([sys.executable, str(ROOT / "evaluate.py"), "--preset", "tiny", *map(str, words)], cwd=broken,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    kill_when(process, file, 3)
-    kept = file.read_bytes().count(b"\n")
-    assert 3 <= kept < 16 and not (broken / "eval/results.md").exists()
+    dying = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import common, evaluate
+real, calls = common.sample, []
+def sample(*words):
+    calls.append(1)
+    return real(*words) if len(calls) < 4 else os.kill(os.getpid(), 9)
+common.sample = sample
+evaluate.main(evaluate.parse_args(sys.argv[1:]))"""
+    killed = subprocess.run([sys.executable, "-c", dying, "--preset", "tiny", *map(str, words)], cwd=broken, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert file.read_bytes().count(b"\n") == 9 and not (broken / "eval/results.md").exists()
     with open(file, "a") as out:
         out.write('{"id": "test_maz')
     monkeypatch.chdir(broken)
