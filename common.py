@@ -78,11 +78,17 @@ def load(path, bits):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head", "model.visual"]) if bits == 4 else None
     try:
-        model = Qwen3VLForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, quantization_config=quantization, device_map={"": device})
+        model, found = Qwen3VLForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, quantization_config=quantization, device_map={"": device}, use_safetensors=True, output_loading_info=True)
         processor = AutoProcessor.from_pretrained(path)
-    except OSError as error:
-        fail(f"cannot load --model {path}: {str(error).splitlines()[0]}")
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        fail(f"cannot load --model {path}: {' '.join(str(error).split())[:300]}")
+    missing, foreign = sorted(found["missing_keys"]), sorted(set(found["unexpected_keys"]) - {"lm_head.weight"})  # it may be tied
+    if missing or foreign:
+        fail(f"--model {path} is not a whole Qwen3-VL checkpoint: {len(missing)} weights missing {missing[:2]}, {len(foreign)} foreign "
+             f"{foreign[:2]}; download it again")
+    if not processor.chat_template:
+        fail(f"--model {path} has no chat template: wanted chat_template.jinja from the checkpoint it was made of")
     # The paper's upper limit, 512x512; passing max_pixels to from_pretrained may be ignored (transformers issue 41955).
     size = processor.image_processor.size
     processor.image_processor.size = {"shortest_edge": size["shortest_edge"], "longest_edge": min(size["longest_edge"], 262_144)}

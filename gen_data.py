@@ -556,7 +556,7 @@ def part_of(pieces):
     """Which part of a response each token belongs to. pieces: the tokens' texts -> indices into PARTS."""
     parts, text, current = [], "", 0
     for piece in pieces:
-        text += piece
+        text = text[-8:] + piece
         if "<answer" in text:
             current = 2
         elif "Route" in text:
@@ -817,7 +817,7 @@ def load_rows(data, split="*"):
                 fail(f"{file}, line {number}: not a row ({type(error).__name__}: {error}); make the data again")
             if outcome != "success":
                 fail(f"{file}, line {number}: the plan of {row['id']} does not solve its puzzle: {outcome}")
-            if path.name != row["file_name"] or path.is_symlink():
+            if path.name != row["file_name"] or path.name == ".." or path.is_symlink():
                 fail(f"{file}, line {number}: the picture {row['file_name']!r} is not a file in {file.parent}")
             rows.append(row | {"path": str(path)})
     return rows

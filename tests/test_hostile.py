@@ -1,0 +1,177 @@
+"""Broken and hostile files: each ends with one line and exit code 2, and nothing that comes from a file or a model is executed."""
+import io
+import json
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import common
+import evaluate
+import gen_data
+from test_gen_data import LAKE, MAZE, OFFICE
+
+STATES = {"frozenlake": LAKE, "maze": MAZE, "minibehaviour": OFFICE}
+ROW = {"file_name": "a.png", "id": "test_a", "task": "frozenlake", "level": 3, "state": LAKE, "plan": ["D", "R", "R", "D"]}
+
+
+def stops(capsys, function, *words):
+    """The one line on stderr with which `function` ends, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        function(*words)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert stop.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+def folder_with(tmp_path, *lines):
+    """A data folder whose test split has these lines."""
+    (tmp_path / "data/test").mkdir(parents=True)
+    (tmp_path / "data/test/metadata.jsonl").write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("line, message", [
+    (json.dumps(ROW)[:-9], "line 2: not a row (JSONDecodeError"),
+    ({key: ROW[key] for key in ROW if key != "plan"}, "line 2: not a row (KeyError: 'plan')"),
+    ({**ROW, "task": "chess"}, "line 2: not a row (KeyError: 'chess')"),
+    ({**ROW, "state": {"grid": ["FF", "FF"]}}, "line 2: not a row (IndexError"),
+    ({**ROW, "state": {"grid": 5}}, "line 2: not a row (TypeError"),
+    ([1, 2], "line 2: not a row (TypeError"),
+    ({**ROW, "plan": ["R", "R"]}, "line 2: the plan of test_a does not solve its puzzle: hole"),
+    ({**ROW, "plan": ["D"]}, "line 2: the plan of test_a does not solve its puzzle: unfinished"),
+    ({**ROW, "plan": None}, "does not solve its puzzle: no answer"),
+    ({**ROW, "file_name": "../a.png"}, "line 2: the picture '../a.png' is not a file in"),
+    ({**ROW, "file_name": "/etc/passwd"}, "line 2: the picture '/etc/passwd' is not a file in"),
+    ({**ROW, "file_name": ".."}, "line 2: the picture '..' is not a file in"),
+    ({**ROW, "file_name": "link.png"}, "line 2: the picture 'link.png' is not a file in"),
+])
+def test_a_broken_row(tmp_path, capsys, line, message):
+    data = folder_with(tmp_path, ROW, line)
+    (data / "test/link.png").symlink_to("/etc/passwd")
+    assert message in stops(capsys, gen_data.load_rows, data, "test")
+
+
+def png(width, height):
+    """A valid PNG of one colour, far smaller than its pixels."""
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    rows = zlib.compress(bytes((width + 1) * min(height, 1000)), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_broken_pictures(tmp_path, capsys):
+    whole = io.BytesIO()
+    gen_data.TASKS["frozenlake"].render(LAKE, 64).save(whole, "PNG")
+    (tmp_path / "whole.png").write_bytes(whole.getvalue())
+    assert gen_data.open_picture(tmp_path / "whole.png").size == (192, 192)
+    for name, content in (("cut.png", whole.getvalue()[:-2000]), ("text.png", b"no picture"), ("empty.png", b"")):
+        (tmp_path / name).write_bytes(content)
+        assert f"{name}: cannot be read as a picture" in stops(capsys, gen_data.open_picture, tmp_path / name)
+    for width, height in ((40_000, 40_000), (4097, 8), (9000, 9000)):
+        (tmp_path / "bomb.png").write_bytes(png(width, height))
+        assert "bomb.png:" in stops(capsys, gen_data.open_picture, tmp_path / "bomb.png")
+    assert "missing.png: cannot be read" in stops(capsys, gen_data.open_picture, tmp_path / "missing.png")
+
+
+def checkpoint(tmp_path, change):
+    """A copy of the bundled backbone with its weights changed."""
+    folder = shutil.copytree(common.TINY, tmp_path / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def lose(weights):
+    del weights["model.language_model.layers.1.mlp.up_proj.weight"]
+
+
+def gain(weights):
+    weights["model.language_model.layers.1.mlp.side_proj.weight"] = torch.zeros(2, 2)
+
+
+def shrink(weights):
+    weights["model.language_model.layers.1.mlp.up_proj.weight"] = torch.zeros(2, 2)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lose, "1 weights missing ['model.language_model.layers.1.mlp.up_proj.weight']"),
+    (gain, "1 foreign ['model.language_model.layers.1.mlp.side_proj.weight']"), (shrink, "cannot load --model")])
+def test_a_checkpoint_with_wrong_weights(tmp_path, capsys, change, message):
+    assert message in stops(capsys, common.load, str(checkpoint(tmp_path, change)), 32)
+
+
+def test_a_checkpoint_with_broken_files(tmp_path, capsys):
+    folder = checkpoint(tmp_path, lambda weights: None)
+    common.load(str(folder), 32)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:1000])
+    assert "cannot load --model" in stops(capsys, common.load, str(folder), 32)
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")  # a pickle is not even opened
+    assert "cannot load --model" in stops(capsys, common.load, str(folder), 32)
+    (folder / "model.safetensors").write_bytes(whole)
+    (folder / "chat_template.jinja").unlink()
+    assert "has no chat template" in stops(capsys, common.load, str(folder), 32)
+
+
+def test_no_code_from_checkpoints_and_no_pickles():
+    for script in Path(gen_data.__file__).parent.glob("*.py"):
+        text = script.read_text()
+        assert "trust_remote_code" not in text and "weights_only=False" not in text and "pickle.load" not in text
+        assert text.count("torch.load(") == text.count("weights_only=True")
+
+
+# Responses: anything, and scraps of what a response is made of, some of them very long.
+scraps = st.sampled_from(["<answer>", "</answer>", "U,U", "PICK", "DROP", ",", "\n", "1. ", "Map: 3x3\n", "row 0: S F H\n", "row 1: F F F\n", "row 2: H F G\n",
+                          "Map:", "(0,1)", "[", "none", "Route: from", "</script><script>alert(1)</script>", "<!--", "\x00\x1b[2J", "\ud800", "\u202e",
+                          "9" * 5000, " " * 5000, "\n" * 2000, "<answer>" * 500, "map " * 500, "(" * 500, "row 1" * 500, "1." * 500, "\u0663"])
+responses = st.lists(scraps | st.text(max_size=20), max_size=12).map("".join) | st.text()
+
+
+def read_everywhere(task, text):
+    """Every reader of model output."""
+    row = {"id": "a", "task": task, "level": 3, "state": STATES[task], "plan": gen_data.solve(task, STATES[task])}
+    verdict = evaluate.judge(row, {"id": "a", "response": text})
+    assert verdict["plan"] is None or set(verdict["plan"]) <= set(gen_data.ACTIONS)
+    assert set(gen_data.score_perception(row, None, text)) == set(gen_data.questions(task))
+    for name in gen_data.questions(task):
+        gen_data.score_perception(row, (name,), text)
+    gen_data.trace(task, STATES[task], verdict["plan"] or [])
+    json.dumps(verdict)
+    return row, verdict
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=responses, task=st.sampled_from(list(STATES)))
+def test_any_response_is_read(text, task):
+    read_everywhere(task, text)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_responses_are_read():
+    count = []
+
+    @settings(max_examples=100_000, deadline=None, database=None)
+    @given(text=responses, task=st.sampled_from(list(STATES)))
+    def each(text, task):
+        read_everywhere(task, text)
+        count.append(len(text))
+    each()
+    print(f"\n{len(count)} responses read, {sum(count):,} characters, the longest {max(count):,}")
+    assert len(count) >= 90_000
+
+
+@pytest.mark.parametrize("unit", ["9", " ", "\n", "<answer>", "map: ", "Map: 3x3\nrow 0: ", "(9", "1.\n", "U,"])
+def test_a_megabyte_of_one_thing(unit):
+    """An expression that backtracks would take a million times a million steps here, and the test would not end."""
+    for task in STATES:
+        read_everywhere(task, unit * (1_000_000 // len(unit)))
