@@ -199,7 +199,8 @@ def draw(logits, temperature):
         return logits.argmax(-1)
     cumulative = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
     level = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, level, right=True)[:, 0]                     # never a word of probability 0
+    # Never a word of probability 0; and if the logits are not finite, still a word: the step is then skipped for its loss.
+    return torch.searchsorted(cumulative, level, right=True)[:, 0].clamp_(max=logits.shape[1] - 1)
 
 
 @torch.no_grad()
@@ -315,7 +316,7 @@ class Run:
     optimizer.pt, state.json) and, when all steps are done, adapter/ in PEFT's format. Nothing random is stored: a step
     draws its randomness from (seed, step).
     """
-    free = ("steps", "micro_batch", "slice", "save_every", "show_every", "eval_every", "restart")  # may differ when a run goes on
+    may_differ = ("steps", "micro_batch", "slice", "save_every", "show_every", "eval_every", "restart")  # when a run goes on
 
     def __init__(self, args, script, inputs=()):
         """inputs: files that the result depends on, such as the rows; their hashes are kept with the arguments."""
@@ -332,14 +333,16 @@ class Run:
                 if path.name in ("adapter", "args.json") or path.name.startswith("checkpoint") or path.suffix == ".jsonl":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         arguments = json.loads(json.dumps(vars(args)))
-        record = {"args": arguments, "inputs": {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in inputs if Path(path).is_file()},
-                  "versions": versions()}
-        sizes = {}
+        digests = {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in inputs if Path(path).is_file()}
+        record, sizes = {"args": arguments, "inputs": digests, "versions": versions()}, {}
         if newest := max(self.out.glob("checkpoint-*"), default=None):
-            old, state = (json.loads((folder / name).read_text()) for folder, name in ((self.out, "args.json"), (newest, "state.json")))
+            try:
+                old, state = json.loads((self.out / "args.json").read_text()), json.loads((newest / "state.json").read_text())
+            except (OSError, ValueError) as error:
+                fail(f"cannot go on from {newest}: {error}; begin anew with --restart")
             other = [f"--{key} was {old['args'].get(key)!r} and is {value!r}" for key, value in arguments.items()
-                     if key not in self.free and old["args"].get(key) != value]
-            other += [f"{path} has changed" for path, digest in record["inputs"].items() if old["inputs"].get(path, digest) != digest]
+                     if key not in self.may_differ and old["args"].get(key) != value]
+            other += [f"{path} has changed" for path, digest in digests.items() if old["inputs"].get(path, digest) != digest]
             other += [f"--steps {args.steps}, but {state['step']} are done"] if state["step"] > args.steps else []
             if other:
                 fail(f"{self.out} holds a run that cannot go on like this: {'; '.join(other)}. "
@@ -404,7 +407,7 @@ class Run:
             sizes = {file.name: file.stat().st_size for file in self.out.glob("*.jsonl")}
             (aside / "state.json").write_text(json.dumps({"step": self.step, "skipped": self.skipped,
                                                           "skipped_in_a_row": self.skipped_in_a_row, "sizes": sizes}))
-            for path in (*aside.rglob("*"), aside):
+            for path in (*self.out.glob("*.jsonl"), *aside.rglob("*"), aside):
                 flush(path)
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
