@@ -19,6 +19,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -405,9 +406,14 @@ def compare(verdicts):
 
 # ---------------------------------------------------------------- what is read by people
 
+def percent(share):
+    """0.925 -> 93: halves go up, as on the page (Python's round would take the even number)."""
+    return math.floor(100 * share + 0.5)
+
+
 def shown(mean, ci, form="{}"):
     """0.5, [0.4, 0.6] -> "50 [40, 60]" """
-    mean, *ends = (form.format(round(100 * x)) for x in (mean, *(ci or ())))
+    mean, *ends = (form.format(percent(x)) for x in (mean, *(ci or ())))
     return f"{mean} [{', '.join(ends)}]" if ends else mean
 
 
@@ -425,13 +431,13 @@ def results(summaries, comparison):
     text = ["Success in %, in brackets with the shortest plan; every row counts. image: the picture; text: the symbols, without "
             "a reference plan.",
             markdown(["task", "level", "n", *cells], [[task, level or "all", first[task, level]["n"], *(
-                f"{100 * c[task, level]['success']:.0f} ({100 * c[task, level]['optimal']:.0f})" for c in cells.values())]
+                f"{percent(c[task, level]['success'])} ({percent(c[task, level]['optimal'])})" for c in cells.values())]
                 for task, level in first]),
             "All tasks, in % with 95% intervals. answer: one could be read; map: the one described is right; cut: no end within the "
             "limit.",
             markdown(["condition", *columns.values(), "answer", "map", "cut", "tokens", "faults"], [
                 [name, *(shown(c[rate], c[f"{rate}_ci"]) if rate in c else "" for rate in columns),
-                 *(f"{100 * c[rate]:.0f}" for rate in ("parsed", "state", "cut")), "" if c["tokens"] is None else round(c["tokens"]),
+                 *(percent(c[rate]) for rate in ("parsed", "state", "cut")), "" if c["tokens"] is None else round(c["tokens"]),
                  ", ".join(f"{fault} {n}" for fault, n in c["faults"].items()) or "none"] for name, c in whole.items()]),
             "Perception or planning? Responses by the map they describe and what their plan is worth; failures of perception (the plan "
             "works on the map described), of planning (it fails there too, or there is none), unclear (no map could be read).",
@@ -443,7 +449,7 @@ def results(summaries, comparison):
     lines = [[f"{name.replace('-image', '-text')} minus {name}", *gap.values()] for name, gap in comparison["gaps"].items()]
     lines += [[name, *step.values()] for name, step in comparison["differences"].items()]
     lines = [[head, *(shown(d["mean"], d["ci"], "{:+}") for d in numbers)] for head, *numbers in lines]
-    lines += [[f"closed by {name} of the base's gap", *("" if share is None else f"{round(100 * share)}%" for share in closed.values())]
+    lines += [[f"closed by {name} of the base's gap", *("" if share is None else f"{percent(share)}%" for share in closed.values())]
               for name, closed in comparison["closed"].items() if name != "base-image"]
     if lines:
         text += ["Differences of success in points, with 95% intervals over the same rows.",
