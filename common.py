@@ -197,7 +197,8 @@ def draw(logits, temperature):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    cumulative = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+    logits = logits if temperature == 1 else logits / temperature                      # not one pass over the words too many
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     level = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device) * cumulative[:, -1:]
     # Never a word of probability 0; and if the logits are not finite, still a word: the step is then skipped for its loss.
     return torch.searchsorted(cumulative, level, right=True)[:, 0].clamp_(max=logits.shape[1] - 1)

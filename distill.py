@@ -74,8 +74,9 @@ def kl(log_a, log_b):
 
 def reverse_kl(log_p, log_q, token=None):
     """KL(student || teacher): the student drops what the teacher would not say."""
-    value = kl(log_p, log_q)
-    return value, (log_p - log_q).sub_(value[:, None]).mul_(log_p.exp())           # p (log p - log q - KL)
+    p, ratio = log_p.exp(), log_p - log_q
+    value = torch.linalg.vecdot(p, ratio) + (log_q.exp().sum(-1) - p.sum(-1))      # as in `kl`, its passes shared
+    return value, ratio.sub_(value[:, None]).mul_(p)                               # p (log p - log q - KL)
 
 
 def forward_kl(log_p, log_q, token=None):

@@ -65,7 +65,7 @@ def child(folder, work, case):
 
     def words(model, batch, *more):
         return [*map(str, ["--preset", "tiny", "--model", model, "--init", "none", "--data", f"{work}/data", "--steps", 1,
-                           "--out", f"{work}/out", "--batch", batch, "--micro_batch", batch,
+                           "--out", f"{work}/out", "--restart", "--batch", batch, "--micro_batch", batch,
                            "--lora_vision", case["vision"], *more])]
     same = words(folder, case["rows"], "--bits", case["bits"], "--max_new_tokens", case["new"], "--slice", case["slice"])
     with redirect_stdout(io.StringIO()):
