@@ -256,7 +256,7 @@ def add_flags(parser, stage=None):
         add("--steps", type=int, help="optimizer steps")
         add("--lr", type=float, help="peak learning rate (cosine, warm-up over the first tenth)")
         add("--batch", type=int, help="rows per optimizer step")
-        add("--micro_batch", type=int, help="rows per forward pass; does not change the result")
+        add("--micro_batch", type=int, help="rows per forward pass; the gradient is that of the whole batch")
         add("--lora_rank", type=int, help="rank of the adapters; alpha is twice the rank")
         add("--lora_vision", type=int, choices=(0, 1), help="1: adapters on the vision tower's linears too")
         add("--save_every", type=int, default=20, help="steps between checkpoints; run again to continue from the newest")
