@@ -237,17 +237,17 @@ def test_a_malicious_optimizer_file_is_not_executed(folder):
 @pytest.mark.parametrize("stage", FLAGS)
 def test_killed_at_twenty_random_moments(folder, stage):
     """`kill -9` at random moments of a longer run, again and again; then the end equals that of the run left alone."""
-    finish(folder, stage, f"alone-{stage}", steps=60)
+    finish(folder, stage, f"alone-{stage}", steps=150)
     wanted, out, rng, tally = contents(folder / f"alone-{stage}"), folder / f"killed-{stage}", random.Random(0), []
     while len(tally) < 20:
-        process = start(folder, stage, out, steps=60)
-        time.sleep(rng.uniform(1, 6))
+        process = start(folder, stage, out, steps=150)
+        time.sleep(rng.uniform(0.5, 4))
         if process.exitcode is not None:
             tally.append("finished before the kill")
             break
         process.kill()
         process.join()
         tally.append(max((path.name for path in out.glob("checkpoint-*")), default="no checkpoint"))
-    finish(folder, stage, out, steps=60)
+    finish(folder, stage, out, steps=150)
     print(f"\n{stage}: newest checkpoint after each kill: {', '.join(tally)}")
     assert contents(out) == wanted
