@@ -77,6 +77,7 @@ class FrozenLake:
     rules = ("You cross a frozen lake. S is the start, G is the goal, F is frozen ice, H is a hole.\n"
              "U, D, L and R move one cell up, down, left and right. Never enter a hole or leave the map.\n"
              "Reach the goal in as few actions as possible.")
+    legend = "S is the elf, G is the present, H is a blue hole, and F is plain ice."
     questions = {"size": "How many rows and columns does the map have?",
                  "player": "Where is the start?",
                  "goal": "Where is the goal?",
@@ -130,6 +131,8 @@ class Maze:
              "S is the start, G is the goal, . is any other cell.\n"
              "U, D, L and R move one cell up, down, left and right. Never cross a wall or leave the map.\n"
              "Reach the goal in as few actions as possible.")
+    legend = ("S is the yellow disc and G is the blue disc. White is floor, black is wall. "
+              "A thin grey line between two cells is an open side.")
     questions = {"size": "How many rows and columns does the map have?",
                  "player": "Where is the start?",
                  "goal": "Where is the goal?",
@@ -209,6 +212,7 @@ class MiniBehaviour:
              "PICK takes the printer from a neighbouring cell, which is free afterwards. "
              "DROP puts it on the table from a cell beside the table.\n"
              "Finish in as few actions as possible.")
+    legend = "A is the red triangle, P is the white printer, T is tan, and free floor is black."
     questions = {"size": "How many rows and columns does the map have?",
                  "agent": "Where is the agent?",
                  "printer": "Where is the printer?",
@@ -493,11 +497,38 @@ def score_perception(row, names, text):
 
 # ---------------------------------------------------------------- prompts and targets: functions of a row
 
-PICTURE = "The picture shows the map."
-ASK_MAP = "Write down the map: its size as in Map: 3x3, then every row with its cells as in row 0: and so on."
-ASK_PLAN = (ASK_MAP + "\nThen write one sentence that begins with Route: and names, step by step, the action and the "
-            "position it leads to, as (row,column) counted from 0.\nThen write the actions: <answer>U,R</answer>")
-ASK_FACTS = "Answer briefly: a size as 3x3, positions as (row,column) counted from 0, actions by name, or none."
+ASK_MAP = "Write down only the map: its size, then every row with its cells. The form, shown on another map:\n"
+ASK_PLAN = ("Write down the map: its size, then every row with its cells. Then write one sentence that "
+            "begins with Route: and names the start and, action by action, the position it leads to, as "
+            "(row,column) counted from 0 at the top left. Then write the actions, separated by commas, inside "
+            "<answer></answer>. "
+            "The form, shown on another map:\n")
+ASK_FACTS = ("Answer briefly: a size as 3x3, positions as (row,column) counted from 0 at the top left, "
+             "actions by name, or none.")
+
+
+@lru_cache
+def example(task):
+    """The row that every prompt of a task shows as its example: of the smallest level, in no split."""
+    rng, rows = np.random.default_rng(0), []
+    while len(rows) < 50:
+        state = TASKS[task].sample(rng, TASKS[task].levels[0])
+        if plan := solve(task, state):
+            rows.append({"task": task, "state": state, "plan": plan})
+    return min(rows, key=lambda row: abs(len(row["plan"]) - 3))
+
+
+def ask_map(task):
+    return ASK_MAP + TASKS[task].describe(example(task)["state"])
+
+
+def ask_plan(task):
+    return ASK_PLAN + response(example(task))
+
+
+def picture(row):
+    """What stands beside the picture: what the things in it are."""
+    return f"The picture shows the map. {TASKS[row['task']].legend}"
 
 
 def symbols(row):
@@ -506,13 +537,13 @@ def symbols(row):
 
 def student_prompt(row):
     """What the student reads beside the picture: rules and answer format, no fact of the state."""
-    return "\n".join([TASKS[row["task"]].rules, PICTURE, ASK_PLAN])
+    return "\n".join([TASKS[row["task"]].rules, picture(row), ask_plan(row["task"])])
 
 
 def teacher_prompt(row, context="state+plan"):
     """The same rules and format with the symbols in the picture's place. context: "state+plan" | "state"."""
     hint = f"\nA reference plan: {','.join(row['plan'])}\nDo not mention that a reference plan is given."
-    return "\n".join([TASKS[row["task"]].rules, symbols(row) + (hint if context == "state+plan" else ""), ASK_PLAN])
+    return "\n".join([TASKS[row["task"]].rules, symbols(row) + (hint if context == "state+plan" else ""), ask_plan(row["task"])])
 
 
 def questions(task):
@@ -520,14 +551,14 @@ def questions(task):
     return ("map", *TASKS[task].questions)
 
 
-def perception_prompt(row, names=None, context=PICTURE):
+def perception_prompt(row, names=None, context=None):
     """Ask about the picture (or about `context`): one question plainly, several numbered. Default: all."""
     names = names or questions(row["task"])
-    texts = {"map": ASK_MAP, **TASKS[row["task"]].questions}
+    texts = {"map": ask_map(row["task"]), **TASKS[row["task"]].questions}
     lines = [texts[name] for name in names]
     if len(lines) > 1:
         lines = [f"{i}. {line}" for i, line in enumerate(lines, 1)]
-    return "\n".join([TASKS[row["task"]].rules, context, *([] if names == ("map",) else [ASK_FACTS]), *lines])
+    return "\n".join([TASKS[row["task"]].rules, context or picture(row), *([] if names == ("map",) else [ASK_FACTS]), *lines])
 
 
 def perception_target(row, names=None):
@@ -578,7 +609,9 @@ def split_of(task, state):
     So no state is ever in two splits, whatever the seed, the counts or the run. A maze goes by its
     walls alone (there are only 192 layouts of 3x3), so that whole layouts are held out.
     """
-    key = json.dumps(state["walls"] if task == "maze" else state["grid"]).encode()
+    key, shown = (json.dumps(s["walls"] if task == "maze" else s["grid"]).encode() for s in (state, example(task)["state"]))
+    if key == shown:
+        return "example"
     return {8: "val", 9: "test"}.get(int(hashlib.sha256(key).hexdigest(), 16) % 10, "train")
 
 
