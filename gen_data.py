@@ -551,10 +551,12 @@ def parse(task, text, lenient=False):
         return None if answer is None else read_actions(answer, names_of(actions))
     if answer is not None:
         return read_loosely(answer, actions)
-    named = [*BOXED.findall(text)[::-1], *LABELLED.findall(text)[::-1], text]
-    bold = [*BOLD_LINE.findall(text)[::-1], *BOLD_RUN.findall(text)[::-1]]
+    boxed, labelled, bold_lines, bold_runs = (
+        form.findall(text)[:-11:-1]  # the last ten, the latest first
+        for form in (BOXED, LABELLED, BOLD_LINE, BOLD_RUN))
     last_line = text.rstrip().rpartition("\n")[2]
-    for least, bodies in ((1, named), (2, [*bold, last_line])):  # one bold word may be emphasis
+    named, bare = [*boxed, *labelled, text], [*bold_lines, *bold_runs, last_line]
+    for least, bodies in ((1, named), (2, bare)):  # one bold word may be emphasis
         for body in bodies:
             plan = read_loosely(body, actions)
             if plan and len(plan) >= least:
@@ -934,7 +936,7 @@ def load_rows(data, split="*"):
                 path = file.parent / row["file_name"]
                 outcome = check(row["task"], row["state"], row["plan"])[0]
                 row["id"], row["level"]
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 fail(f"{where}: not a row ({type(error).__name__}: {error}); make the data again")
             if outcome != "success":
                 fail(f"{where}: the plan of {row['id']} does not solve its puzzle: {outcome}")
