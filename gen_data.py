@@ -95,7 +95,7 @@ class FrozenLake:
         "Reach the goal in as few actions as possible.")
     legend = (
         "In the picture the start is the cell with the elf, the goal the cell with the gift box, a "
-        "hole is a dark pool of water in the ice, and frozen ice is a plain pale blue cell.")
+        "hole is a round patch of bright blue water, and frozen ice is white and pale blue.")
     actions = tuple(MOVES)
     questions = {"size": ASK_SIZE,
                  "player": "Where is the start?",
@@ -163,8 +163,8 @@ class Maze:
         "Reach the goal in as few actions as possible.")
     legend = (
         "In the picture the start is the cell with the yellow dot, the goal the cell with the blue "
-        "dot, walls are black, free cells are white, and a thin grey line lies where two cells "
-        "join.")
+        "dot, walls are thick black lines, free cells are white, and a thin grey line lies where "
+        "two cells join.")
     actions = tuple(MOVES)
     questions = {"size": ASK_SIZE,
                  "player": "Where is the start?",
