@@ -190,11 +190,12 @@ def walk(row, plan):
     path = gen_data.trace(row["task"], state, plan)
     here, executed, fault_at = path[-1], len(path) - 1, None
     if executed < len(plan) and not task.done(state, here):
-        there, _ = task.step(state, here, plan[executed])
-        down, right = gen_data.MOVES.get(plan[executed], (0, 0))
+        action = plan[executed]
+        down, right = gen_data.MOVES.get(action, (0, 0))
         fault_at = (here[0] + down / 2, here[1] + right / 2)
-        if tuple(there[:2]) != tuple(here[:2]):
-            fault_at = tuple(there[:2])
+        there = task.step(state, here, action)[0] if action in task.actions else here
+        if there[:2] != here[:2]:
+            fault_at = there[:2]
     return [tuple(pos[:2]) for pos in path], fault_at
 
 
