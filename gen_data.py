@@ -605,7 +605,7 @@ def read_loosely(text, actions):
         pieces, names = re.split("->|=>|→", text), names_of(actions, WORDS)
     plan = []
     for piece in pieces:
-        found = read_actions(piece, names)
+        found = read_actions(piece, names_of(actions)) or read_actions(piece, names)
         if found is None:
             return None
         plan += found
