@@ -57,6 +57,7 @@ def parse_args(argv=None):
         "(without a reference plan), both, or, as a control, the picture of another puzzle")
     add("--tasks", nargs="+", help="task, or task:level, or task:low-high (default: all)")
     add("--limit", type=int, help="rows per task and level (default: all)")
+    add("--rollout_batch", type=int, default=32, help="rows answered at a time")
     add("--max_new_tokens", type=int, help="length limit of an answer, tokens")
     add("--temperature", type=float, default=0.0, help="0: greedy")
     add("--samples", type=int, default=1, help="answers per row: their mean, and pass@k")

@@ -4,14 +4,17 @@
     python -m tools.figures --eval out/eval --distill out/distill --out docs
 
 docs/answers.png:  the same held-out puzzles as different models answer them, one row per task: the
-                   first hard puzzle of its largest level, whatever became of it. The plan is drawn
-                   from the start, green if it succeeds and red if not, with a cross at the fault.
+                   one with the longest plan in its largest level, whatever became of it. Plans are
+                   drawn from the start, green or red (failed), with a cross at the fault.
 docs/training.png: what the rollouts of the distillation were worth, and the KL between student and
                    teacher in the three parts of a response.
 """
 import argparse
+import io
 from itertools import pairwise
 from pathlib import Path
+
+from PIL import Image
 
 import gen_data
 from gen_data import PARTS, fail, open_picture
@@ -38,7 +41,7 @@ def parse_args(argv=None):
 
 
 def choose_puzzles(rows, answered, ids=None):
-    """The rows with these ids; by default of each task the first hard one of its largest level."""
+    """The rows with these ids; else of each task's largest level the one with the longest plan."""
     rows = [row for row in rows if row["id"] in answered]
     if ids:
         by_id = {row["id"]: row for row in rows}
@@ -48,7 +51,7 @@ def choose_puzzles(rows, answered, ids=None):
         return [by_id[name] for name in ids]
     chosen = {}
     for row in rows:
-        rank = (row["level"], row["bucket"] == gen_data.DIFFICULTIES[-1])
+        rank = (row["level"], len(row["plan"]))
         if row["task"] not in chosen or rank > chosen[row["task"]][0]:
             chosen[row["task"]] = rank, row
     return [row for _, row in chosen.values()]
@@ -74,11 +77,18 @@ def draw_answer(axes, row, verdict):
         if here == before:                                        # an action without a move
             axes.plot(here[1] + 0.5, here[0] + 0.5, "o", markersize=9, markeredgewidth=1.5,
                       color=colour, markeredgecolor="white")
-    word = verdict["outcome"] + (", shortest plan" if verdict["optimal"] else "")
-    plan = ",".join(verdict["plan"] or ["no plan could be read"])
-    axes.set_xlabel(word, color=colour, fontsize=11, fontweight="bold", labelpad=5)
-    axes.text(0.5, -0.19, plan if len(plan) <= 34 else plan[:32] + " …", color=SOFT, fontsize=8.5,
-              ha="center", va="top", transform=axes.transAxes)
+    if verdict["plan"]:
+        axes.plot(xs[0], ys[0], "o", markersize=8, markeredgewidth=2, color="white",
+                  markeredgecolor=colour)
+    word = f"failed: {verdict['outcome']}"
+    if verdict["outcome"] == "success":
+        word = "success, shortest plan" if verdict["optimal"] else "success, not the shortest plan"
+    below = ",".join(verdict["plan"] or ())
+    if not below:                                                 # how the response ends instead
+        below = f"“… {' '.join(verdict['response'].split())[-32:]}”"
+    for text, y, style in ((word, -0.03, {"color": colour, "size": 10.5, "weight": "bold"}),
+                           (below, -0.11, {"color": SOFT, "size": 8.5})):
+        axes.text(0.5, y, text, ha="center", va="top", transform=axes.transAxes, **style)
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set(color=colour, linewidth=1.5)
@@ -86,8 +96,9 @@ def draw_answer(axes, row, verdict):
 
 def draw_answers(plt, rows, verdicts, titles):
     """rows: the puzzles, one per line; verdicts: {condition: {id: verdict}}, one per column."""
-    figure, grid = plt.subplots(len(rows), len(verdicts), squeeze=False, layout="constrained",
-                                figsize=(2.75 * len(verdicts), 3.05 * len(rows)))
+    size, gaps = (2.9 * len(verdicts), 3.3 * len(rows)), {"hspace": 0.2, "wspace": 0.06}
+    figure, grid = plt.subplots(len(rows), len(verdicts), squeeze=False, figsize=size,
+                                gridspec_kw=gaps)
     for line, row in zip(grid, rows, strict=True):
         for axes, answers in zip(line, verdicts.values(), strict=True):
             draw_answer(axes, row, answers[row["id"]])
@@ -159,8 +170,10 @@ def main(args):
     for name, figure in (("answers", draw_answers(plt, rows, verdicts, titles)),
                          ("training", draw_training(plt, metrics))):
         file = Path(args.out, f"{name}.png")
-        figure.savefig(file, dpi=120, metadata={"Software": None})
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=120, bbox_inches="tight")
         plt.close(figure)
+        Image.open(drawn).convert("RGB").quantize(256).save(file, optimize=True)
         print(f"wrote {file}")
 
 
