@@ -18,7 +18,6 @@ given under other settings are put aside (*.old).
 Left out on purpose: asking a server (tools/ask.py), drawing the page (tools/report.py).
 """
 import argparse
-import hashlib
 import json
 import re
 from collections import Counter
@@ -34,13 +33,10 @@ from tqdm import tqdm
 import common
 import gen_data
 from common import fail
-from tools import report
+from tools import report, responses
 
 RUNS = ("out/coldstart", "out/distill")
 STAGES = ("base", "coldstart", "distill")
-INPUTS = ("image", "text", "swapped")
-RESPONSE = ("id", "response", "tokens", "cut", "error")  # of a line; the verdict follows from it
-KEYS = (*RESPONSE, "sample", "question")
 RATES = ("success", "optimal", "parsed", "state_right", "cut")
 PLANS = ("shortest", "longer", "failed")
 FAILURES = ("perception", "planning", "unclear")
@@ -53,8 +49,8 @@ def parse_args(argv=None):
     add("--out", default="out/eval", help="output folder")
     add("--adapter", nargs="+", metavar="RUN", help="runs to evaluate, base for none (default: "
         "base, out/coldstart, out/distill)")
-    add("--input", default="both", choices=("both", *INPUTS), help="the picture, the symbols "
-        "(without a reference plan), both, or, as a control, the picture of another puzzle")
+    add("--input", default="both", choices=("both", *responses.INPUTS), help="the picture, the "
+        "symbols (without a plan), both, or, as a control, the picture of another puzzle")
     add("--tasks", nargs="+", help="task, or task:level, or task:low-high (default: all)")
     add("--limit", type=int, help="rows per task and level (default: all)")
     add("--rollout_batch", type=int, default=32, help="rows answered at a time")
@@ -82,25 +78,9 @@ def parse_args(argv=None):
     return args
 
 
-def choose_rows(rows, tasks, limit):
-    """The rows of these tasks ("maze", "maze:3-4"; default all), at most `limit` of a level."""
-    levels, groups = gen_data.parse_tasks(tasks or gen_data.TASKS), {}
-    for row in rows:
-        if row["level"] in levels.get(row["task"], ()):
-            groups.setdefault((row["task"], row["level"]), []).append(row)
-    if not groups:
-        fail("no row of the test split is left: choose other --tasks")
-    return [row for group in groups.values() for row in group[:limit]]
-
-
-def digest(*things):
-    """A short name for JSON-serialisable things, the same for the same things."""
-    return hashlib.sha256(json.dumps(things).encode()).hexdigest()[:16]
-
-
 def digest_rows(rows):
     """What two conditions must share to stand in one table: their puzzles."""
-    return digest([(row["id"], gen_data.key_of(row), row.get("bucket")) for row in rows])
+    return responses.digest([(row["id"], gen_data.key_of(row), row.get("bucket")) for row in rows])
 
 
 def weight_files(folder):
@@ -109,84 +89,7 @@ def weight_files(folder):
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-# ---------------------------------------------------------------- what is asked
-
-def other_pictures(rows):
-    """{id: picture of the next puzzle of the same task and level}: a control, never its own."""
-    groups, following = {}, {}
-    for row in rows:
-        group = groups.setdefault((row["task"], row["level"]), {})
-        group[gen_data.key_of(row)] = row["path"]
-    for (task, level), group in groups.items():
-        if len(group) == 1:
-            fail(f"--input swapped: {task}, level {level}, has one puzzle; choose other --tasks")
-        keys, paths = list(group), list(group.values())
-        following |= dict(zip(keys, paths[1:] + paths[:1], strict=True))
-    return {row["id"]: following[gen_data.key_of(row)] for row in rows}
-
-
-def planning_prompts(rows, source, pictures=None, samples=1):
-    """[(key, prompt, picture or None)]. pictures: {id: path} in the place of the rows' own."""
-    asked = []
-    for sample in range(samples):
-        for row in rows:
-            key = {"id": row["id"], "sample": sample} if samples > 1 else {"id": row["id"]}
-            if source == "text":
-                asked.append((key, gen_data.teacher_prompt(row, "state"), None))
-            else:
-                picture = pictures[row["id"]] if source == "swapped" else row["path"]
-                asked.append((key, gen_data.student_prompt(row), picture))
-    return asked
-
-
-def perception_prompts(rows):
-    """[(key, prompt, picture)], every question about every picture, one at a time."""
-    return [({"id": row["id"], "question": name}, gen_data.perception_prompt(row, (name,)),
-             row["path"]) for row in rows for name in gen_data.questions(row)]
-
-
 # ---------------------------------------------------------------- answers
-
-def label(line):
-    """What tells one answer of a condition from another."""
-    return line["id"], line.get("sample"), line.get("question")
-
-
-def collect(file, settings, asked, size, answer, pooled_map, bar):
-    """The answers to all of `asked`, those in `file` and new ones, which are appended as they come.
-
-    asked: [(key, prompt, picture or None)]; answer(batch) gives the lines of at most `size` of
-    them. settings: what an answer depends on, kept beside the file. pooled_map: map, or a pool's
-    imap_unordered.
-    """
-    pictures = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest()
-                for _, _, path in asked if path}
-    contents = [(key, prompt, pictures.get(path)) for key, prompt, path in asked]
-    settings = json.loads(json.dumps({**settings, "asked": digest(contents)}))
-    record, lines = file.with_suffix(".settings.json"), {}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.is_file() and (not record.is_file() or json.loads(record.read_text()) != settings):
-        file.replace(f"{file}.old")
-        tqdm.write(f"{file}: answered under other settings, kept as {file.name}.old; starting anew")
-    common.write_aside(record, json.dumps(settings, indent=1))
-    if file.is_file():
-        whole = file.read_bytes()
-        whole = whole[:whole.rfind(b"\n") + 1]        # a killed run leaves half a line
-        file.write_bytes(whole)
-        for line in map(json.loads, whole.splitlines()):
-            if "error" not in line:                   # what failed is asked again
-                lines[label(line)] = {key: line[key] for key in line if key in KEYS}
-    batches = [asked[i:i + size] for i in range(0, len(asked), size)]
-    todo = [batch for batch in batches if any(label(key) not in lines for key, _, _ in batch)]
-    bar.update(len(asked) - sum(map(len, todo)))
-    with open(file, "a", encoding="utf-8") as out:
-        for batch in pooled_map(answer, todo):
-            out.writelines(json.dumps(line) + "\n" for line in batch)
-            out.flush()
-            lines |= {label(line): line for line in batch}
-            bar.update(len(batch))
-    return [lines[label(key)] for key, _, _ in asked]
-
 
 class Answerer:
     """The model on this machine: loaded at the first question without an answer."""
@@ -211,8 +114,9 @@ class Answerer:
         images = [path and gen_data.open_picture(path) for _, _, path in batch]
         uniforms = None
         if temperature:                # they depend on (seed, condition, row, sample, position)
-            seeds = [int(digest(self.args.seed, condition, label(key)), 16) for key in keys]
-            numbers = [np.random.default_rng(s).random(self.args.max_new_tokens) for s in seeds]
+            names = [responses.digest(self.args.seed, condition, key) for key in keys]
+            numbers = [np.random.default_rng(int(name, 16)).random(self.args.max_new_tokens)
+                       for name in names]
             uniforms = torch.tensor(np.stack(numbers), device=device)              # [B, T]
         try:
             prompt = common.encode(self.processor, [text for _, text, _ in batch], images, device)
@@ -258,11 +162,9 @@ def ask_model(args, rows, test):
     answerer, adapters = Answerer(args), find_adapters(args)
     trained = {stage: trained_keys(adapter) for stage, adapter in adapters.items()}
     sources = ("image", "text") if args.input == "both" else (args.input,)
-    pictures = None
-    if "swapped" in sources:
-        pictures = other_pictures(choose_rows(test, args.tasks, None))
-    asked = {source: planning_prompts(rows, source, pictures, args.samples) for source in sources}
-    looks = perception_prompts(rows) if args.perception and "image" in sources else []
+    asked = {source: responses.planning_prompts(rows, source, test, args.samples)
+             for source in sources}
+    looks = responses.perception_prompts(rows) if args.perception and "image" in sources else []
     settings = {"model": args.model, "weights": weight_files(args.model), "bits": args.bits,
                 "max_new_tokens": args.max_new_tokens, "versions": common.versions()}
     conditions = [(stage, source) for stage in adapters for source in sources]
@@ -274,7 +176,8 @@ def ask_model(args, rows, test):
             fixed = {**settings, "adapter": weight_files(adapter), "temperature": temperature,
                      "seed": args.seed if temperature else None}
             answer = partial(answerer.answer, adapter, folder.name, temperature)
-            return collect(folder / name, fixed, questions, args.rollout_batch, answer, map, bar)
+            return responses.collect(folder / name, fixed, questions, args.rollout_batch, answer,
+                                     map, bar)
 
         for stage, source in conditions:
             folder, adapter, seen = Path(args.out, f"{stage}-{source}"), adapters[stage], []
@@ -283,36 +186,6 @@ def ask_model(args, rows, test):
             if looks and source == "image":
                 seen = answers(folder, "perception.jsonl", adapter, looks, 0)
             conclude(folder, rows, lines, seen, args, trained[stage])
-
-
-def read_responses(file, rows, test, allow_missing):
-    """The answers in `file`, one per row; ids that are unknown, doubled or missing are errors."""
-    known, lines = {row["id"] for row in test}, {}
-    try:
-        texts = Path(file).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"cannot read --responses {file}: {error}")
-    for number, text in enumerate(texts, 1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-        except ValueError:
-            fail(f'{file}, line {number}: not JSON; wanted one {{"id", "response"}} per line')
-        if not isinstance(line, dict) or not all(isinstance(line.get(name), str)
-                                                 for name in ("id", "response")):
-            fail(f'{file}, line {number}: wanted an object with "id" and "response", both text; '
-                 f"got {str(line)[:60]}")
-        if line["id"] in lines:
-            fail(f"{file}, line {number}: id {line['id']!r} is doubled")
-        if line["id"] not in known:
-            fail(f"{file}, line {number}: id {line['id']!r} is not in the test split of --data")
-        lines[line["id"]] = {key: line[key] for key in RESPONSE if key in line}
-    missing = [row["id"] for row in rows if row["id"] not in lines]
-    if missing and not allow_missing:
-        fail(f"{file}: no response for {len(missing)} rows, the first {missing[0]!r}; "
-             "--allow_missing makes them failures")
-    return [lines.get(row["id"], {"id": row["id"], "response": ""}) for row in rows]
 
 
 # ---------------------------------------------------------------- verdicts
@@ -528,7 +401,7 @@ def finished_conditions(out, rows):
             finished[path.parent.name] = summary
         else:
             print(f"{path.parent.name} answered other rows: left out of the tables")
-    stages = [f"{stage}-{source}" for stage in STAGES for source in INPUTS]
+    stages = [f"{stage}-{source}" for stage in STAGES for source in responses.INPUTS]
     order = [name for name in stages if name in finished]
     order += [name for name in finished if name not in order]
     return {name: finished[name] for name in order}
@@ -537,12 +410,12 @@ def finished_conditions(out, rows):
 def main(args):
     gen_data.ensure(args.data, args.preset, args.seed)
     test, out = gen_data.load_rows(args.data, "test"), Path(args.out)
-    rows = choose_rows(test, args.tasks, args.limit)
+    rows = responses.choose_rows(test, args.tasks, args.limit)
     if args.responses:
         folder = out / (args.name or Path(args.responses).stem)
         if list(folder.glob("*.settings.json")):
             fail(f"{folder} holds answers that were asked for here: choose another --name")
-        lines = read_responses(args.responses, rows, test, args.allow_missing)
+        lines = responses.read(args.responses, rows, test, args.allow_missing)
         conclude(folder, rows, lines, [], args)
     else:
         ask_model(args, rows, test)

@@ -13,7 +13,7 @@ import torch
 import common
 import evaluate
 import gen_data
-from tools import report
+from tools import report, responses
 
 ROOT = Path(__file__).parents[1]
 LAKE = {"id": "lake", "task": "frozenlake", "level": 3, "bucket": "easy",
@@ -258,23 +258,22 @@ def test_what_is_asked(data):
     rows = gen_data.load_rows(data, "test")
     changed = [{**row, "plan": ["nothing"]} for row in rows]
     for source in ("image", "text"):
-        asked = evaluate.planning_prompts(rows, source)
-        assert asked == evaluate.planning_prompts(changed, source)           # no plan in a prompt
+        asked = responses.planning_prompts(rows, source, rows)
+        assert asked == responses.planning_prompts(changed, source, rows)    # no plan in a prompt
         assert [key for key, _, _ in asked] == [{"id": row["id"]} for row in rows]
         assert [path for _, _, path in asked] == [row["path"] if source == "image" else None
                                                   for row in rows]
-    pictures = evaluate.other_pictures(rows)
+    pictures = responses.other_pictures(rows, rows)
     assert sorted(pictures.values()) == sorted(row["path"] for row in rows)
     assert all(pictures[row["id"]] != row["path"] for row in rows)
     assert all(Path(pictures[row["id"]]).name.startswith(row["task"]) for row in rows)
-    swapped = evaluate.planning_prompts(rows, "swapped", pictures, samples=2)
-    assert [path for _, _, path in swapped] == list(pictures.values()) * 2
-    twice = [*rows, {**rows[0], "id": "again", "path": "copy.png"}]          # the same puzzle
-    pictures = evaluate.other_pictures(twice)
-    assert pictures["again"] == pictures[rows[0]["id"]] == rows[1]["path"]
+    swapped = responses.planning_prompts(rows[:2], "swapped", rows, samples=2)
+    assert [path for _, _, path in swapped] == [rows[1]["path"], rows[2]["path"]] * 2
+    again = {**rows[0], "id": "again", "path": "copy.png"}                   # the same puzzle
+    assert responses.other_pictures([again], [*rows, again]) == {"again": rows[1]["path"]}
     with pytest.raises(SystemExit):
-        evaluate.other_pictures(rows[:1])
-    looks = evaluate.perception_prompts(rows[:1])
+        responses.other_pictures(rows[:1], [rows[0], again, *rows[4:]])
+    looks = responses.perception_prompts(rows[:1])
     assert [key["question"] for key, _, _ in looks] == list(gen_data.questions(rows[0]))
     assert {path for _, _, path in looks} == {rows[0]["path"]}
 
@@ -283,7 +282,7 @@ def test_rows_are_chosen(data):
     rows = gen_data.load_rows(data, "test")
 
     def chosen(*words):
-        return [(row["task"], row["level"]) for row in evaluate.choose_rows(rows, *words)]
+        return [(row["task"], row["level"]) for row in responses.choose_rows(rows, *words)]
     assert chosen(None, None) == [("frozenlake", 3)] * 4 + [("maze", 3)] * 4
     assert chosen(["maze"], 2) == [("maze", 3)] * 2
     assert chosen(["frozenlake:3-4", "maze"], 1) == [("frozenlake", 3), ("maze", 3)]
@@ -357,12 +356,13 @@ def test_draws_depend_on_the_row_and_not_on_its_batch(data):
     """The same rows in batches of 8, of 3, and in another order: the same sampled answers."""
     args = evaluate.parse_args(["--preset", "tiny", "--max_new_tokens", "6"])
     answerer = evaluate.Answerer(args)
-    asked = evaluate.planning_prompts(gen_data.load_rows(data, "test")[:4], "image", samples=2)
+    rows = gen_data.load_rows(data, "test")[:4]
+    asked = responses.planning_prompts(rows, "image", rows, samples=2)
 
     def answers(asked, size, condition="a"):
         batches = [asked[i:i + size] for i in range(0, len(asked), size)]
         lines = [line for batch in batches for line in answerer.answer(None, condition, 1.0, batch)]
-        return {evaluate.label(line): line for line in lines}
+        return {responses.label(line): line for line in lines}
     whole = answers(asked, 8)
     assert whole == answers(asked, 3) == answers(asked[::-1], 8)
     assert whole != answers(asked, 8, "b")                           # another condition

@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed (requireme
 
 
 def test_both_pictures_from_files(tmp_path, capsys):
-    """A success, a fault and no answer; the puzzle of each task is the one with the longest plan."""
+    """A success, a fault, no answer; the puzzle of each task is the one with the longest plan."""
     gen_data.main(gen_data.parse_args([
         "--preset", "tiny", "--tasks", "frozenlake:3", "maze:3-4", "--train", "1", "--val", "1",
         "--test", "3", "--workers", "1", "--out", str(tmp_path / "data")]))

@@ -18,9 +18,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 import common
-import evaluate
 import gen_data
 from gen_data import fail
+from tools import responses
 
 RETRIES = 5     # of 408, 409, 429, 5xx, a time-out or a broken connection; 0.5 to 8 s apart
 TIMEOUT = 300   # seconds
@@ -33,7 +33,7 @@ def parse_args(argv=None):
     add("--api_model", required=True, metavar="NAME", help="the server's name for the model")
     add("--out", required=True, metavar="FILE", help="answers, one JSON object a line")
     add("--data", default="data", help="folder made by gen_data.py")
-    add("--input", default="image", choices=evaluate.INPUTS, help="the picture, the symbols, or, "
+    add("--input", default="image", choices=responses.INPUTS, help="the picture, the symbols, or, "
         "as a control, the picture of another puzzle")
     add("--tasks", nargs="+", help="task, or task:level, or task:low-high (default: all)")
     add("--limit", type=int, help="rows per task and level (default: all)")
@@ -72,7 +72,7 @@ def asker(args):
         if picture:
             url = f"data:image/png;base64,{base64.b64encode(Path(picture).read_bytes()).decode()}"
             content.insert(0, {"type": "image_url", "image_url": {"url": url}})
-        seed = int(evaluate.digest(args.seed, key), 16) % 2**31
+        seed = int(responses.digest(args.seed, key), 16) % 2**31
         sampling = {"temperature": args.temperature, **({"seed": seed} if args.temperature else {})}
         try:
             reply = client.chat.completions.create(
@@ -93,16 +93,13 @@ def asker(args):
 
 def main(args):
     test, out = gen_data.load_rows(args.data, "test"), Path(args.out)
-    rows = evaluate.choose_rows(test, args.tasks, args.limit)
-    pictures = None
-    if args.input == "swapped":
-        pictures = evaluate.other_pictures(evaluate.choose_rows(test, args.tasks, None))
-    asked = evaluate.planning_prompts(rows, args.input, pictures)
+    rows = responses.choose_rows(test, args.tasks, args.limit)
+    asked, answer = responses.planning_prompts(rows, args.input, test), asker(args)
     settings = {name: getattr(args, name) for name in
                 ("api_base", "api_model", "max_new_tokens", "temperature", "seed")}
     with ThreadPool(args.concurrency) as pool, tqdm(total=len(asked), unit="row") as bar:
         try:
-            lines = evaluate.collect(out, settings, asked, 1, asker(args), pool.imap_unordered, bar)
+            lines = responses.collect(out, settings, asked, 1, answer, pool.imap_unordered, bar)
         except ConnectionError as problem:
             fail(f"{args.api_base} does not answer for {args.api_model}: {problem}")
     common.write_aside(out, "".join(json.dumps(line) + "\n" for line in lines))
