@@ -48,7 +48,7 @@ def parse_args(argv=None):
         help="share of steps whose responses the student samples, else the teacher")
     add("--tasks", nargs="+", help="train on these only: task, task:level or task:low-high")
     add("--max_new_tokens", type=int, help="length limit of a rollout, tokens")
-    add("--slice", type=int, default=64, help="response positions whose logits exist at a time")
+    add("--slice", type=int, default=128, help="response positions whose logits exist at a time")
     add("--show_every", type=int, default=25,
         help="steps between sampled responses on the console and in rollouts.jsonl")
     args = common.resolve(parser.parse_args(argv), "distill")
@@ -118,13 +118,13 @@ def sliced_divergence(hidden, teacher_hidden, token, lm_head, divergence, width)
             log_q = lm_head(teacher_hidden[i:i + width]).float().log_softmax(-1)
         log_p = lm_head(leaf).float().log_softmax(-1)                          # [width, vocabulary]
         value = divergence(log_p, log_q, token[i:i + width])                   # [width]
-        value.sum().backward()         # as far as the leaf; the slice's graph and logits are freed
-        gradients.append(leaf.grad)
         with torch.no_grad():
-            entropy = -torch.linalg.vecdot(log_p.exp(), log_p)
             kl = value if divergence is reverse_kl else reverse_kl(log_p, log_q)
+            entropy = -torch.linalg.vecdot(log_p.exp(), log_p)
             scores.append(torch.stack([value, kl, entropy]))
-        del log_q, log_p, value  # before the next slice makes its own
+        del log_q, log_p       # what the gradient needs of them is in the graph, and goes with it:
+        value.sum().backward()                                                  # as far as the leaf
+        gradients.append(leaf.grad)
     return torch.cat(gradients), torch.cat(scores, 1)
 
 

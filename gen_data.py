@@ -95,7 +95,7 @@ class FrozenLake:
         "Reach the goal in as few actions as possible.")
     legend = (
         "In the picture the start is the cell with the elf, the goal the cell with the gift box, a "
-        "hole is a dark pool of water in the ice, and frozen ice is a plain pale blue cell.")
+        "hole is a round patch of bright blue water, and frozen ice is white and pale blue.")
     actions = tuple(MOVES)
     questions = {"size": ASK_SIZE,
                  "player": "Where is the start?",
@@ -163,8 +163,8 @@ class Maze:
         "Reach the goal in as few actions as possible.")
     legend = (
         "In the picture the start is the cell with the yellow dot, the goal the cell with the blue "
-        "dot, walls are black, free cells are white, and a thin grey line lies where two cells "
-        "join.")
+        "dot, walls are thick black lines, free cells are white, and a thin grey line lies where "
+        "two cells join.")
     actions = tuple(MOVES)
     questions = {"size": ASK_SIZE,
                  "player": "Where is the start?",
@@ -551,10 +551,12 @@ def parse(task, text, lenient=False):
         return None if answer is None else read_actions(answer, names_of(actions))
     if answer is not None:
         return read_loosely(answer, actions)
-    named = [*BOXED.findall(text)[::-1], *LABELLED.findall(text)[::-1], text]
-    bold = [*BOLD_LINE.findall(text)[::-1], *BOLD_RUN.findall(text)[::-1]]
+    boxed, labelled, bold_lines, bold_runs = (
+        form.findall(text)[:-11:-1]  # the last ten, the latest first
+        for form in (BOXED, LABELLED, BOLD_LINE, BOLD_RUN))
     last_line = text.rstrip().rpartition("\n")[2]
-    for least, bodies in ((1, named), (2, [*bold, last_line])):  # one bold word may be emphasis
+    named, bare = [*boxed, *labelled, text], [*bold_lines, *bold_runs, last_line]
+    for least, bodies in ((1, named), (2, bare)):  # one bold word may be emphasis
         for body in bodies:
             plan = read_loosely(body, actions)
             if plan and len(plan) >= least:
@@ -934,7 +936,7 @@ def load_rows(data, split="*"):
                 path = file.parent / row["file_name"]
                 outcome = check(row["task"], row["state"], row["plan"])[0]
                 row["id"], row["level"]
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 fail(f"{where}: not a row ({type(error).__name__}: {error}); make the data again")
             if outcome != "success":
                 fail(f"{where}: the plan of {row['id']} does not solve its puzzle: {outcome}")
