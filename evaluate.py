@@ -117,7 +117,7 @@ class Answerer:
             names = [responses.digest(self.args.seed, condition, key) for key in keys]
             numbers = [np.random.default_rng(int(name, 16)).random(self.args.max_new_tokens)
                        for name in names]
-            uniforms = torch.tensor(np.stack(numbers), device=device)              # [B, T]
+            uniforms = np.stack(numbers)                                           # [B, T]
         try:
             prompt = common.encode(self.processor, [text for _, text, _ in batch], images, device)
             ids, mask = common.sample(                               # [B, T] both
@@ -326,17 +326,19 @@ def summarise(verdicts):
 
 
 def summarise_perception(looks):
-    """Exact match per question and of all questions about a picture: a dict per task, question.
+    """Exact match per question and of all questions about a picture, per task, level and question.
 
-    looks: [{"id", "task", "question", "right"}].
+    looks: [{"id", "task", "level", "question", "right"}].
     """
-    frame, numbers = pd.DataFrame(looks, columns=["id", "task", "question", "right"]), []
+    frame, numbers = pd.DataFrame(looks, columns=["id", "task", "level", "question", "right"]), []
     for task, of_task in frame.groupby("task", sort=False):
-        groups = dict(list(of_task.groupby("question", sort=False)["right"]))
-        groups["all"] = of_task.groupby("id", sort=False)["right"].all()
-        for question, right in groups.items():
-            numbers.append({"task": task, "question": question, "n": len(right),
-                            **rate("exact", [right.to_numpy(float)])})
+        for level in [None, *sorted(set(of_task["level"]))]:
+            some = of_task if level is None else of_task[of_task["level"] == level]
+            groups = dict(list(some.groupby("question", sort=False)["right"]))
+            groups["all"] = some.groupby("id", sort=False)["right"].all()
+            for question, right in groups.items():
+                numbers.append({"task": task, "level": level, "question": question,
+                                "n": len(right), **rate("exact", [right.to_numpy(float)])})
     return numbers
 
 

@@ -166,11 +166,11 @@ def test_comparisons_by_hand():
 
 def test_perception_by_hand():
     rights = {"a": (True, True), "b": (True, False), "c": (False, True)}
-    looks = [{"id": name, "task": "maze", "question": question, "right": right}
+    looks = [{"id": name, "task": "maze", "level": 3, "question": question, "right": right}
              for name, pair in rights.items()
              for question, right in zip(("size", "goal"), pair, strict=True)]
-    found = {p["question"]: (p["n"], p["exact"]) for p in evaluate.summarise_perception(looks)}
-    assert found == {name: (3, pytest.approx(share)) for name, share in
+    found = {(p["level"], p["question"]): p["exact"] for p in evaluate.summarise_perception(looks)}
+    assert found == {(level, name): pytest.approx(share) for level in (None, 3) for name, share in
                      (("size", 2 / 3), ("goal", 2 / 3), ("all", 1 / 3))}
 
 

@@ -151,8 +151,8 @@ def difference_table(comparison):
 
 def perception_table(summaries):
     """Perception questions, a line per task and question."""
-    asked = {name: summary["perception"] for name, summary in summaries.items()
-             if summary["perception"]}
+    asked = {name: [cell for cell in summary["perception"] if cell["level"] is None]
+             for name, summary in summaries.items() if summary["perception"]}
     lines = []
     for cells in zip(*asked.values(), strict=True):
         exact = [with_interval(cell["exact"], cell["exact_ci"]) for cell in cells]
