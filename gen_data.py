@@ -93,9 +93,7 @@ class FrozenLake:
         "U, D, L and R move one cell up, down, left and right. Never enter a hole or leave the "
         "map.\n"
         "Reach the goal in as few actions as possible.")
-    legend = (
-        "In the picture the start is the cell with the elf, the goal the cell with the gift box, a "
-        "hole is a round patch of bright blue water, and frozen ice is white and pale blue.")
+    legend = "S is the elf, G is the present, H is a blue hole, and F is plain ice."
     actions = tuple(MOVES)
     questions = {"size": ASK_SIZE,
                  "player": "Where is the start?",
@@ -162,9 +160,8 @@ class Maze:
         "map.\n"
         "Reach the goal in as few actions as possible.")
     legend = (
-        "In the picture the start is the cell with the yellow dot, the goal the cell with the blue "
-        "dot, walls are thick black lines, free cells are white, and a thin grey line lies where "
-        "two cells join.")
+        "S is the yellow disc and G is the blue disc. White is floor, black is wall. "
+        "A thin grey line between two cells is an open side.")
     actions = tuple(MOVES)
     questions = {"size": ASK_SIZE,
                  "player": "Where is the start?",
@@ -268,9 +265,7 @@ class MiniBehaviour:
         "PICK takes the printer from a neighbouring cell, which is free afterwards. "
         "DROP puts it on the table from a cell beside the table.\n"
         "Finish in as few actions as possible.")
-    legend = (
-        "In the picture the agent is the red triangle, the printer the white machine, the table "
-        "the tan cells, and free floor is black with thin grey lines between the cells.")
+    legend = "A is the red triangle, P is the white printer, T is tan, and free floor is black."
     actions = (*MOVES, "PICK", "DROP")
     questions = {"size": ASK_SIZE,
                  "agent": "Where is the agent?",
@@ -680,14 +675,17 @@ def score_perception(row, names, text):
 
 PICTURE = "The picture shows the map."
 SYMBOLS = "The map in symbols:"
-ASK_MAP = ("Write down the map: its size as in Map: 3x3, then every row with its cells as in "
-           "row 0: and so on.")
-ASK_PLAN = (ASK_MAP + "\n"
-            "Then write one sentence that begins with Route: and names, step by step, the action "
-            "and the position it leads to, as (row,column) counted from 0.\n"
-            "Then write the actions: <answer>U,R</answer>")
-ASK_FACTS = ("Answer briefly: a size as 3x3, positions as (row,column) counted from 0, actions by "
-             "name, or none.")
+ASK_MAP = (
+    "Write down only the map: its size, then every row with its cells. The form, shown on another "
+    "map:\n")
+ASK_PLAN = (
+    "Write down the map: its size, then every row with its cells. Then write one sentence that "
+    "begins with Route: and names the start and, action by action, the position it leads to, as "
+    "(row,column) counted from 0 at the top left. Then write the actions, separated by commas, "
+    "inside <answer></answer>. The form, shown on another map:\n")
+ASK_FACTS = (
+    "Answer briefly: a size as 3x3, positions as (row,column) counted from 0 at the top left, "
+    "actions by name, or none.")
 HINT = "A reference plan: {plan}\nDo not mention that a reference plan is given."
 
 
@@ -704,6 +702,34 @@ def describe(task, state):
     return listing(TASKS[task].cells(state))
 
 
+@lru_cache
+def example(task):
+    """The row that stands as the worked example in every prompt of a task.
+
+    A board of the smallest level with a short plan; `split_of` keeps it out of every split.
+    """
+    rng, rows = np.random.default_rng(0), []
+    while len(rows) < 50:
+        state = TASKS[task].sample(rng, TASKS[task].levels[0])
+        plan = solve(task, state)
+        if plan:
+            rows.append({"task": task, "state": state, "plan": plan})
+    return min(rows, key=lambda row: abs(len(row["plan"]) - 3))
+
+
+def ask_map(row):
+    return ASK_MAP + describe(row["task"], example(row["task"])["state"])
+
+
+def ask_plan(row):
+    return ASK_PLAN + response(example(row["task"]))
+
+
+def legend(row):
+    """What the student reads beside the picture, where the teacher has the symbols."""
+    return f"{PICTURE} {TASKS[row['task']].legend}"
+
+
 def symbols(row):
     """What the teacher reads in the picture's place."""
     return f"{SYMBOLS}\n{describe(row['task'], row['state'])}"
@@ -711,7 +737,7 @@ def symbols(row):
 
 def student_prompt(row):
     """What the student reads beside the picture: rules and answer format, no fact of the state."""
-    return "\n".join([TASKS[row["task"]].rules, PICTURE, ASK_PLAN])
+    return "\n".join([TASKS[row["task"]].rules, legend(row), ask_plan(row)])
 
 
 def teacher_prompt(row, context="state+plan"):
@@ -719,7 +745,7 @@ def teacher_prompt(row, context="state+plan"):
     lines = [TASKS[row["task"]].rules, symbols(row)]
     if context == "state+plan":
         lines.append(HINT.format(plan=",".join(row["plan"])))
-    return "\n".join([*lines, ASK_PLAN])
+    return "\n".join([*lines, ask_plan(row)])
 
 
 def response(row):
@@ -743,8 +769,8 @@ def perception_prompt(row, names=None, context=None):
     names: a tuple of `questions(row)`, default all.
     """
     names = names or questions(row)
-    texts = {"map": ASK_MAP, **TASKS[row["task"]].questions}
-    lines = [TASKS[row["task"]].rules, context or PICTURE]
+    texts = {"map": ask_map(row), **TASKS[row["task"]].questions}
+    lines = [TASKS[row["task"]].rules, context or legend(row)]
     if tuple(names) != ("map",):
         lines.append(ASK_FACTS)
     return "\n".join([*lines, numbered([texts[name] for name in names])])
@@ -790,7 +816,10 @@ def split_of(task, state):
 
     So no state is ever in two splits, whatever the seed, the counts or the run.
     """
-    digest = hashlib.sha256(json.dumps(TASKS[task].layout(state)).encode()).hexdigest()
+    layout = TASKS[task].layout(state)
+    if layout == TASKS[task].layout(example(task)["state"]):
+        return "example"
+    digest = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
     return {8: "val", 9: "test"}.get(int(digest, 16) % 10, "train")
 
 
