@@ -100,17 +100,14 @@ class FrozenLake:
                  "goal": "Where is the goal?",
                  "holes": "Where are the holes?"}
 
-    @staticmethod
     def sample(rng, level, hole_prob=options["hole_prob"][0]):
         cells = np.where(rng.random(level * level) < hole_prob, "H", "F")
         cells[rng.choice(level * level, 2, replace=False)] = ["S", "G"]
         return {"grid": ["".join(row) for row in cells.reshape(level, level)]}
 
-    @staticmethod
     def start(state):
         return find(state["grid"], "S")[0]
 
-    @staticmethod
     def step(state, pos, action):
         new = neighbour(pos, action)
         cell = at(state["grid"], new)
@@ -118,29 +115,23 @@ class FrozenLake:
             return pos, "edge"
         return new, "hole" if cell == "H" else None
 
-    @staticmethod
     def done(state, pos):
         return at(state["grid"], pos) == "G"
 
-    @staticmethod
     def render(state, cell_size):
         return assemble(state["grid"], lake_tile, cell_size)
 
-    @staticmethod
     def cells(state):
         return list(map(list, state["grid"]))
 
-    @staticmethod
     def read(cells):
         return {"grid": list(map("".join, cells))} if is_board(cells, "SG", "FH") else None
 
-    @staticmethod
     def facts(state):
         grid = state["grid"]
         return {"size": f"{len(grid)}x{len(grid)}", "player": places(find(grid, "S")),
                 "goal": places(find(grid, "G")), "holes": places(find(grid, "H"))}
 
-    @staticmethod
     def layout(state):
         return state["grid"]
 
@@ -168,7 +159,6 @@ class Maze:
                  "goal": "Where is the goal?",
                  "moves": "Which moves are possible from the start?"}
 
-    @staticmethod
     def sample(rng, level):
         walls = [[15] * level for _ in range(level)]
         root = divmod(int(rng.integers(level * level)), level)
@@ -192,11 +182,9 @@ class Maze:
             path.append(new)
         return {"walls": walls, "start": list(start), "goal": list(goal)}
 
-    @staticmethod
     def start(state):
         return tuple(state["start"])
 
-    @staticmethod
     def step(state, pos, action):
         new = neighbour(pos, action)
         if at(state["walls"], new) is None:
@@ -205,15 +193,12 @@ class Maze:
             return pos, "wall"
         return new, None
 
-    @staticmethod
     def done(state, pos):
         return pos == tuple(state["goal"])
 
-    @staticmethod
     def render(state, cell_size):
         return assemble(Maze.cells(state), maze_tile, cell_size)
 
-    @staticmethod
     def cells(state):
         marks = {tuple(state["start"]): "S", tuple(state["goal"]): "G"}
         cells = []
@@ -221,7 +206,6 @@ class Maze:
             cells.append([marks.get((r, c), ".") + Maze.open_sides(b) for c, b in enumerate(row)])
         return cells
 
-    @staticmethod
     def read(cells):
         """It is read as it stands: two sides of a border that disagree go on disagreeing."""
         marks, walls = [], []
@@ -235,18 +219,15 @@ class Maze:
         start, goal = (list(find(marks, mark)[0]) for mark in "SG")
         return {"walls": walls, "start": start, "goal": goal}
 
-    @staticmethod
     def facts(state):
         n = len(state["walls"])
         return {"size": f"{n}x{n}", "player": places([state["start"]]),
                 "goal": places([state["goal"]]),
                 "moves": ", ".join(Maze.open_sides(at(state["walls"], state["start"])))}
 
-    @staticmethod
     def layout(state):
         return state["walls"]  # not the ends: whole layouts are held out (there are 192 of 3x3)
 
-    @staticmethod
     def open_sides(bits):
         return "".join(action for action in MOVES if not bits & Maze.bits[action])
 
@@ -275,7 +256,6 @@ class MiniBehaviour:
                  "near_table": "Which free cells, the agent's included, are beside the table?",
                  "moves": "Which actions are possible at the start?"}
 
-    @staticmethod
     def sample(rng, level):
         grid = np.full((level, level), ".")
         r, c = rng.integers(level - 1), rng.integers(level - 2)
@@ -285,11 +265,9 @@ class MiniBehaviour:
             grid[tuple(floor[i])] = mark
         return {"grid": ["".join(row) for row in grid]}
 
-    @staticmethod
     def start(state):
         return (*find(state["grid"], "A")[0], 0)
 
-    @staticmethod
     def step(state, pos, action):
         r, c, phase = pos
         if action in ("PICK", "DROP"):
@@ -303,25 +281,20 @@ class MiniBehaviour:
         fault = {None: "edge", "T": "table", "P": "printer"}.get(cell)
         return (pos, fault) if fault else ((*new, phase), None)
 
-    @staticmethod
     def done(state, pos):
         return pos[2] == 2
 
-    @staticmethod
     def render(state, cell_size):
         return assemble(state["grid"], office_tile, cell_size)
 
-    @staticmethod
     def cells(state):
         return list(map(list, state["grid"]))
 
-    @staticmethod
     def read(cells):
         if not is_board(cells, "AP", "T.") or not find(cells, "T"):
             return None
         return {"grid": list(map("".join, cells))}
 
-    @staticmethod
     def facts(state):
         grid, start = state["grid"], MiniBehaviour.start(state)
         free = sorted(find(grid, ".") + find(grid, "A"))
@@ -332,7 +305,6 @@ class MiniBehaviour:
                 "near_table": places([pos for pos in free if touches(grid, pos, "T")]),
                 "moves": ", ".join(legal) or "none"}
 
-    @staticmethod
     def layout(state):
         return state["grid"]
 
@@ -506,68 +478,27 @@ def check(task, state, plan):
     return outcome, len(path) - 1
 
 
-def judge(row, text, lenient=False):
-    """What a response is worth: its plan, how it ends, the state it describes and if that is right.
-
-    optimal: it succeeds, and as many steps were executed as the shortest plan has. What is written
-    after the goal was reached is not executed and does not count.
-    """
-    plan, state = parse(row["task"], text, lenient), read_state(row["task"], text)
-    outcome, executed = check(row["task"], row["state"], plan)
-    return {"plan": plan, "outcome": outcome,
-            "optimal": outcome == "success" and executed == len(row["plan"]),
-            "state": state, "state_right": state == row["state"]}
-
-
 # ---------------------------------------------------------------- reading responses
 
 WORDS = {"UP": "U", "DOWN": "D", "LEFT": "L", "RIGHT": "R",
          "PICK UP": "PICK", "PICKUP": "PICK", "PUT DOWN": "DROP"}
-ARROWS = {"↑": "U", "↓": "D", "←": "L", "→": "R", "⬆": "U", "⬇": "D", "⬅": "L", "➡": "R"}
-BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
-# A line that begins with "Action plan: ", "**Final answer:** ", "So the shortest path is ", ...
-LABELLED = re.compile(
-    r"^[ \t>#*-]{0,9}(?:(?:so|thus|therefore|hence|the|my|final|optimal|shortest|action)[ ,]{1,2})"
-    r"{0,5}(?:answer|plan|actions|sequence|solution|path)[ *]{0,4}(?:[:=]|\bis\b:?|\n)\s{0,9}"
-    r"([^\n]+)", re.IGNORECASE | re.MULTILINE)
-BOLD_LINE = re.compile(r"^[ \t>#-]{0,9}\*\*([^*\n]+)\*\*[ \t.]{0,9}$", re.MULTILINE)
-BOLD_RUN = re.compile(r"\*\*([A-Z]+)\*\*")
 
 
-def parse(task, text, lenient=False):
+def parse(task, text):
     """The actions of the last complete <answer>…</answer>; None if there is none or it holds more.
 
-    Actions are separated by commas, blanks or nothing ("UUR"), in either case. lenient: also what
-    other models write, as "up, left", ↑←, \\boxed{U,L}, "Action plan: U,L", **UL** or a last line
-    of actions alone; a tag counts before all others. Nothing is made of coordinates or of prose.
+    Actions are separated by commas, blanks or nothing ("UUR"), in either case. What other models
+    write is read by `tools.lenient.parse`.
     """
-    actions, answer = TASKS[task].actions, answer_of(text, lenient)
-    if not lenient:
-        return None if answer is None else read_actions(answer, names_of(actions))
-    if answer is not None:
-        return read_loosely(answer, actions)
-    boxed, labelled, bold_lines, bold_runs = (
-        form.findall(text)[:-11:-1]  # the last ten, the latest first
-        for form in (BOXED, LABELLED, BOLD_LINE, BOLD_RUN))
-    last_line = text.rstrip().rpartition("\n")[2]
-    named, bare = [*boxed, *labelled, text], [*bold_lines, *bold_runs, last_line]
-    for least, bodies in ((1, named), (2, bare)):  # one bold word may be emphasis
-        for body in bodies:
-            plan = read_loosely(body, actions)
-            if plan and len(plan) >= least:
-                return plan
-    return None
-
-
-def answer_of(text, any_case=False):
-    """What the last complete <answer>…</answer> holds, or None."""
-    begin, span = None, None
-    for tag in re.finditer("<(/?)answer>", text, re.IGNORECASE if any_case else 0):
+    begin, answer = None, None
+    for tag in re.finditer("<(/?)answer>", text):
         if not tag[1]:
             begin = tag.end()
         elif begin is not None:
-            span = begin, tag.start()
-    return span and text[span[0]:span[1]]
+            answer = text[begin:tag.start()]
+    if answer is None:
+        return None
+    return read_actions(answer, names_of(TASKS[task].actions))
 
 
 def names_of(actions, others=()):
@@ -590,25 +521,6 @@ def read_actions(text, names):
     return [names[name] for name in found]
 
 
-def read_loosely(text, actions):
-    """read_actions that takes words or arrows too and sets markup aside.
-
-    Beside letters an arrow is no action: in "U → R" it only separates.
-    """
-    text = re.sub(r"\\(?:text|math)[a-z]{0,6}|[*_`'\"$\[\](){}\ufe0f]", " ", text)
-    text = text.strip().rstrip(".;!").replace(";", ",")
-    pieces, names = [text], names_of(actions, ARROWS)
-    if re.search("[A-Za-z]", text):
-        pieces, names = re.split("->|=>|→", text), names_of(actions, WORDS)
-    plan = []
-    for piece in pieces:
-        found = read_actions(piece, names_of(actions)) or read_actions(piece, names)
-        if found is None:
-            return None
-        plan += found
-    return plan
-
-
 def read_state(task, text):
     """The state that the first map in a text describes (see `listing`), or None."""
     head = re.search(r"map\s*:\s*([0-9]{1,2})\s*x\s*([0-9]{1,2})\b", text, re.IGNORECASE)
@@ -623,6 +535,19 @@ def read_state(task, text):
     if not cells or numbers != list(range(height)) or any(len(row) != width for row in cells):
         return None
     return TASKS[task].read(cells)
+
+
+def judge(row, text, parse=parse):
+    """What a response is worth: its plan, how it ends, the state it describes and if that is right.
+
+    optimal: it succeeds, and as many steps were executed as the shortest plan has. What is written
+    after the goal was reached is not executed and does not count. parse(task, text): the reader.
+    """
+    plan, state = parse(row["task"], text), read_state(row["task"], text)
+    outcome, executed = check(row["task"], row["state"], plan)
+    return {"plan": plan, "outcome": outcome,
+            "optimal": outcome == "success" and executed == len(row["plan"]),
+            "state": state, "state_right": state == row["state"]}
 
 
 def read_fact(name, text, actions):
