@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 import common
-import estimate
+
 import gen_data
 from gen_data import PARTS, check, open_picture, parse, part_of, student_prompt, teacher_prompt
 
@@ -45,12 +45,9 @@ def parse_args(argv=None):
     add("--teacher_weights", default="base", choices=("base", "live"), help="live: the teacher has the adapters on too")
     add("--on_policy", type=float, default=1.0, help="share of steps whose responses the student samples, else the teacher")
     add("--tasks", nargs="+", help="train on these only: task, task:level or task:low-high (default: all rows)")
-    add("--max_new_tokens", type=int, help="length limit of a rollout, tokens")
+    add("--max_new_tokens", type=int, help="length limit of a rollout, tokens"); add("--rollout_batch", type=int, default=32)
     add("--slice", type=int, default=128, help="response positions whose logits exist at a time")
     add("--show_every", type=int, default=25, help="steps between sampled responses on the console and in rollouts.jsonl")
-    add("--estimate", nargs="?", const="cuda", choices=("cuda", "cpu"), help="print what a step would hold in memory and stop")
-    add("--prompt_tokens", type=int, nargs=2, default=(250, 320), metavar=("STUDENT", "TEACHER"),
-        help="for --estimate: prompt lengths (default: a little over the longest of all tasks and levels in Qwen's tokens)")
     args = parser.parse_args(argv)
     for name in ("beta", "on_policy"):
         if not 0 <= getattr(args, name) <= 1:
@@ -131,7 +128,7 @@ def sliced_divergence(hidden, teacher_hidden, token, lm_head, divergence, width)
 
 def main(args):
     divergence = partial(jsd, beta=args.beta) if args.divergence == "jsd" else DIVERGENCES[args.divergence]
-    if args.estimate:
+    if 0:
         return estimate.estimate(args, lambda hidden, teacher_hidden, token, lm_head: sliced_divergence(
             hidden, teacher_hidden, token, lm_head, divergence, args.slice))
     gen_data.ensure(args.data, args.preset, args.seed)
