@@ -1,16 +1,20 @@
 """Stage 1, cold start: LoRA fine-tuning on perception questions, so that the student sees.
 
-    python coldstart.py                     # tiny backbone on the CPU, or Qwen3-VL-4B in 4 bits with CUDA
+    python coldstart.py                     # tiny backbone on the CPU; with CUDA, Qwen3-VL-4B
     python coldstart.py --preset 8b --steps 2000 --out out/coldstart-8b
 
-Each row of a step is a picture with either the "map" question, whose answer is word for word the state
-part of a planning response, or one to three of the task's other questions. The loss is on the answer and
-its end token only. Writes out/coldstart/{adapter, args.json, metrics.jsonl, coldstart.py}.
+Each row of a step is a picture with either the "map" question, whose answer is word for word the
+state part of a planning response, or one to three of the task's other questions. The loss is on the
+answer and its end token only. One update:
+    1. rows and questions are drawn
+    2. the cross-entropy of the answers' tokens, micro-batch by micro-batch, and its gradient
+    3. one optimizer step on the adapters
+Writes out/coldstart/{adapter, metrics.jsonl, args.json, trained_rows.json, coldstart.py}
 
 Left out on purpose: packing, several pictures per prompt, early stopping.
 """
 import argparse
-import time
+import math
 
 import numpy as np
 import torch
@@ -18,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 import common
 import gen_data
-from gen_data import open_picture, perception_prompt, perception_target, questions, score_perception
+from gen_data import key_of, open_picture, perception_prompt, perception_target, questions
 
 
 def parse_args(argv=None):
@@ -26,87 +30,122 @@ def parse_args(argv=None):
     common.add_flags(parser, "coldstart")
     add = parser.add_argument
     add("--out", default="out/coldstart", help="output folder")
-    add("--max_new_tokens", type=int, help="length limit of an answer when looking at held-out pictures, tokens")
+    add("--max_new_tokens", type=int, help="length limit of answers on held-out pictures, tokens")
     add("--map_share", type=float, default=0.6, help="share of rows that ask for the whole map")
     add("--eval_every", type=int, default=50, help="steps between looks at held-out pictures")
     return common.resolve(parser.parse_args(argv), "coldstart")
 
 
 def draw_questions(rows, count, rng, map_share):
-    """`count` (row, question names) pairs."""
+    """`count` (row, question names) pairs, those of similar length together: less padding."""
     pairs = []
     for i in rng.integers(len(rows), size=count):
-        names = questions(rows[i]["task"])
-        if rng.random() < map_share:
+        names = questions(rows[i])
+        if len(names) == 1 or rng.random() < map_share:
             pairs.append((rows[i], names[:1]))
         else:
-            pairs.append((rows[i], tuple(rng.choice(names[1:], rng.integers(1, 4), replace=False))))
-    return pairs
+            some = rng.choice(names[1:], rng.integers(1, min(4, len(names))), replace=False)
+            pairs.append((rows[i], tuple(some.tolist())))
+    return sorted(pairs, key=lambda pair: (
+        pair[1] != ("map",), pair[0]["task"], pair[0]["level"]))
 
 
 def encode(processor, pairs, device):
     """(row, names) pairs -> the prompt batch and the target tokens (ids, mask) [B, T]."""
-    prompt = common.encode(processor, [perception_prompt(row, names) for row, names in pairs],
-                           [open_picture(row["path"]) for row, _ in pairs], device)
-    return prompt, *common.encode_responses(processor, [perception_target(row, names) for row, names in pairs], device)
+    prompt = common.encode(
+        processor, [perception_prompt(row, names) for row, names in pairs],
+        [open_picture(row["path"]) for row, _ in pairs], device)
+    targets = [perception_target(row, names) for row, names in pairs]
+    return prompt, *common.encode_responses(processor, targets, device)
 
 
 def answer_loss(model, prompt, ids, mask):
     """Summed cross-entropy of the target tokens, the end token included, prompt and padding not."""
     hidden = common.response_hidden(model, prompt, ids, mask)                      # [N, hidden]
-    logits = common.network(model).lm_head(hidden).float()                        # [N, vocabulary]
+    logits = common.network(model).lm_head(hidden).float()                         # [N, vocabulary]
     return cross_entropy(logits, ids[mask.bool()], reduction="sum")
 
 
 @torch.no_grad()
-def look(model, processor, pairs, micro_batch, max_new_tokens, device):
-    """Loss per token and exact match of greedy answers on held-out pictures: (loss, match of maps, of the rest)."""
-    loss, tokens, right = 0.0, 0, {True: [], False: []}
+def look(model, processor, pairs, args):
+    """On held-out pairs: loss per token, shares of exact greedy answers (maps, other questions)."""
+    loss, tokens, right_maps, right_questions = 0.0, 0, [], []
     model.eval()
-    for i in range(0, len(pairs), micro_batch):
-        part = pairs[i:i + micro_batch]
-        prompt, ids, mask = encode(processor, part, device)
+    for i in range(0, len(pairs), args.micro_batch):
+        some = pairs[i:i + args.micro_batch]
+        prompt, ids, mask = encode(processor, some, model.device)
         loss += answer_loss(model, prompt, ids, mask).item()
         tokens += int(mask.sum())
-        for (row, names), text in zip(part, common.decode(processor, *common.sample(
-                model, processor, prompt, max_new_tokens, temperature=0))):
-            right[names == ("map",)].append(all(score_perception(row, names, text).values()))
-    return loss / tokens, float(np.mean(right[True])), float(np.mean(right[False]))
+        answers = common.sample(model, processor, prompt, args.max_new_tokens, temperature=0)
+        for (row, names), text in zip(some, common.decode(processor, *answers), strict=True):
+            right = all(gen_data.score_perception(row, names, text).values())
+            (right_maps if names == ("map",) else right_questions).append(right)
+    return {"val_loss": loss / tokens, "val_map": float(np.mean(right_maps)),
+            "val_questions": float(np.mean(right_questions))}
 
 
 def main(args):
     gen_data.ensure(args.data, args.preset, args.seed)
     train, val = gen_data.load_rows(args.data, "train"), gen_data.load_rows(args.data, "val")
-    run = common.Run(args, __file__, [f"{args.data}/train/metadata.jsonl"])
+    run = common.Run(args, __file__, [f"{args.data}/train/metadata.jsonl"], map(key_of, train))
     torch.manual_seed(args.seed)
     model, processor = common.load(args.model, args.bits)
     model = common.add_lora(model, args.lora_rank, args.lora_vision, run.adapter)
-    device = model.device
     model.print_trainable_parameters()
-    weights = [p for p in model.parameters() if p.requires_grad]
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = common.adamw(weights, args.lr)
     held_out = draw_questions(val, 96, np.random.default_rng(args.seed), 0.5)
 
-    with run:
-        for step in run.steps(model, optimizer):
-            begin = time.time()
-            lr = common.learning_rate(step, args.steps, args.lr)
-            pairs = draw_questions(train, args.batch, np.random.default_rng([args.seed, step]), args.map_share)
-            pairs.sort(key=lambda pair: (pair[1] != ("map",), pair[0]["task"], pair[0]["level"]))  # similar lengths: less padding
-            batches = [encode(processor, pairs[i:i + args.micro_batch], device) for i in range(0, args.batch, args.micro_batch)]
-            tokens = sum(int(mask.sum()) for _, _, mask in batches)  # one denominator, whatever the micro-batches
+    try:
+        for step in run.steps(optimizer):
+            timer = common.Timer()
+
+            # 1. Rows and questions are drawn.
+            rng = np.random.default_rng([args.seed, step])  # depends on nothing before this step
+            pairs = draw_questions(train, args.batch, rng, args.map_share)
+            batches = [encode(processor, pairs[i:i + args.micro_batch], model.device)
+                       for i in range(0, args.batch, args.micro_batch)]
+            tokens = sum(int(mask.sum()) for _, _, mask in batches)  # one denominator for the step
+            timer("encode")
+
+            # 2. The cross-entropy of the answers' tokens, and its gradient.
             model.train()
             loss = 0.0
             for prompt, ids, mask in batches:
-                part = answer_loss(model, prompt, ids, mask) / tokens
-                part.backward()
-                loss += part.item()
-            norm = run.update(loss, weights, lr, ({"id": row["id"], "questions": names} for row, names in pairs))
-            values = dict(step=step + 1, loss=loss, lr=lr, grad_norm=norm, seconds=time.time() - begin, peak_gb=common.peak_gb())
+                micro_loss = answer_loss(model, prompt, ids, mask) / tokens
+                micro_loss.backward()
+                loss += micro_loss.item()
+            timer("loss")
+
+            # 3. One optimizer step on the adapters.
+            grad_norm = float(torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm))
+            if step == 0 and grad_norm == 0:
+                common.fail("the first gradient is zero: nothing connects the loss to the adapters")
+            lr = common.learning_rate(step, args.steps, args.lr)
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                run.updating = True
+                optimizer.param_groups[0]["lr"] = lr
+                optimizer.step()
+            else:
+                run.skip(loss, grad_norm, [
+                    {"id": row["id"], "questions": names} for row, names in pairs])
+            optimizer.zero_grad()
+            timer("optimizer")
+
+            metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
             if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-                values |= dict(zip(("val_loss", "val_map", "val_questions"),
-                                   look(model, processor, held_out, args.micro_batch, args.max_new_tokens, device)))
-            run.log(**values)
+                metrics |= look(model, processor, held_out, args)
+                timer("look")
+            run.log(timer, **metrics)
+            if run.should_save():
+                run.save(model, optimizer)
+            if run.stopping and run.step < args.steps:
+                raise SystemExit(run.stopped())
+        run.finish()
+    except torch.OutOfMemoryError as error:
+        run.out_of_memory(error, model, optimizer)
+    finally:
+        run.close()
     print(f"wrote {args.out}/adapter; next: python distill.py")
 
 

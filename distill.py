@@ -1,19 +1,20 @@
-"""Stage 2, on-policy distillation: what the network can do from symbols, it learns to do from the picture.
+"""Stage 2, on-policy distillation: what the network can do from symbols, it learns from pictures.
 
     python distill.py                                # continues out/coldstart
     python distill.py --init none                    # without a cold start
-    python distill.py --teacher_context state        # the teacher plans by itself, no reference plan
+    python distill.py --teacher_context state        # the teacher plans by itself
     python distill.py --divergence sampled           # the paper's released loss
 
-One network is both roles. The student reads the picture, adapters on; the teacher is the same network
-with its adapters off and reads the symbols. One update:
+One network is both roles. The student reads the picture, adapters on; the teacher is the same
+network with its adapters off and reads the symbols. One update:
     1. the student samples responses from pictures
     2. the teacher scores the same tokens from the symbols, without gradient
     3. the student scores them again, with gradient
     4. the divergence, KL(student || teacher) by default, slice by slice, and its gradient
     5. one optimizer step on the adapters
 Nothing else is learned from: success and optimality of the rollouts are logged, never rewarded.
-Writes out/distill/{adapter, args.json, metrics.jsonl, rollouts.jsonl, distill.py}.
+Writes out/distill/{adapter, metrics.jsonl, rollouts.jsonl, trained_rows.json,
+args.json, distill.py}
 
 Left out on purpose: rewards, a value function, replay, several rollouts per prompt.
 """
@@ -27,9 +28,8 @@ import torch
 from tqdm import tqdm
 
 import common
-
 import gen_data
-from gen_data import PARTS, check, open_picture, parse, part_of, student_prompt, teacher_prompt
+from gen_data import PARTS, key_of, open_picture, part_of, student_prompt, teacher_prompt
 
 
 def parse_args(argv=None):
@@ -38,207 +38,249 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--out", default="out/distill", help="output folder")
     add("--init", default="out/coldstart", help="run to continue, or none for a fresh adapter")
-    add("--divergence", default="reverse_kl", choices=DIVERGENCES, help="the loss; the reverse KL is always logged")
-    add("--beta", type=float, default=0.5, help="jsd: the teacher's share of the mixture, 0 (forward KL) to 1 (reverse KL)")
+    add("--divergence", default="reverse_kl", choices=DIVERGENCES, help="the loss")
+    add("--beta", type=float, default=0.5, help="jsd: 0 (forward KL) to 1 (reverse KL)")
     add("--teacher_context", default="state+plan", choices=("state+plan", "state", "none"),
         help="what the teacher reads; none: the student's prompt and picture")
-    add("--teacher_weights", default="base", choices=("base", "live"), help="live: the teacher has the adapters on too")
-    add("--on_policy", type=float, default=1.0, help="share of steps whose responses the student samples, else the teacher")
-    add("--tasks", nargs="+", help="train on these only: task, task:level or task:low-high (default: all rows)")
-    add("--max_new_tokens", type=int, help="length limit of a rollout, tokens"); add("--rollout_batch", type=int, default=32)
-    add("--slice", type=int, default=128, help="response positions whose logits exist at a time")
-    add("--show_every", type=int, default=25, help="steps between sampled responses on the console and in rollouts.jsonl")
-    args = parser.parse_args(argv)
+    add("--teacher_weights", default="base", choices=("base", "live"),
+        help="live: the teacher has the adapters on too")
+    add("--on_policy", type=float, default=1.0,
+        help="share of steps whose responses the student samples, else the teacher")
+    add("--tasks", nargs="+", help="train on these only: task, task:level or task:low-high")
+    add("--max_new_tokens", type=int, help="length limit of a rollout, tokens")
+    add("--slice", type=int, default=64, help="response positions whose logits exist at a time")
+    add("--show_every", type=int, default=25,
+        help="steps between sampled responses on the console and in rollouts.jsonl")
+    args = common.resolve(parser.parse_args(argv), "distill")
     for name in ("beta", "on_policy"):
         if not 0 <= getattr(args, name) <= 1:
-            gen_data.fail(f"--{name} {getattr(args, name)}: wanted 0 to 1")
+            common.fail(f"--{name} {getattr(args, name)}: wanted 0 to 1")
     for name in ("slice", "show_every"):
         if getattr(args, name) < 1:
-            gen_data.fail(f"--{name} {getattr(args, name)}: wanted at least 1")
-    return common.resolve(args, "distill")
+            common.fail(f"--{name} {getattr(args, name)}: wanted at least 1")
+    return args
 
 
 # ---------------------------------------------------------------- divergences
-# log_p, log_q: [positions, vocabulary], log-probabilities of student and teacher; token: [positions], the sampled ids.
-# Each returns its value in nats [positions] and its gradient with respect to the student's logits, in closed form
-# [positions, vocabulary]. In-place operations touch only tensors that the same expression made.
-
-def kl(log_a, log_b):
-    """KL(a || b) per position. Without sum(b) - sum(a), zero but for rounding, it could fall below 0 by some 1e-6."""
-    a = log_a.exp()
-    return torch.linalg.vecdot(a, log_a - log_b) + (log_b.exp().sum(-1) - a.sum(-1))
-
+# log_p, log_q: [positions, vocabulary], log-probabilities of student and teacher; token: the sampled
+# ids [positions] -> [positions], in nats. Autograd differentiates it. A new one is a function here
+# with its name in DIVERGENCES.
 
 def reverse_kl(log_p, log_q, token=None):
     """KL(student || teacher): the student drops what the teacher would not say."""
-    p, ratio = log_p.exp(), log_p - log_q
-    value = torch.linalg.vecdot(p, ratio) + (log_q.exp().sum(-1) - p.sum(-1))      # as in `kl`, its passes shared
-    return value, ratio.sub_(value[:, None]).mul_(p)                               # p (log p - log q - KL)
+    return torch.linalg.vecdot(log_p.exp(), log_p - log_q)
 
 
 def forward_kl(log_p, log_q, token=None):
     """KL(teacher || student): the student covers everything the teacher would say."""
-    return kl(log_q, log_p), log_p.exp().sub_(log_q.exp())                        # p - q
+    return torch.linalg.vecdot(log_q.exp(), log_q - log_p)
 
 
 def jsd(log_p, log_q, token=None, beta=0.5):
-    """beta KL(teacher || m) + (1 - beta) KL(student || m), with the mixture m = beta q + (1 - beta) p.
+    """beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta q + (1 - beta) p, 0 < beta < 1.
 
-    As in GKD (arXiv 2306.13649). jsd / beta becomes the forward KL for beta -> 0 and jsd / (1 - beta) the reverse KL
-    for beta -> 1; at 0 and 1 themselves, where jsd would vanish, these two stand in for it.
+    As in GKD (arXiv 2306.13649). No gradient goes through m: it would be that of sum(m), zero.
     """
-    if beta in (0, 1):
-        return (reverse_kl if beta else forward_kl)(log_p, log_q)
-    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log(1 - beta))   # finite where p and q underflow
-    value, gradient = reverse_kl(log_p, log_m)             # of m's own dependence on p nothing is left in the gradient
-    return beta * kl(log_q, log_m) + (1 - beta) * value, gradient.mul_(1 - beta)
+    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log(1 - beta)).detach()
+    return beta * reverse_kl(log_q, log_m) + (1 - beta) * reverse_kl(log_p, log_m)
 
 
 def sampled(log_p, log_q, token):
-    """Policy gradient with the advantage log q - log p at the sampled token, no gradient through it: the released form.
+    """Policy gradient with the advantage log q - log p at the sampled token: the released loss.
 
-    The value is the one-sample estimate of the reverse KL, -advantage. The expected gradient is that of reverse_kl.
+    The expected gradient is reverse_kl's; the value only serves to be differentiated.
     """
-    value = (log_p - log_q).gather(1, token[:, None])                          # [positions, 1]
-    gradient = log_p.exp().mul_(-value)                                        # -advantage * d log p(token) / d logits
-    return value[:, 0], gradient.scatter_add_(1, token[:, None], value)
+    log_p, log_q = (x.gather(1, token[:, None])[:, 0] for x in (log_p, log_q))
+    return -(log_q - log_p).detach() * log_p
 
 
 DIVERGENCES = {f.__name__: f for f in (reverse_kl, forward_kl, jsd, sampled)}
 
 
-@torch.no_grad()
-def sliced_divergence(hidden, teacher_hidden, token, lm_head, divergence, width):
-    """(d sum(divergence) / d hidden [N, hidden size], divergence [N], reverse KL [N]), the last two in nats.
+def choose_divergence(name, beta):
+    """The function. At beta 0 and 1, where jsd vanishes, the KL that it tends to when scaled."""
+    if name != "jsd":
+        return DIVERGENCES[name]
+    return {0: forward_kl, 1: reverse_kl}.get(beta) or partial(jsd, beta=beta)
 
-    hidden, teacher_hidden: [N, hidden size], from `common.response_hidden`; token: [N]. [N, vocabulary] never exists:
-    the logits of `width` positions at a time, in float32, and what they leave is their gradient at the hidden states.
+
+def sliced_divergence(hidden, teacher_hidden, token, lm_head, divergence, width):
+    """The loss and its gradient, without ever holding [N, vocabulary].
+
+    hidden, teacher_hidden: [N, hidden size], from `common.response_hidden`; token: [N].
+    Returns d sum(divergence) / d hidden [N, hidden size], and [3, N], in nats: the divergence, and
+    whatever it is, so that runs compare, the reverse KL and the student's entropy.
     """
-    gradient, values, kls = torch.empty_like(hidden), [], []
+    gradients, scores = [], []
     for i in range(0, len(hidden), width):
-        log_q = lm_head(teacher_hidden[i:i + width]).float().log_softmax(-1)       # [width, vocabulary]
-        log_p = lm_head(hidden[i:i + width]).float().log_softmax(-1)
-        value, at_logits = divergence(log_p, log_q, token[i:i + width])            # [width], [width, vocabulary]
-        values.append(value)
-        kls.append(value if divergence is reverse_kl else kl(log_p, log_q))        # always logged: so that runs compare
-        gradient[i:i + width] = at_logits.to(hidden.dtype) @ lm_head.weight        # [width, hidden size]
-        del log_q, log_p, at_logits                                                # before the next slice makes its own
-    return gradient, torch.cat(values), torch.cat(kls)
+        leaf = hidden[i:i + width].detach().requires_grad_()                  # [width, hidden size]
+        with torch.no_grad():
+            log_q = lm_head(teacher_hidden[i:i + width]).float().log_softmax(-1)
+        log_p = lm_head(leaf).float().log_softmax(-1)                          # [width, vocabulary]
+        value = divergence(log_p, log_q, token[i:i + width])                   # [width]
+        value.sum().backward()         # as far as the leaf; the slice's graph and logits are freed
+        gradients.append(leaf.grad)
+        with torch.no_grad():
+            entropy = -torch.linalg.vecdot(log_p.exp(), log_p)
+            kl = value if divergence is reverse_kl else reverse_kl(log_p, log_q)
+            scores.append(torch.stack([value, kl, entropy]))
+        del log_q, log_p, value  # before the next slice makes its own
+    return torch.cat(gradients), torch.cat(scores, 1)
+
+
+def draw_rows(rows, count, rng):
+    """Rows of one step, none twice where there are enough; those of similar length together."""
+    batch = [rows[i] for i in rng.choice(len(rows), count, replace=len(rows) < count)]
+    return sorted(batch, key=lambda row: (row["task"], row["level"]))
+
+
+def encode_roles(processor, rows, teacher_context, device):
+    """(what the student reads, what the teacher reads), encoded, of the rows of a step."""
+    pictures = [open_picture(row["path"]) for row in rows]
+    student = common.encode(processor, [student_prompt(row) for row in rows], pictures, device)
+    if teacher_context == "none":
+        return student, student
+    symbols = [teacher_prompt(row, teacher_context) for row in rows]
+    return student, common.encode(processor, symbols, None, device)
+
+
+def log_rollouts(run, processor, step, rows, ids, mask, kl, entropy):
+    """({name: mean} for metrics.jsonl, one line per row for rollouts.jsonl). Only for the log.
+
+    ids, mask: [rows, T]; kl, entropy: [mask.sum()], in nats, row after row.
+    """
+    lengths = mask.sum(1).tolist()
+    kl, entropy = kl.cpu().split(lengths), entropy.cpu().split(lengths)
+    texts, cut = common.decode(processor, ids, mask), common.was_cut(processor, ids, mask)
+    lines = []
+    for i, row in enumerate(rows):
+        verdict = gen_data.judge(row, texts[i])
+        tokens = processor.batch_decode(ids[i, :lengths[i], None])  # one text per token
+        lines.append({
+            "step": step + 1, "id": row["id"], "task": row["task"], "response": texts[i],
+            "outcome": verdict["outcome"], "optimal": verdict["optimal"], "cut": cut[i],
+            "tokens": tokens, "part": part_of(tokens), "kl": kl[i].tolist(),
+            "entropy": entropy[i].tolist()})
+    all_kl = np.concatenate([line["kl"] for line in lines])
+    part = np.concatenate([line["part"] for line in lines])
+    metrics = {"kl": float(all_kl.mean())}
+    for k, name in enumerate(PARTS):
+        metrics[f"kl_{name}"] = float(all_kl[part == k].mean()) if k in part else None
+    metrics["entropy"] = float(np.concatenate([line["entropy"] for line in lines]).mean())
+    metrics["success"] = float(np.mean([line["outcome"] == "success" for line in lines]))
+    metrics["optimal"] = float(np.mean([line["optimal"] for line in lines]))
+    metrics["length"] = len(all_kl) / len(lines)
+    metrics["cut"] = float(np.mean([line["cut"] for line in lines]))
+    if metrics["cut"] == 1:
+        common.warn(f"step {step + 1}: every response hit the limit of {run.args.max_new_tokens} "
+                    "tokens; raise --max_new_tokens, or the student never learns to stop")
+    if step == 0 and metrics["kl"] > 10:
+        common.warn(f"the KL of the first step is {metrics['kl']:.1f} nats per token: teacher and "
+                    "student are probably not aligned")
+    if step % run.args.show_every == 0:
+        run.append("rollouts.jsonl", lines[::math.ceil(len(lines) / 8)])  # of every task: sorted
+        line = lines[step % len(lines)]
+        tqdm.write(f"--- {line['id']}: {line['outcome']}\n{''.join(line['tokens'])}\n---")
+    return metrics, lines
 
 
 def main(args):
-    divergence = partial(jsd, beta=args.beta) if args.divergence == "jsd" else DIVERGENCES[args.divergence]
-    if 0:
-        return estimate.estimate(args, lambda hidden, teacher_hidden, token, lm_head: sliced_divergence(
-            hidden, teacher_hidden, token, lm_head, divergence, args.slice))
     gen_data.ensure(args.data, args.preset, args.seed)
     rows = gen_data.load_rows(args.data, "train")
     if args.tasks:
         levels = gen_data.parse_tasks(args.tasks)
         rows = [row for row in rows if row["level"] in levels.get(row["task"], ())]
         if not rows:
-            gen_data.fail(f"--tasks {' '.join(args.tasks)}: {args.data}/train has no such row; choose others or make them: "
-                          f"python gen_data.py --tasks {' '.join(args.tasks)} --out data/mine")
+            words = f"--tasks {' '.join(args.tasks)}"
+            common.fail(f"{words}: {args.data}/train has no such row; choose others or make them: "
+                        f"python gen_data.py {words} --out data/mine")
+    inputs, trained_on = [f"{args.data}/train/metadata.jsonl"], {key_of(row) for row in rows}
     init = None if args.init == "none" else f"{args.init}/adapter"
-    run = common.Run(args, __file__, [f"{args.data}/train/metadata.jsonl", *([f"{init}/adapter_model.safetensors"] if init else [])])
+    if init:
+        inputs.append(f"{init}/adapter_model.safetensors")
+        trained_on |= common.read_trained_rows(args.init)
+    run = common.Run(args, __file__, inputs, trained_on)
     model, processor = common.load(args.model, args.bits)
     torch.manual_seed(args.seed)
     model = common.add_lora(model, args.lora_rank, args.lora_vision, run.adapter or init)
-    device = model.device
     model.print_trainable_parameters()
     lm_head = common.network(model).lm_head
-    weights = [p for p in model.parameters() if p.requires_grad]
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = common.adamw(weights, args.lr)
-    teacher_weights = nullcontext if args.teacher_weights == "live" else model.disable_adapter
+    divergence = choose_divergence(args.divergence, args.beta)
+    as_student = nullcontext
+    as_teacher = nullcontext if args.teacher_weights == "live" else model.disable_adapter
 
-    with run:
-        for step in run.steps(model, optimizer):
-            clock = common.Clock()
-            rng = np.random.default_rng([args.seed, step])  # a step's randomness depends on nothing before it
+    try:
+        for step in run.steps(optimizer):
+            timer = common.Timer()
+            rng = np.random.default_rng([args.seed, step])  # depends on nothing before this step
             torch.manual_seed(int(rng.integers(2**62)))
-            batch = [rows[i] for i in rng.choice(len(rows), args.batch, replace=len(rows) < args.batch)]
-            batch.sort(key=lambda row: (row["task"], row["level"]))  # rows of one length together: less padding
-            parts = [batch[i:i + args.micro_batch] for i in range(0, args.batch, args.micro_batch)]
-            sampler = "student" if rng.random() < args.on_policy else "teacher"
+            batch = draw_rows(rows, args.batch, rng)
+            prompts, contexts = encode_roles(processor, batch, args.teacher_context, model.device)
+            timer("encode")
 
-            prompts, contexts, rollouts = [], [], []  # what the student reads, what the teacher reads, what was sampled
-            for part in parts:
-                pictures = [open_picture(row["path"]) for row in part]
-                prompts.append(common.encode(processor, [student_prompt(row) for row in part], pictures, device))
-                contexts.append(prompts[-1] if args.teacher_context == "none" else common.encode(
-                    processor, [teacher_prompt(row, args.teacher_context) for row in part], device=device))
-            clock("encode")
-
-            # 1. The student samples responses from pictures, adapters on (a share 1 - on_policy of the steps: the teacher).
+            # 1. The student samples responses from pictures, adapters on (off policy: the teacher).
+            on_policy = rng.random() < args.on_policy
             model.eval()
-            for prompt, context in zip(prompts, contexts):
-                with nullcontext() if sampler == "student" else teacher_weights():
-                    rollouts.append(common.sample(                                     # ids, mask: [B, T]
-                        model, processor, prompt if sampler == "student" else context, args.max_new_tokens))
-            tokens = sum(int(mask.sum()) for _, mask in rollouts)  # one denominator for the whole step
-            clock("sample")
-            pieces = [processor.tokenizer.batch_decode(row_ids[row_mask.bool()][:, None])     # one text per token
-                      for ids, mask in rollouts for row_ids, row_mask in zip(ids, mask)]
-            clock("rest")
+            with as_student() if on_policy else as_teacher():
+                responses, masks = common.sample(                                      # [batch, T]
+                    model, processor, prompts if on_policy else contexts, args.max_new_tokens,
+                    rollout_batch=args.rollout_batch)
+            tokens = int(masks.sum())  # one denominator for the whole step
+            timer("sample")
 
             model.train()
-            losses, kls = [], []
-            for prompt, context, (ids, mask) in zip(prompts, contexts, rollouts):
+            scores = []
+            for prompt, context, ids, mask in common.micro_batches(
+                    args.micro_batch, prompts, contexts, responses, masks):
                 # 2. The teacher scores the same tokens from the symbols, adapters off, no gradient.
-                with torch.no_grad(), teacher_weights():
-                    teacher_hidden = common.response_hidden(model, context, ids, mask)  # [N, hidden], N = mask.sum()
-                clock("teacher")
+                with torch.no_grad(), as_teacher():
+                    teacher_hidden = common.response_hidden(model, context, ids, mask)
+                timer("teacher")
 
                 # 3. The student scores them again, with gradient.
-                hidden = common.response_hidden(model, prompt, ids, mask)              # [N, hidden]
-                clock("student")
+                hidden = common.response_hidden(model, prompt, ids, mask)             # [N, hidden]
+                timer("student")
 
-                # 4. The divergence, slice by slice, and its gradient, which then goes through the network once.
-                gradient, loss, kl_values = sliced_divergence(                         # [N, hidden], [N], [N]
-                    hidden.detach(), teacher_hidden, ids[mask.bool()], lm_head, divergence, args.slice)
-                losses.append(loss)
-                kls.append(kl_values)
-                clock("loss")
+                # 4. The divergence, slice by slice; then its gradient once through the network.
+                gradient, score = sliced_divergence(                          # [N, hidden], [3, N]
+                    hidden, teacher_hidden, ids[mask.bool()], lm_head, divergence, args.slice)
+                scores.append(score)
+                timer("loss")
                 hidden.backward(gradient / tokens)
-                clock("backward")
+                timer("backward")
+            losses, kl, entropy = torch.cat(scores, 1)                                   # [tokens]
+            metrics, lines = log_rollouts(
+                run, processor, step, batch, responses, masks, kl, entropy)
+            timer("rest")
 
             # 5. One optimizer step on the adapters.
+            loss = float(losses.mean())
+            grad_norm = float(torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm))
+            if step == 0 and grad_norm == 0:
+                common.fail("the first gradient is zero: nothing connects the loss to the adapters")
             lr = common.learning_rate(step, args.steps, args.lr)
-            mean_loss = float(torch.cat(losses).mean())
-            norm = run.update(mean_loss, weights, lr, ({"id": row["id"], "response": "".join(texts)} for row, texts in zip(batch, pieces)))
-            clock("optimizer")
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                run.updating = True
+                optimizer.param_groups[0]["lr"] = lr
+                optimizer.step()
+            else:
+                run.skip(loss, grad_norm, lines)
+            optimizer.zero_grad()
+            timer("optimizer")
 
-            # For the log: every rollout's KL by part, what its plan is worth.
-            per_row = torch.cat(kls).cpu().split([len(row) for row in pieces])                # reverse KL of each token
-            part_ids = [part_of(row) for row in pieces]
-            flat_kl, flat_part = torch.cat(per_row).numpy(), np.concatenate(part_ids)
-            plans = [parse("".join(row)) for row in pieces]
-            outcomes = [check(row["task"], row["state"], plan) for row, plan in zip(batch, plans)]
-            wins = [outcome == "success" for outcome in outcomes]
-            end = processor.tokenizer.eos_token
-            if step % args.show_every == 0:
-                some = range(0, args.batch, math.ceil(args.batch / 8))  # of every task: the batch is sorted
-                run.append("rollouts.jsonl", [{
-                    "step": step + 1, "id": batch[i]["id"], "task": batch[i]["task"], "tokens": pieces[i],
-                    "kl": [round(value, 5) for value in per_row[i].tolist()], "part": part_ids[i],
-                    "outcome": outcomes[i]} for i in some])
-                i = rng.integers(args.batch)
-                tqdm.write(f"--- {batch[i]['id']}, wanted {','.join(batch[i]['plan'])}\n{''.join(pieces[i])}\n---")
-            clock("rest")
-            cut = float(np.mean([row[-1] != end for row in pieces]))
-            if cut == 1:
-                common.warn(f"step {step + 1}: every response hit the limit of {args.max_new_tokens} tokens; raise --max_new_tokens, "
-                            "or the student never learns to stop")
-            if step == 0 and flat_kl.mean() > 10:
-                common.warn(f"the KL of the first step is {flat_kl.mean():.1f} nats per token: teacher and student are probably not aligned")
-            run.log(step=step + 1, loss=mean_loss, kl=float(flat_kl.mean()),
-                **{f"kl_{name}": float(flat_kl[flat_part == k].mean()) if (flat_part == k).any() else None
-                   for k, name in enumerate(PARTS)},
-                success=float(np.mean(wins)),
-                optimal=float(np.mean([win and len(plan) == len(row["plan"]) for win, plan, row in zip(wins, plans, batch)])),
-                length=tokens / args.batch, cut=cut,
-                sampler=sampler, grad_norm=norm, lr=lr, seconds=clock.seconds, step_seconds=sum(clock.seconds.values()),
-                peak_gb=common.peak_gb())
+            run.log(timer, loss=loss, **metrics, sampler="student" if on_policy else "teacher",
+                    grad_norm=grad_norm, lr=lr)
+            if run.should_save():
+                run.save(model, optimizer)
+            if run.stopping and run.step < args.steps:
+                raise SystemExit(run.stopped())
+        run.finish()
+    except torch.OutOfMemoryError as error:
+        run.out_of_memory(error, model, optimizer)
+    finally:
+        run.close()
     print(f"wrote {args.out}/adapter; next: python evaluate.py")
 
 

@@ -2,19 +2,19 @@
 
 A puzzle is a *state* (plain facts, JSON-serialisable). From it follow the picture the student sees
 (`render`), the symbols the teacher reads (`describe`), the shortest plan (`solve`) and the verdict
-on any other plan (`check`). The three tasks share one interface, `TASKS`; everything that can be
-written once for all of them stands below the classes.
+on any other plan (`check`). A task is one class in `TASKS`; everything that can be written once
+for all of them stands below the classes.
 
-    python gen_data.py                                  # the paper's range -> data/{train,val,test}
-    python gen_data.py --preset tiny --overwrite        # what the bundled tiny backbone is trained on
+    python gen_data.py                                # the paper's range -> data/{train,val,test}
+    python gen_data.py --preset tiny --overwrite      # what the bundled tiny backbone is trained on
     python gen_data.py --tasks frozenlake:3-5 maze:4 --train 500 --out data/mine
-    python gen_data.py --show                           # look: puzzles.png, and the prompts of each task
-    python gen_data.py --from_vsp DIR --out data/vsp    # a public benchmark as the split "test", same rows
-    python gen_data.py --from_visualplanning FILE --task maze --out data/vp_maze
+    python gen_data.py --show                         # look: puzzles.png, and each task's prompts
+    python -m tools.benchmarks --help                 # public benchmarks as rows of the split test
 
 Rows go to data/<split>/metadata.jsonl beside their PNGs (the "imagefolder" layout of `datasets`):
     {"file_name", "id", "task", "level", "seed", "source", "bucket", "state", "plan"}
-`bucket` is the difficulty (easy, medium, hard), by the length of the shortest plan. A row holds facts only. Prompts are functions of a row, so changing one needs no new data.
+`bucket` is the difficulty (easy, medium, hard), by the length of the shortest plan. A row holds
+facts only. Prompts are functions of a row, so changing one needs no new data.
 Coordinates are (row, column), counted from 0 at the top left.
 """
 import argparse
@@ -24,13 +24,12 @@ import multiprocessing
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
-import zlib
-from collections import Counter, deque
+from collections import deque
+from contextlib import nullcontext
 from functools import lru_cache, partial
-from itertools import combinations_with_replacement, count as count_up, islice, product
+from itertools import combinations_with_replacement, count, islice
 from pathlib import Path
 
 import numpy as np
@@ -38,34 +37,48 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
-ACTIONS = (*MOVES, "PICK", "DROP")
-HOLE_PROB = 0.18  # the share of holes in VSP's FrozenLake maps
 SPLITS = ("train", "val", "test")
-MAX_PIXELS = 4096  # a picture's side; larger ones are refused before they are decoded
 DIFFICULTIES = ("easy", "medium", "hard")
-PATIENCE = 50_000  # random puzzles without a new one of a wanted difficulty, before a request counts as impossible
+PARTS = ("state", "route", "answer")  # of a response
+MAX_PIXELS = 4096  # a picture's side; larger ones are refused before they are decoded
+PATIENCE = 50_000  # random puzzles without a new one of a wanted difficulty, then fewer exist
 
 # What each preset trains on. `cell_size` 32 makes one cell exactly one image token of the tiny
 # backbone (patch 16, merge 2); the big ones get the paper's 256x256 pictures.
+PAPER = {
+    "tasks": {"frozenlake": (3, 4, 5, 6, 7, 8), "maze": (3, 4, 5, 6), "minibehaviour": (5, 6)},
+    "cell_size": 64, "image_size": 256, "train": 1000, "val": 40, "test": 100}
 PRESETS = {
-    "tiny": dict(tasks={"frozenlake": (3, 4), "maze": (3, 4), "minibehaviour": (5,)},
-                 cell_size=32, image_size=0, train=2000, val=40, test=100),
-    "4b": dict(tasks={"frozenlake": (3, 4, 5, 6, 7, 8), "maze": (3, 4, 5, 6), "minibehaviour": (5, 6)},
-               cell_size=64, image_size=256, train=1000, val=40, test=100),
-}
-PRESETS["8b"] = PRESETS["4b"]
+    "tiny": {"tasks": {"frozenlake": (3, 4), "maze": (3, 4), "minibehaviour": (5,)},
+             "cell_size": 32, "image_size": 0, "train": 2000, "val": 40, "test": 100},
+    "2b": PAPER, "4b": PAPER, "8b": PAPER}
 
 
 def fail(message):
     """Bad input: one line on stderr, exit code 2."""
-    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, also below a progress bar
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, below a progress bar
     raise SystemExit(2)
 
 
-# ---------------------------------------------------------------- the three tasks
-# sample(rng, level) -> state | start(state) -> pos | step(state, pos, action) -> (pos, fault or None)
-# done(state, pos) -> bool | render(state, cell_size) -> Image | describe(state) -> str
-# facts(state) -> {question: answer}, for the questions of `questions`
+# ---------------------------------------------------------------- the tasks
+# A task is one class with the names below, in TASKS; no other line knows it.
+#
+#   levels: range                   sizes it can make
+#   options: {flag: (default, help)}    may be missing: flags for `sample`; a float is a share
+#   rules, legend: text             what both roles read; what the things in the picture look like
+#   actions: tuple                  in the solver's order; upper case, without blanks
+#   questions: {name: text}         about the picture; the question "map" is common to all
+#   sample(rng, level, **options) -> state
+#   start(state) -> pos             a tuple; it begins with the row and the column
+#   step(state, pos, action) -> (pos, fault or None);  done(state, pos) -> bool
+#   render(state, cell_size) -> PIL.Image
+#   cells(state) -> [[text]]        the board as the symbols say it: upper case, without blanks
+#   read(cells) -> state            the way back; None if there is no world to plan in
+#   facts(state) -> {name: answer}  to `questions`; see read_fact for how answers are compared
+#   layout(state)                   what a split goes by
+
+ASK_SIZE = "How many rows and columns does the map have?"
+
 
 class FrozenLake:
     """Cross the ice from S to G without falling into a hole. state: {"grid": ["SFH", "FFF", "HFG"]}
@@ -74,16 +87,23 @@ class FrozenLake:
     board is the fault "edge" (gymnasium stays where it is).
     """
     levels = range(3, 9)
-    rules = ("You cross a frozen lake. S is the start, G is the goal, F is frozen ice, H is a hole.\n"
-             "U, D, L and R move one cell up, down, left and right. Never enter a hole or leave the map.\n"
-             "Reach the goal in as few actions as possible.")
-    questions = {"size": "How many rows and columns does the map have?",
+    options = {"hole_prob": (0.18, "share of holes; VSP's maps have 0.18")}
+    rules = (
+        "You cross a frozen lake. S is the start, G is the goal, F is frozen ice, H is a hole.\n"
+        "U, D, L and R move one cell up, down, left and right. Never enter a hole or leave the "
+        "map.\n"
+        "Reach the goal in as few actions as possible.")
+    legend = (
+        "In the picture the start is the cell with the elf, the goal the cell with the gift box, a "
+        "hole is a dark pool of water in the ice, and frozen ice is a plain pale blue cell.")
+    actions = tuple(MOVES)
+    questions = {"size": ASK_SIZE,
                  "player": "Where is the start?",
                  "goal": "Where is the goal?",
                  "holes": "Where are the holes?"}
 
     @staticmethod
-    def sample(rng, level, hole_prob=HOLE_PROB):
+    def sample(rng, level, hole_prob=options["hole_prob"][0]):
         cells = np.where(rng.random(level * level) < hole_prob, "H", "F")
         cells[rng.choice(level * level, 2, replace=False)] = ["S", "G"]
         return {"grid": ["".join(row) for row in cells.reshape(level, level)]}
@@ -94,11 +114,11 @@ class FrozenLake:
 
     @staticmethod
     def step(state, pos, action):
-        if action not in MOVES:
-            return pos, action.lower()
         new = neighbour(pos, action)
         cell = at(state["grid"], new)
-        return (pos, "edge") if cell is None else (new, "hole" if cell == "H" else None)
+        if cell is None:
+            return pos, "edge"
+        return new, "hole" if cell == "H" else None
 
     @staticmethod
     def done(state, pos):
@@ -106,17 +126,25 @@ class FrozenLake:
 
     @staticmethod
     def render(state, cell_size):
-        return assemble([[lake_tile(cell, cell_size) for cell in row] for row in state["grid"]])
+        return assemble(state["grid"], lake_tile, cell_size)
 
     @staticmethod
-    def describe(state):
-        return listing(state["grid"])
+    def cells(state):
+        return list(map(list, state["grid"]))
+
+    @staticmethod
+    def read(cells):
+        return {"grid": list(map("".join, cells))} if is_board(cells, "SG", "FH") else None
 
     @staticmethod
     def facts(state):
         grid = state["grid"]
         return {"size": f"{len(grid)}x{len(grid)}", "player": places(find(grid, "S")),
                 "goal": places(find(grid, "G")), "holes": places(find(grid, "H"))}
+
+    @staticmethod
+    def layout(state):
+        return state["grid"]
 
 
 class Maze:
@@ -126,11 +154,19 @@ class Maze:
     """
     levels = range(3, 7)
     bits = {"U": 1, "D": 2, "L": 4, "R": 8}
-    rules = ("You walk through a maze. Every cell is written as a mark and the letters of its open sides: "
-             "S is the start, G is the goal, . is any other cell.\n"
-             "U, D, L and R move one cell up, down, left and right. Never cross a wall or leave the map.\n"
-             "Reach the goal in as few actions as possible.")
-    questions = {"size": "How many rows and columns does the map have?",
+    opposite = {"U": "D", "D": "U", "L": "R", "R": "L"}
+    rules = (
+        "You walk through a maze. Every cell is written as a mark and the letters of its open "
+        "sides: S is the start, G is the goal, . is any other cell.\n"
+        "U, D, L and R move one cell up, down, left and right. Never cross a wall or leave the "
+        "map.\n"
+        "Reach the goal in as few actions as possible.")
+    legend = (
+        "In the picture the start is the cell with the yellow dot, the goal the cell with the blue "
+        "dot, walls are black, free cells are white, and a thin grey line lies where two cells "
+        "join.")
+    actions = tuple(MOVES)
+    questions = {"size": ASK_SIZE,
                  "player": "Where is the start?",
                  "goal": "Where is the goal?",
                  "moves": "Which moves are possible from the start?"}
@@ -138,18 +174,23 @@ class Maze:
     @staticmethod
     def sample(rng, level):
         walls = [[15] * level for _ in range(level)]
-        root, start, goal = (divmod(int(i), level) for i in (rng.integers(level * level), *rng.choice(level * level, 2, replace=False)))
+        root = divmod(int(rng.integers(level * level)), level)
+        start, goal = (divmod(int(i), level) for i in rng.choice(level * level, 2, replace=False))
         path, seen = [root], {root}
-        for draw in rng.random(level * level - 1):  # a depth-first walk that opens a wall whenever it enters a new cell
-            while True:
+        # A depth-first walk that opens a wall whenever it enters a new cell.
+        for random in rng.random(level * level - 1):
+            free = []
+            while not free:
                 r, c = path[-1]
-                around = [(a, neighbour((r, c), a)) for a in MOVES]
-                if free := [(a, new) for a, new in around if new not in seen and at(walls, new) is not None]:
-                    break
-                path.pop()
-            action, new = free[int(draw * len(free))]
+                for action in MOVES:
+                    new = neighbour((r, c), action)
+                    if new not in seen and at(walls, new) is not None:
+                        free.append((action, new))
+                if not free:
+                    path.pop()
+            action, new = free[int(random * len(free))]
             walls[r][c] -= Maze.bits[action]
-            walls[new[0]][new[1]] -= Maze.bits[{"U": "D", "D": "U", "L": "R", "R": "L"}[action]]
+            walls[new[0]][new[1]] -= Maze.bits[Maze.opposite[action]]
             seen.add(new)
             path.append(new)
         return {"walls": walls, "start": list(start), "goal": list(goal)}
@@ -160,40 +201,57 @@ class Maze:
 
     @staticmethod
     def step(state, pos, action):
-        if action not in MOVES:
-            return pos, action.lower()
         new = neighbour(pos, action)
         if at(state["walls"], new) is None:
             return pos, "edge"
-        return (pos, "wall") if state["walls"][pos[0]][pos[1]] & Maze.bits[action] else (new, None)
+        if at(state["walls"], pos) & Maze.bits[action]:
+            return pos, "wall"
+        return new, None
 
     @staticmethod
     def done(state, pos):
         return pos == tuple(state["goal"])
 
     @staticmethod
-    def open_sides(bits):
-        return "".join(action for action in MOVES if not bits & Maze.bits[action])
-
-    @staticmethod
     def render(state, cell_size):
-        return assemble([[maze_tile(Maze.open_sides(bits), Maze.mark(state, (r, c)), cell_size)
-                          for c, bits in enumerate(row)] for r, row in enumerate(state["walls"])])
+        return assemble(Maze.cells(state), maze_tile, cell_size)
 
     @staticmethod
-    def mark(state, pos):
-        return {tuple(state["start"]): "S", tuple(state["goal"]): "G"}.get(pos, ".")
+    def cells(state):
+        marks = {tuple(state["start"]): "S", tuple(state["goal"]): "G"}
+        cells = []
+        for r, row in enumerate(state["walls"]):
+            cells.append([marks.get((r, c), ".") + Maze.open_sides(b) for c, b in enumerate(row)])
+        return cells
 
     @staticmethod
-    def describe(state):
-        return listing([[Maze.mark(state, (r, c)) + Maze.open_sides(bits) for c, bits in enumerate(row)]
-                        for r, row in enumerate(state["walls"])])
+    def read(cells):
+        """It is read as it stands: two sides of a border that disagree go on disagreeing."""
+        marks, walls = [], []
+        for row in cells:
+            if not set("".join(cell[1:] for cell in row)) <= set(MOVES):
+                return None
+            marks.append([cell[0] for cell in row])
+            walls.append([15 - sum(map(Maze.bits.get, set(cell[1:]))) for cell in row])
+        if not is_board(marks, "SG", "."):
+            return None
+        start, goal = (list(find(marks, mark)[0]) for mark in "SG")
+        return {"walls": walls, "start": start, "goal": goal}
 
     @staticmethod
     def facts(state):
-        n, (r, c) = len(state["walls"]), state["start"]
-        return {"size": f"{n}x{n}", "player": places([(r, c)]), "goal": places([tuple(state["goal"])]),
-                "moves": ", ".join(Maze.open_sides(state["walls"][r][c]))}
+        n = len(state["walls"])
+        return {"size": f"{n}x{n}", "player": places([state["start"]]),
+                "goal": places([state["goal"]]),
+                "moves": ", ".join(Maze.open_sides(at(state["walls"], state["start"])))}
+
+    @staticmethod
+    def layout(state):
+        return state["walls"]  # not the ends: whole layouts are held out (there are 192 of 3x3)
+
+    @staticmethod
+    def open_sides(bits):
+        return "".join(action for action in MOVES if not bits & Maze.bits[action])
 
 
 class MiniBehaviour:
@@ -203,13 +261,18 @@ class MiniBehaviour:
     blocks its cell until it was picked up and not after.
     """
     levels = range(4, 7)
-    rules = ("You are the agent A. Bring the printer P to the table T. A dot is free floor.\n"
-             "U, D, L and R move one cell up, down, left and right. Never enter the table or the printer "
-             "or leave the map.\n"
-             "PICK takes the printer from a neighbouring cell, which is free afterwards. "
-             "DROP puts it on the table from a cell beside the table.\n"
-             "Finish in as few actions as possible.")
-    questions = {"size": "How many rows and columns does the map have?",
+    rules = (
+        "You are the agent A. Bring the printer P to the table T. A dot is free floor.\n"
+        "U, D, L and R move one cell up, down, left and right. Never enter the table or the "
+        "printer or leave the map.\n"
+        "PICK takes the printer from a neighbouring cell, which is free afterwards. "
+        "DROP puts it on the table from a cell beside the table.\n"
+        "Finish in as few actions as possible.")
+    legend = (
+        "In the picture the agent is the red triangle, the printer the white machine, the table "
+        "the tan cells, and free floor is black with thin grey lines between the cells.")
+    actions = (*MOVES, "PICK", "DROP")
+    questions = {"size": ASK_SIZE,
                  "agent": "Where is the agent?",
                  "printer": "Where is the printer?",
                  "table": "Which cells are the table?",
@@ -223,7 +286,7 @@ class MiniBehaviour:
         r, c = rng.integers(level - 1), rng.integers(level - 2)
         grid[r:r + 2, c:c + 3] = "T"
         floor = np.argwhere(grid == ".")
-        for mark, i in zip("AP", rng.choice(len(floor), 2, replace=False)):
+        for mark, i in zip("AP", rng.choice(len(floor), 2, replace=False), strict=True):
             grid[tuple(floor[i])] = mark
         return {"grid": ["".join(row) for row in grid]}
 
@@ -236,11 +299,13 @@ class MiniBehaviour:
         r, c, phase = pos
         if action in ("PICK", "DROP"):
             when, thing = (0, "P") if action == "PICK" else (1, "T")
-            possible = phase == when and any(at(state["grid"], neighbour(pos, a)) == thing for a in MOVES)
+            possible = phase == when and touches(state["grid"], (r, c), thing)
             return ((r, c, phase + 1), None) if possible else (pos, action.lower())
         new = neighbour(pos, action)
         cell = at(state["grid"], new)
-        fault = {None: "edge", "T": "table", "P": "printer" if phase == 0 else None}.get(cell)
+        if cell == "P" and phase > 0:
+            cell = "."
+        fault = {None: "edge", "T": "table", "P": "printer"}.get(cell)
         return (pos, fault) if fault else ((*new, phase), None)
 
     @staticmethod
@@ -249,24 +314,32 @@ class MiniBehaviour:
 
     @staticmethod
     def render(state, cell_size):
-        return assemble([[office_tile(cell, cell_size) for cell in row] for row in state["grid"]])
+        return assemble(state["grid"], office_tile, cell_size)
 
     @staticmethod
-    def describe(state):
-        return listing(state["grid"])
+    def cells(state):
+        return list(map(list, state["grid"]))
+
+    @staticmethod
+    def read(cells):
+        if not is_board(cells, "AP", "T.") or not find(cells, "T"):
+            return None
+        return {"grid": list(map("".join, cells))}
 
     @staticmethod
     def facts(state):
-        grid = state["grid"]
-        start, n = MiniBehaviour.start(state), len(grid)
-
-        def beside(marks):
-            return places([(r, c) for r in range(n) for c in range(n) if grid[r][c] in ".A" and
-                           any(at(grid, neighbour((r, c), a)) == marks for a in MOVES)])
-        legal = [a for a in ACTIONS if MiniBehaviour.step(state, start, a)[1] is None]
-        return {"size": f"{n}x{n}", "agent": places([start[:2]]), "printer": places(find(grid, "P")),
-                "table": places(find(grid, "T")), "near_printer": beside("P"), "near_table": beside("T"),
+        grid, start = state["grid"], MiniBehaviour.start(state)
+        free = sorted(find(grid, ".") + find(grid, "A"))
+        legal = [a for a in MiniBehaviour.actions if not MiniBehaviour.step(state, start, a)[1]]
+        return {"size": f"{len(grid)}x{len(grid)}", "agent": places([start]),
+                "printer": places(find(grid, "P")), "table": places(find(grid, "T")),
+                "near_printer": places([pos for pos in free if touches(grid, pos, "P")]),
+                "near_table": places([pos for pos in free if touches(grid, pos, "T")]),
                 "moves": ", ".join(legal) or "none"}
+
+    @staticmethod
+    def layout(state):
+        return state["grid"]
 
 
 TASKS = {"frozenlake": FrozenLake, "maze": Maze, "minibehaviour": MiniBehaviour}
@@ -275,13 +348,14 @@ TASKS = {"frozenlake": FrozenLake, "maze": Maze, "minibehaviour": MiniBehaviour}
 # ---------------------------------------------------------------- helpers of the tasks
 
 def neighbour(pos, action):
-    """The position one move away; it may be off the board."""
+    """The cell one move away; it may be off the board."""
     return pos[0] + MOVES[action][0], pos[1] + MOVES[action][1]
 
 
 def at(grid, pos):
     """The cell at `pos`, or None off the board."""
-    return grid[pos[0]][pos[1]] if 0 <= pos[0] < len(grid) and 0 <= pos[1] < len(grid[0]) else None
+    r, c = pos[:2]
+    return grid[r][c] if 0 <= r < len(grid) and 0 <= c < len(grid[0]) else None
 
 
 def find(grid, mark):
@@ -289,68 +363,78 @@ def find(grid, mark):
     return [(r, c) for r, row in enumerate(grid) for c, cell in enumerate(row) if cell == mark]
 
 
-def places(cells):
-    """[(0, 1), (2, 2)] -> "(0,1), (2,2)"; "none" for no cell."""
-    return ", ".join(f"({r},{c})" for r, c in cells) or "none"
+def touches(grid, pos, mark):
+    """Is a cell with `mark` beside `pos`?"""
+    return any(at(grid, neighbour(pos, action)) == mark for action in MOVES)
 
 
-def listing(grid):
-    """The dense, row-by-row text of a board: what the teacher reads and what a response states first."""
-    rows = [f"row {r}: " + " ".join(row) for r, row in enumerate(grid)]
-    return "\n".join([f"Map: {len(grid)}x{len(grid[0])}", *rows])
+def places(positions):
+    """[(0, 1), (2, 2)] -> "(0,1), (2,2)"; "none" for no position."""
+    return ", ".join(f"({pos[0]},{pos[1]})" for pos in positions) or "none"
 
 
-def trace(task, state, plan):
-    """The positions a plan visits, the start first; up to its first fault, or the end of the episode."""
-    rules = TASKS[task]
-    path = [rules.start(state)]
-    for action in plan:
-        pos, fault = rules.step(state, path[-1], action)
-        if fault or rules.done(state, path[-1]):
-            break
-        path.append(pos)
-    return path
+def is_board(cells, once, others):
+    """Is this a square of the marks `once`, each there exactly once, and `others`?"""
+    marks = [mark for row in cells for mark in row]
+    return (all(len(row) == len(cells) for row in cells) and set(marks) <= set(once + others)
+            and all(marks.count(mark) == 1 for mark in once))
 
 
 # ---------------------------------------------------------------- pictures
 
-def assemble(tiles):
-    """A picture from rows of equally large tiles, uint8 [cell, cell, 3] each."""
-    return Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in tiles]))
+def assemble(cells, tile, cell_size):
+    """The picture of a board. tile(cell, cell_size) -> Image [cell_size, cell_size]"""
+    picture = Image.new("RGB", (len(cells[0]) * cell_size, len(cells) * cell_size))
+    for r, row in enumerate(cells):
+        for c, cell in enumerate(row):
+            picture.paste(tile(cell, cell_size), (c * cell_size, r * cell_size))
+    return picture
 
 
 @lru_cache
 def lake_tile(cell, size):
-    """A cell as VSP draws it, pixel by pixel: gymnasium's art, scaled with nearest-neighbour: ice, then hole, goal or
-    stool, a one-pixel outline, then the elf on the start. Blended in pygame's integer arithmetic: so VSP's own pictures come out."""
+    """A cell as VSP draws it, pixel by pixel: gymnasium's art, scaled with nearest-neighbour.
+
+    Ice, then hole, goal or stool, a one-pixel outline, then the elf on the start; blended in
+    pygame's integer arithmetic, so that VSP's own pictures come out.
+    """
     import gymnasium
+    art = Path(gymnasium.__file__).parent / "envs/toy_text/img"
     pixels = np.zeros((size, size, 3), int)
-    for name in ("ice", *{"H": ["hole"], "G": ["goal"], "S": ["stool"]}.get(cell, []), "outline", *["elf_down"] * (cell == "S")):
+    layers = {"F": ["ice", "outline"], "H": ["ice", "hole", "outline"],
+              "G": ["ice", "goal", "outline"], "S": ["ice", "stool", "outline", "elf_down"]}
+    for name in layers[cell]:
         if name == "outline":
             pixels[[0, -1]] = pixels[:, [0, -1]] = 180, 200, 230
             continue
-        art = Image.open(Path(gymnasium.__file__).parent / f"envs/toy_text/img/{name}.png").convert("RGBA")
-        art = np.asarray(art.resize((size, size), Image.NEAREST)).astype(int)
-        colour, alpha = art[..., :3], art[..., 3:]
+        layer = Image.open(art / f"{name}.png").convert("RGBA").resize((size, size), Image.NEAREST)
+        layer = np.asarray(layer).astype(int)
+        colour, alpha = layer[..., :3], layer[..., 3:]
         pixels += ((colour - pixels) * alpha + colour) >> 8
-    return pixels.astype(np.uint8)
+    return Image.fromarray(pixels.astype(np.uint8))
 
 
 @lru_cache
-def maze_tile(open_sides, mark, size):
-    """A white corridor on black, a thin grey line where two cells join, the yellow player or the blue goal."""
+def maze_tile(cell, size):
+    """A white corridor on black, a thin grey line where two cells join, a yellow or blue dot."""
+    mark, open_sides = cell[0], cell[1:]
     image = Image.new("RGB", (size, size))
     draw = ImageDraw.Draw(image)
     half, end = max(2, size // 8) // 2, size - 1  # px: half a wall lies on either side of a border
-    for side in ("", *open_sides):  # the cell inside its walls; then on to the border where a side is open
-        draw.rectangle([half * (side != "L"), half * (side != "U"), end - half * (side != "R"), end - half * (side != "D")], "white")
+    inner = [half, half, end - half, end - half]
+    draw.rectangle(inner, "white")
+    for side, edge, border in (("U", 1, 0), ("D", 3, end), ("L", 0, 0), ("R", 2, end)):
+        if side in open_sides:  # on to the border
+            draw.rectangle([*inner[:edge], border, *inner[edge + 1:]], "white")
     if "L" in open_sides:
         draw.line([0, half, 0, end - half], (200, 200, 200))
     if "U" in open_sides:
         draw.line([half, 0, end - half, 0], (200, 200, 200))
     if mark != ".":
-        draw.ellipse([size // 4] * 2 + [end - size // 4] * 2, {"S": (255, 215, 0), "G": (30, 90, 255)}[mark])
-    return np.asarray(image)
+        quarter = size // 4
+        colour = (255, 215, 0) if mark == "S" else (30, 90, 255)
+        draw.ellipse([quarter, quarter, end - quarter, end - quarter], colour)
+    return image
 
 
 @lru_cache
@@ -365,15 +449,14 @@ def office_tile(cell, size):
         draw.rectangle([s * 0.34, s * 0.2, s * 0.66, s * 0.45], "white")
         draw.rectangle([s * 0.2, s * 0.42, s * 0.8, s * 0.78], "white")
         draw.line([s * 0.3, s * 0.62, s * 0.7, s * 0.62], "black", max(1, s // 16))
-    return np.asarray(image)
+    return image
 
 
-# ---------------------------------------------------------------- solver, judge, reader: once for all tasks
+# ---------------------------------------------------------------- solver and judge, for all tasks
 
 def solve(task, state):
-    """The first shortest plan in the order of ACTIONS (breadth-first over `step`), or None if there is none."""
+    """The first shortest plan in the order of the task's actions (breadth-first), None if none."""
     rules = TASKS[task]
-    actions = ACTIONS if task == "minibehaviour" else tuple(MOVES)
     start = rules.start(state)
     came_from, queue = {start: None}, deque([start])
     while queue:
@@ -384,7 +467,7 @@ def solve(task, state):
                 pos, action = came_from[pos]
                 plan.append(action)
             return plan[::-1]
-        for action in actions:
+        for action in rules.actions:
             new, fault = rules.step(state, pos, action)
             if fault is None and new not in came_from:
                 came_from[new] = (pos, action)
@@ -392,116 +475,236 @@ def solve(task, state):
     return None
 
 
-def check(task, state, plan):
-    """Execute a plan: "success", the name of the first fault, or "unfinished".
+def execute(task, state, plan):
+    """(the positions a plan visits, the start first; the fault that ended it, or None).
 
-    An episode ends when the goal is reached, as in gymnasium; actions after that are not executed.
-    `plan` None (no answer could be read) gives "no answer".
+    An episode ends when the goal is reached, as in gymnasium: actions after that are not executed.
+    """
+    rules = TASKS[task]
+    path = [rules.start(state)]
+    for action in plan:
+        if rules.done(state, path[-1]):
+            break
+        if action not in rules.actions:
+            return path, "no such action"
+        pos, fault = rules.step(state, path[-1], action)
+        if fault:
+            return path, fault
+        path.append(pos)
+    return path, None
+
+
+def trace(task, state, plan):
+    """The positions a plan visits, the start first; up to its first fault or the goal."""
+    return execute(task, state, plan)[0]
+
+
+def check(task, state, plan):
+    """(outcome, executed steps) of a plan; the step that is a fault is not counted.
+
+    outcome: "success", the name of the first fault, "unfinished", or for plan None "no answer".
     """
     if plan is None:
-        return "no answer"
-    rules = TASKS[task]
-    pos = rules.start(state)
-    for action in plan:
-        pos, fault = rules.step(state, pos, action)
-        if fault:
-            return fault
-        if rules.done(state, pos):
-            return "success"
-    return "unfinished"
+        return "no answer", 0
+    path, fault = execute(task, state, plan)
+    outcome = fault or ("success" if TASKS[task].done(state, path[-1]) else "unfinished")
+    return outcome, len(path) - 1
 
 
-def parse(text):
-    """The actions of the last complete <answer>…</answer>; None if there is none or it holds anything else.
+def judge(row, text, lenient=False):
+    """What a response is worth: its plan, how it ends, the state it describes and if that is right.
 
-    Actions are separated by commas, blanks or nothing ("UUR"), in either case.
+    optimal: it succeeds, and as many steps were executed as the shortest plan has. What is written
+    after the goal was reached is not executed and does not count.
     """
-    end = text.rfind("</answer>")
-    begin = text.rfind("<answer>", 0, end) if end >= 0 else -1
-    if begin < 0:
+    plan, state = parse(row["task"], text, lenient), read_state(row["task"], text)
+    outcome, executed = check(row["task"], row["state"], plan)
+    return {"plan": plan, "outcome": outcome,
+            "optimal": outcome == "success" and executed == len(row["plan"]),
+            "state": state, "state_right": state == row["state"]}
+
+
+# ---------------------------------------------------------------- reading responses
+
+WORDS = {"UP": "U", "DOWN": "D", "LEFT": "L", "RIGHT": "R",
+         "PICK UP": "PICK", "PICKUP": "PICK", "PUT DOWN": "DROP"}
+ARROWS = {"↑": "U", "↓": "D", "←": "L", "→": "R", "⬆": "U", "⬇": "D", "⬅": "L", "➡": "R"}
+BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+# A line that begins with "Action plan: ", "**Final answer:** ", "So the shortest path is ", ...
+LABELLED = re.compile(
+    r"^[ \t>#*-]{0,9}(?:(?:so|thus|therefore|hence|the|my|final|optimal|shortest|action)[ ,]{1,2})"
+    r"{0,5}(?:answer|plan|actions|sequence|solution|path)[ *]{0,4}(?:[:=]|\bis\b:?|\n)\s{0,9}"
+    r"([^\n]+)", re.IGNORECASE | re.MULTILINE)
+BOLD_LINE = re.compile(r"^[ \t>#-]{0,9}\*\*([^*\n]+)\*\*[ \t.]{0,9}$", re.MULTILINE)
+BOLD_RUN = re.compile(r"\*\*([A-Z]+)\*\*")
+
+
+def parse(task, text, lenient=False):
+    """The actions of the last complete <answer>…</answer>; None if there is none or it holds more.
+
+    Actions are separated by commas, blanks or nothing ("UUR"), in either case. lenient: also what
+    other models write, as "up, left", ↑←, \\boxed{U,L}, "Action plan: U,L", **UL** or a last line
+    of actions alone; a tag counts before all others. Nothing is made of coordinates or of prose.
+    """
+    actions, answer = TASKS[task].actions, answer_of(text, lenient)
+    if not lenient:
+        return None if answer is None else read_actions(answer, names_of(actions))
+    if answer is not None:
+        return read_loosely(answer, actions)
+    named = [*BOXED.findall(text)[::-1], *LABELLED.findall(text)[::-1], text]
+    bold = [*BOLD_LINE.findall(text)[::-1], *BOLD_RUN.findall(text)[::-1]]
+    last_line = text.rstrip().rpartition("\n")[2]
+    for least, bodies in ((1, named), (2, [*bold, last_line])):  # one bold word may be emphasis
+        for body in bodies:
+            plan = read_loosely(body, actions)
+            if plan and len(plan) >= least:
+                return plan
+    return None
+
+
+def answer_of(text, any_case=False):
+    """What the last complete <answer>…</answer> holds, or None."""
+    begin, span = None, None
+    for tag in re.finditer("<(/?)answer>", text, re.IGNORECASE if any_case else 0):
+        if not tag[1]:
+            begin = tag.end()
+        elif begin is not None:
+            span = begin, tag.start()
+    return span and text[span[0]:span[1]]
+
+
+def names_of(actions, others=()):
+    """{name: action}: the actions' own names, and those of the dict `others` that mean one."""
+    names = {name: others[name] for name in others if others[name] in actions}
+    return names | {action: action for action in actions}
+
+
+def any_of(names):
+    """An expression for any of the names, the longest first."""
+    return "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+
+
+def read_actions(text, names):
+    """The actions of a text of their names, commas and blanks and nothing else; else None."""
+    text = re.sub(r"\s+", " ", text.upper())
+    found = re.findall(any_of(names), text)
+    if not found or re.sub("[ ,]", "", "".join(found)) != re.sub("[ ,]", "", text):
         return None
-    body = re.sub(r"[,\s]+", " ", text[begin + len("<answer>"):end].upper())
-    plan = re.findall(r"PICK|DROP|[UDLR]", body)
-    return plan if plan and "".join(plan) == body.replace(" ", "") else None
+    return [names[name] for name in found]
+
+
+def read_loosely(text, actions):
+    """read_actions that takes words or arrows too and sets markup aside.
+
+    Beside letters an arrow is no action: in "U → R" it only separates.
+    """
+    text = re.sub(r"\\(?:text|math)[a-z]{0,6}|[*_`'\"$\[\](){}\ufe0f]", " ", text)
+    text = text.strip().rstrip(".;!").replace(";", ",")
+    pieces, names = [text], names_of(actions, ARROWS)
+    if re.search("[A-Za-z]", text):
+        pieces, names = re.split("->|=>|→", text), names_of(actions, WORDS)
+    plan = []
+    for piece in pieces:
+        found = read_actions(piece, names)
+        if found is None:
+            return None
+        plan += found
+    return plan
 
 
 def read_state(task, text):
-    """The state that the first map in a text describes (see `listing`), or None if it cannot be read.
-
-    It is read as it stands: a maze whose two sides of a border disagree keeps the disagreement. It has
-    exactly one start and one goal (or agent and printer, and a table), else there is no world to plan in.
-    """
+    """The state that the first map in a text describes (see `listing`), or None."""
     head = re.search(r"map\s*:\s*([0-9]{1,2})\s*x\s*([0-9]{1,2})\b", text, re.IGNORECASE)
-    if not head or head[1] != head[2]:
+    if not head:
         return None
-    n = int(head[1])
-    rows = re.findall(r"^row ([0-9]{1,2}): ([^\n]{1,200})$", text[head.end():].split("Route")[0], re.IGNORECASE | re.MULTILINE)[:n]
-    grid = [cells.upper().split() for _, cells in rows]
-    if [int(r) for r, _ in rows] != list(range(n)) or any(len(cells) != n for cells in grid):
+    height, width = int(head[1]), int(head[2])
+    listed = text[head.end():].split("Route")[0]
+    rows = re.findall(r"^row ([0-9]{1,2}): ([^\n]{1,200})$", listed, re.IGNORECASE | re.MULTILINE)
+    rows = rows[:height]
+    cells = [row.upper().split() for _, row in rows]
+    numbers = [int(number) for number, _ in rows]
+    if not cells or numbers != list(range(height)) or any(len(row) != width for row in cells):
         return None
-    marks = [cell[0] for cells in grid for cell in cells]
-    one, others = {"frozenlake": ("SG", "FH"), "maze": ("SG", "."), "minibehaviour": ("AP", "T.")}[task]
-    if any(marks.count(mark) != 1 for mark in one) or not set(marks) <= set(one + others):
-        return None
-    if task == "maze":
-        if not all(set(cell[1:]) <= set(MOVES) for cells in grid for cell in cells):
-            return None
-        walls = [[15 - sum(Maze.bits[a] for a in set(cell[1:])) for cell in cells] for cells in grid]
-        start, goal = (list(divmod(marks.index(mark), n)) for mark in "SG")
-        return {"walls": walls, "start": start, "goal": goal}
-    if any(len(cell) != 1 for cells in grid for cell in cells) or task == "minibehaviour" and "T" not in marks:
-        return None
-    return {"grid": ["".join(cells) for cells in grid]}
+    return TASKS[task].read(cells)
 
 
-def read_fact(name, text):
-    """What a free-form answer to the question `name` says, in a form that can be compared; None: unreadable.
+def read_fact(name, text, actions):
+    """What a free-form answer to the question `name` says, in a form that can be compared, or None.
 
-    size -> (rows, columns); moves -> a set of actions; anything else -> a set of positions. Sets may be
-    in any order, everything that is mentioned counts, and only the word none (or no) stands for the empty set.
+    size -> (rows, columns); moves -> a set of actions; else a set of positions if there are any.
+    Sets may be in any order, everything that is mentioned counts, and only the word none (or no)
+    stands for the empty set. Any other answer is compared by its words, without case.
     """
     if name == "size":
         numbers = re.findall(r"[0-9]{1,4}", text)
         return tuple(map(int, numbers)) if len(numbers) == 2 else None
     if name == "moves":
-        found = re.findall(r"\b(PICK|DROP|UP|DOWN|LEFT|RIGHT|[UDLR])\b", text.upper())
-        found = {word if word in ACTIONS else word[0] for word in found}
+        names = names_of(actions, WORDS)
+        found = {names[word] for word in re.findall(rf"\b(?:{any_of(names)})\b", text.upper())}
     else:
-        pairs = re.findall(r"[(\[] ?([0-9]{1,4}) ?, ?([0-9]{1,4}) ?[)\]]|\brow ([0-9]{1,4}),? (?:and )?col(?:umn)? ([0-9]{1,4})\b", text, re.IGNORECASE)
+        pairs = re.findall(r"[(\[] ?([0-9]{1,4}) ?, ?([0-9]{1,4}) ?[)\]]"
+                           r"|\brow ([0-9]{1,4}),? (?:and )?col(?:umn)? ([0-9]{1,4})\b",
+                           text, re.IGNORECASE)
         found = {(int(a or c), int(b or d)) for a, b, c, d in pairs}
-    return found or (set() if re.search(r"\b(none|no)\b", text, re.IGNORECASE) else None)
+    if not found and not re.search(r"\b(none|no)\b", text, re.IGNORECASE):
+        return " ".join(text.casefold().split()).rstrip(".") or None
+    return found
 
 
 def score_perception(row, names, text):
-    """Read a free-form answer to `perception_prompt(row, names)` back: {question: is it exactly right?}
+    """Read a free-form answer to `perception_prompt(row, names)`: {question: is it exactly right?}
 
-    Several questions are told apart by their numbers ("1." or "1)" at the beginning of a line; the last
-    of equal numbers counts). What cannot be read is wrong; no text raises.
+    Several questions are told apart by their numbers ("1." or "1)" at the beginning of a line; the
+    last of equal numbers counts). What cannot be read is wrong; no text raises.
     """
-    names = names or questions(row["task"])
+    task, names = row["task"], names or questions(row)
     answers = {1: text}
     if len(names) > 1:
         pieces = re.split(r"^[ *]{0,4}([0-9]{1,2})[.):]", text, flags=re.MULTILINE)
-        answers = {int(number): piece for number, piece in zip(pieces[1::2], pieces[2::2])}
+        answers = {int(n): piece for n, piece in zip(pieces[1::2], pieces[2::2], strict=True)}
     right = {}
     for i, name in enumerate(names, 1):
-        answer, target = answers.get(i, ""), perception_target(row, (name,))
-        read = partial(read_state, row["task"]) if name == "map" else partial(read_fact, name)
-        right[name] = read(answer) is not None and read(answer) == read(target)
+        read = partial(read_fact, name, actions=TASKS[task].actions)
+        if name == "map":
+            read = partial(read_state, task)
+        said = read(text=answers.get(i, ""))
+        right[name] = said is not None and said == read(text=perception_target(row, (name,)))
     return right
 
 
-# ---------------------------------------------------------------- prompts and targets: functions of a row
+# ---------------------------------------------------------------- prompts and targets
+# All the words that a model reads are here and in the classes' rules, legend and questions. Each
+# text is a function of a row.
 
 PICTURE = "The picture shows the map."
-ASK_MAP = "Write down the map: its size as in Map: 3x3, then every row with its cells as in row 0: and so on."
-ASK_PLAN = (ASK_MAP + "\nThen write one sentence that begins with Route: and names, step by step, the action and the "
-            "position it leads to, as (row,column) counted from 0.\nThen write the actions: <answer>U,R</answer>")
-ASK_FACTS = "Answer briefly: a size as 3x3, positions as (row,column) counted from 0, actions by name, or none."
+SYMBOLS = "The map in symbols:"
+ASK_MAP = ("Write down the map: its size as in Map: 3x3, then every row with its cells as in "
+           "row 0: and so on.")
+ASK_PLAN = (ASK_MAP + "\n"
+            "Then write one sentence that begins with Route: and names, step by step, the action "
+            "and the position it leads to, as (row,column) counted from 0.\n"
+            "Then write the actions: <answer>U,R</answer>")
+ASK_FACTS = ("Answer briefly: a size as 3x3, positions as (row,column) counted from 0, actions by "
+             "name, or none.")
+HINT = "A reference plan: {plan}\nDo not mention that a reference plan is given."
+
+
+def listing(cells):
+    """The row-by-row text of a board: what the teacher reads and what a response states first."""
+    lines = [f"Map: {len(cells)}x{len(cells[0])}"]
+    for r, row in enumerate(cells):
+        lines.append(f"row {r}: " + " ".join(row))
+    return "\n".join(lines)
+
+
+def describe(task, state):
+    """A state as the symbols say it."""
+    return listing(TASKS[task].cells(state))
 
 
 def symbols(row):
-    return f"The map in symbols:\n{TASKS[row['task']].describe(row['state'])}"
+    """What the teacher reads in the picture's place."""
+    return f"{SYMBOLS}\n{describe(row['task'], row['state'])}"
 
 
 def student_prompt(row):
@@ -510,91 +713,98 @@ def student_prompt(row):
 
 
 def teacher_prompt(row, context="state+plan"):
-    """The same rules and format with the symbols in the picture's place. context: "state+plan" | "state"."""
-    hint = f"\nA reference plan: {','.join(row['plan'])}\nDo not mention that a reference plan is given."
-    return "\n".join([TASKS[row["task"]].rules, symbols(row) + (hint if context == "state+plan" else ""), ASK_PLAN])
-
-
-def questions(task):
-    """The names of a task's perception questions; "map" asks for the state part of a planning response."""
-    return ("map", *TASKS[task].questions)
-
-
-def perception_prompt(row, names=None, context=PICTURE):
-    """Ask about the picture (or about `context`): one question plainly, several numbered. Default: all."""
-    names = names or questions(row["task"])
-    texts = {"map": ASK_MAP, **TASKS[row["task"]].questions}
-    lines = [texts[name] for name in names]
-    if len(lines) > 1:
-        lines = [f"{i}. {line}" for i, line in enumerate(lines, 1)]
-    return "\n".join([TASKS[row["task"]].rules, context, *([] if names == ("map",) else [ASK_FACTS]), *lines])
-
-
-def perception_target(row, names=None):
-    """The exact answer to `perception_prompt(row, names)`."""
-    names = names or questions(row["task"])
-    rules = TASKS[row["task"]]
-    answers = {"map": rules.describe(row["state"]), **rules.facts(row["state"])}
-    lines = [answers[name] for name in names]
-    return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1)) if len(lines) > 1 else lines[0]
+    """The student's prompt with symbols in the picture's place. context: "state+plan" | "state"."""
+    lines = [TASKS[row["task"]].rules, symbols(row)]
+    if context == "state+plan":
+        lines.append(HINT.format(plan=",".join(row["plan"])))
+    return "\n".join([*lines, ASK_PLAN])
 
 
 def response(row):
     """The model response of three parts: the state, the route with its positions, the answer."""
-    rules, plan = TASKS[row["task"]], row["plan"]
-    start, *path = trace(row["task"], row["state"], plan)
-    route = f"Route: from ({start[0]},{start[1]})"
-    for action, pos in zip(plan, path):
-        route += f" {action} {'to' if action in MOVES else 'at'} ({pos[0]},{pos[1]})"
-    return f"{rules.describe(row['state'])}\n{route}.\n<answer>{','.join(plan)}</answer>"
+    plan, path = row["plan"], trace(row["task"], row["state"], row["plan"])
+    route = f"Route: from {places(path[:1])}"
+    for action, before, pos in zip(plan, path, path[1:], strict=False):
+        route += f" {action} {'at' if pos[:2] == before[:2] else 'to'} {places([pos])}"
+    answer = f"<answer>{','.join(plan)}</answer>"
+    return f"{describe(row['task'], row['state'])}\n{route}.\n{answer}"
 
 
-PARTS = ("state", "route", "answer")
+def questions(row):
+    """The names of a row's perception questions; "map" asks for the state part of a response."""
+    return ("map", *TASKS[row["task"]].questions)
+
+
+def perception_prompt(row, names=None, context=None):
+    """Ask about the picture (or about the text `context`): one question plainly, several numbered.
+
+    names: a tuple of `questions(row)`, default all.
+    """
+    names = names or questions(row)
+    texts = {"map": ASK_MAP, **TASKS[row["task"]].questions}
+    lines = [TASKS[row["task"]].rules, context or PICTURE]
+    if tuple(names) != ("map",):
+        lines.append(ASK_FACTS)
+    return "\n".join([*lines, numbered([texts[name] for name in names])])
+
+
+def perception_target(row, names=None):
+    """The exact answer to `perception_prompt(row, names)`."""
+    answers = {"map": describe(row["task"], row["state"]),
+               **TASKS[row["task"]].facts(row["state"])}
+    return numbered([answers[name] for name in names or questions(row)])
+
+
+def numbered(lines):
+    """One line as it is, several with their numbers."""
+    if len(lines) == 1:
+        return lines[0]
+    return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))
 
 
 def part_of(pieces):
-    """Which part of a response each token belongs to. pieces: the tokens' texts -> indices into PARTS."""
-    parts, text, current = [], "", 0
+    """Which part of a response each token belongs to. pieces: its tokens' texts -> into PARTS."""
+    indices, text, current = [], "", 0
     for piece in pieces:
         text = text[-8:] + piece
         if "<answer" in text:
             current = 2
         elif "Route" in text:
             current = max(current, 1)
-        parts.append(current)
-    return parts
+        indices.append(current)
+    return indices
 
 
 # ---------------------------------------------------------------- splits and sampling
 
-def key_of(state):
-    """A state as text: the same for the same state."""
-    return json.dumps(state, sort_keys=True)
+def key_of(row):
+    """16 hex digits, the same for the same task and state."""
+    text = json.dumps([row["task"], row["state"]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def split_of(task, state):
-    """The split a state belongs to: a fixed function of its content, 80% train, 10% val, 10% test.
+    """The split a state belongs to: a fixed function of its layout, 80% train, 10% val, 10% test.
 
-    So no state is ever in two splits, whatever the seed, the counts or the run. A maze goes by its
-    walls alone (there are only 192 layouts of 3x3), so that whole layouts are held out.
+    So no state is ever in two splits, whatever the seed, the counts or the run.
     """
-    key = json.dumps(state["walls"] if task == "maze" else state["grid"]).encode()
-    return {8: "val", 9: "test"}.get(int(hashlib.sha256(key).hexdigest(), 16) % 10, "train")
+    digest = hashlib.sha256(json.dumps(TASKS[task].layout(state)).encode()).hexdigest()
+    return {8: "val", 9: "test"}.get(int(digest, 16) % 10, "train")
 
 
 @lru_cache
-def thirds(task, level, hole_prob=HOLE_PROB):
+def thirds(task, level, **options):
     """(a, b): a plan of up to a actions is easy, of up to b medium, a longer one hard.
 
     The borders that cut the plans of 1,000 random puzzles into the three most equal parts.
     """
     rng = np.random.default_rng(0)
-    extra = {"hole_prob": hole_prob} if task == "frozenlake" else {}
-    plans = (solve(task, TASKS[task].sample(rng, level, **extra)) for _ in range(1000))
+    plans = [solve(task, TASKS[task].sample(rng, level, **options)) for _ in range(1000)]
     lengths = np.array([len(plan) for plan in plans if plan is not None])
 
     def unevenness(borders):
-        return np.var(np.histogram(lengths, (0, borders[0] + 0.5, borders[1] + 0.5, np.inf))[0])
+        edges = (0, borders[0] + 0.5, borders[1] + 0.5, np.inf)
+        return np.var(np.histogram(lengths, edges)[0])
     return min(combinations_with_replacement(sorted(set(lengths.tolist())), 2), key=unevenness)
 
 
@@ -603,228 +813,139 @@ def bucket(length, borders):
     return DIFFICULTIES[int(np.searchsorted(borders, length))]
 
 
-def sample_rows(task, level, split, count, seed, hole_prob=HOLE_PROB, exclude=()):
-    """`count` rows with distinct solvable states of one split, a third of each difficulty.
+def sample_rows(task, level, split, number, seed, exclude=(), **options):
+    """`number` rows with distinct solvable states of one split, a third of each difficulty.
 
-    exclude: states (as `key_of`) that may not appear. Fails with the number of rows that can be had.
+    exclude: states (as `key_of`) that may not appear. Fails with the number of rows to be had.
     """
     rng = np.random.default_rng([seed, list(TASKS).index(task), level, SPLITS.index(split)])
-    extra = {"hole_prob": hole_prob} if task == "frozenlake" else {}
-    borders = thirds(task, level, hole_prob)
-    wanted = {name: len(part) for name, part in zip(DIFFICULTIES, np.array_split(np.arange(count), 3))}
+    borders = thirds(task, level, **options)
+    shares = np.array_split(np.arange(number), 3)
+    wanted = {name: len(share) for name, share in zip(DIFFICULTIES, shares, strict=True)}
     found, latest = dict.fromkeys(wanted, 0), dict.fromkeys(wanted, 0)
     seen = set(exclude)
-    for draw in count_up():
+    for attempt in count():
         short = [name for name in wanted if found[name] < wanted[name]]
         if not short:
             return
-        if draw - min(latest[name] for name in short) > PATIENCE:
-            fail(f"{task} level {level}: {count} {split} rows wanted, a third of each difficulty; only "
-                 f"{3 * min(found.values())} distinct ones can be had: lower --{split}")
-        state = TASKS[task].sample(rng, level, **extra)
-        key = key_of(state)
-        plan = solve(task, state) if key not in seen and split_of(task, state) == split else None
+        if attempt - min(latest[name] for name in short) > PATIENCE:
+            fail(f"{task} level {level}: {number} {split} rows wanted, a third of each difficulty; "
+                 f"only {3 * min(found.values())} distinct ones can be had: lower --{split}")
+        state = TASKS[task].sample(rng, level, **options)
+        if split_of(task, state) != split:
+            continue
+        key = key_of({"task": task, "state": state})
+        plan = None if key in seen else solve(task, state)
         name = plan and bucket(len(plan), borders)
         if name not in short:
             continue
         seen.add(key)
         row_id = f"{task}_{level}_{sum(found.values()):05d}"
-        found[name], latest[name] = found[name] + 1, draw
-        yield {"file_name": f"{row_id}.png", "id": f"{split}_{row_id}", "task": task, "level": level, "seed": seed,
-               "source": "gen_data.py", "bucket": name, "state": state, "plan": plan}
-
-
-def generated_rows(args, split, exclude=()):
-    """The rows of one split, task by task and level by level."""
-    for task, levels in args.tasks.items():
-        for level in levels:
-            yield from sample_rows(task, level, split, getattr(args, split), args.seed, args.hole_prob, exclude)
-
-
-# ---------------------------------------------------------------- the public benchmarks
-
-def examine(where, task, level, state, stated=None):
-    """The shortest plan of a benchmark's state, after every check on it. Fails naming the record `where`."""
-    if level not in TASKS[task].levels:
-        fail(f"{where}: level {level}, wanted {TASKS[task].levels[0]} to {TASKS[task].levels[-1]} for {task}")
-    grid = state["walls"] if task == "maze" else state["grid"]
-    if len(grid) != level or any(len(row) != level for row in grid):
-        fail(f"{where}: the map is not square, or not {level}x{level} as its level says")
-    if task != "maze":
-        one, others = ("SG", "FH") if task == "frozenlake" else ("AP", "T.")
-        for mark, cells in ((mark, find(grid, mark)) for mark in sorted(set("".join(grid)) | set(one))):
-            if mark not in one + others:
-                fail(f"{where}: unknown symbol {mark!r}")
-            if mark in one and len(cells) != 1:
-                fail(f"{where}: {len(cells)} cells with {mark}, wanted exactly one")
-    plan = solve(task, state)
-    if not plan:
-        fail(f"{where}: the goal cannot be reached" if plan is None else f"{where}: the start is the goal")
-    if stated is not None and len(plan) != stated:
-        fail(f"{where}: the record says that the shortest plan has {stated} actions, the rules here say {len(plan)}")
-    return plan
-
-
-def vsp_records(folder):
-    """(where, task, level, state, stated length, picture) of VSP's FrozenLake: folder/level*/{table,img}/<i>.{txt,png}."""
-    tables = sorted(Path(folder).glob("level*/table/*.txt"), key=lambda path: [int(n) for n in re.findall(r"\d+", str(path))])
-    if not tables:
-        fail(f"no VSP tables in {folder}: wanted {folder}/level3/table/0.txt and so on")
-    for table in tables:
-        grid = []
-        header, *lines = table.read_text().rstrip().splitlines() or [""]
-        for number, line in enumerate(lines, 2):
-            cells = [cell.strip() for cell in line.strip().strip("|").split("|")[1:]]
-            if unknown := set(cells) - set("@*#_"):
-                fail(f"{table}, line {number}: unknown symbol {sorted(unknown)[0]!r}, wanted @ * # or _")
-            if len(cells) != header.count("Col") or len(cells) != len(lines):
-                fail(f"{table}, line {number}: {len(cells)} cells under {header.count('Col')} columns in {len(lines)} rows: not a square map")
-            grid.append("".join({"@": "S", "*": "G", "#": "H", "_": "F"}[cell] for cell in cells))
-        picture = table.parents[1] / "img" / f"{table.stem}.png"
-        size = open_picture(picture).size
-        if size[0] != size[1]:
-            fail(f"{picture}: {size[0]}x{size[1]} px, wanted a square")
-        level = table.parents[1].name.removeprefix("level")
-        yield str(table), "frozenlake", int(level) if level.isdigit() else level, {"grid": grid}, None, picture
-
-
-def visualplanning_records(file, task):
-    """(where, task, level, state, stated length, None) of a VisualPlanning JSONL file of one task."""
-    for number, line in enumerate(open(file), 1):
-        where = f"{file}, line {number}"
-        try:
-            record = json.loads(line)
-            meta, level = record["meta"], record["meta"]["level"]
-            if task == "minibehaviour":
-                state = {"grid": office_grid(meta, level)}
-            elif task == "frozenlake":
-                state = {"grid": ["".join(row) for row in meta["layout"]]}
-                if any(len(row) != level for row in state["grid"]):
-                    raise ValueError(f"the map is not square, or not {level}x{level} as its level says")
-                for mark, pos in (("S", meta["start_pos"]), ("G", meta["target_pos"])):
-                    if at(state["grid"], divmod(pos, level)) != mark:
-                        raise ValueError(f"no {mark} at its position {pos}")
-            else:
-                state = maze_state(meta, level)
-            lengths = {len(record["input_state"]) - 1} if "input_state" in record else set()
-            if "distance_map" in meta:
-                lengths.add(int(meta["distance_map"][str(meta["start_pos"])]))
-            stated = lengths.pop() if lengths else None
-            if lengths:
-                raise ValueError("input_state and distance_map state different lengths")
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            fail(f"{where}: not a {task} record of VisualPlanning ({type(error).__name__}: {error})")
-        yield where, task, level, state, stated, None
-
-
-def office_grid(meta, level):
-    """MiniBehaviour's grid from VisualPlanning's positions. ValueError if they overlap or the table does not lie."""
-    grid = [["."] * level for _ in range(level)]
-    table = sorted(map(tuple, meta["table_pos"]))
-    if table != [(table[0][0] + r, table[0][1] + c) for r in range(2) for c in range(3)]:
-        raise ValueError("the table is not 2 rows of 3 cells")
-    for mark, pos in (("A", meta["start_pos"]), ("P", meta["printer_pos"]), *(("T", pos) for pos in table)):
-        if at(grid, pos) != ".":
-            raise ValueError(f"{mark} at {tuple(pos)} is off the map or on another thing")
-        grid[pos[0]][pos[1]] = mark
-    return ["".join(row) for row in grid]
-
-
-def maze_state(meta, level):
-    """A maze's state from VisualPlanning's walls. ValueError if its two sides of a border disagree or it is open."""
-    sides = {"U": "north", "D": "south", "L": "west", "R": "east"}
-    walls = [[sum(Maze.bits[a] for a, side in sides.items() if cell[side]) for cell in row] for row in meta["layout"]]
-    for r, c in product(range(level), repeat=2):
-        for a, back in zip("UDLR", "DURL"):
-            other = at(walls, neighbour((r, c), a))
-            if (walls[r][c] & Maze.bits[a] != 0) != (other is None or other & Maze.bits[back] != 0):
-                raise ValueError(f"the {sides[a]} side of cell ({r},{c}) is open on one side only")
-    start, goal = (list(divmod(meta[key], level)) for key in ("start_pos", "target_pos"))
-    if at(walls, start) is None or at(walls, goal) is None:
-        raise ValueError("start or target is off the map")
-    return {"walls": walls, "start": start, "goal": goal}
-
-
-def benchmark_rows(records, base):
-    """Rows of the split test from benchmark records; a picture that came with one is kept under "picture"."""
-    ids = Counter()
-    for where, task, level, state, stated, picture in records:
-        plan = examine(where, task, level, state, stated)
-        name = f"{task}_{level}_{ids[level]:05d}"
-        ids[level] += 1
-        yield {"file_name": f"{name}.png", "id": f"test_{name}", "task": task, "level": level, "seed": None,
-               "source": os.path.relpath(where, Path(base).parent),
-               "bucket": bucket(len(plan), thirds(task, level)), "state": state, "plan": plan, "picture": picture}
+        found[name] += 1
+        latest[name] = attempt
+        yield {"file_name": f"{row_id}.png", "id": f"{split}_{row_id}", "task": task,
+               "level": level, "seed": seed, "source": "gen_data.py", "bucket": name,
+               "state": state, "plan": plan}
 
 
 # ---------------------------------------------------------------- files
 
-@lru_cache(maxsize=512)
-def narrow(strip, width, size):
-    """The horizontal pass of a Lanczos resize over RGB rows, runs of equal rows done once. bytes -> [rows, size, 3]"""
-    rows = np.frombuffer(strip, np.uint8).reshape(-1, width, 3)
-    first = np.r_[True, (rows[1:] != rows[:-1]).any((1, 2))]
-    few = Image.fromarray(rows[first])
-    return np.asarray(few.resize((size, few.height), Image.LANCZOS))[first.cumsum() - 1]
-
-
-def shrink(image, size, cell_size):
-    """image.resize((size, size), Image.LANCZOS), to the bit, faster: rows of cells recur from picture to picture."""
-    pixels = np.asarray(image)
-    strips = [narrow(pixels[i:i + cell_size].tobytes(), image.width, size) for i in range(0, len(pixels), cell_size)]
-    return Image.fromarray(np.concatenate(strips)).resize((size, size), Image.LANCZOS)
-
-
-def write_png(image, path):
-    """An 8-bit RGB PNG without row filters: half the time of Pillow's, whose search for the best filter cannot be switched off."""
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-    rows = np.pad(np.asarray(image).reshape(image.height, -1), ((0, 0), (1, 0)))  # each row begins with its filter: 0, none
-    header = struct.pack(">IIBBBBB", image.width, image.height, 8, 2, 0, 0, 0)
-    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 1)) + chunk(b"IEND", b""))
-
-
 def draw(row, folder, cell_size, image_size):
-    """Write one row's PNG. image_size: px of the square it is resized to (Lanczos), 0 keeps the drawn size."""
+    """Write one row's PNG. image_size: px of the square it is resized to, 0 keeps it as it is.
+
+    A row's own "picture", a file, is taken before one that is drawn (at `cell_size` px a cell).
+    """
     target = Path(folder) / row["file_name"]
-    if row.get("picture"):  # a benchmark's own
-        if image_size:
-            write_png(Image.open(row["picture"]).convert("RGB").resize((image_size, image_size), Image.LANCZOS), target)
-        else:
-            shutil.copyfile(row["picture"], target)
+    if row.get("picture") and not image_size:
+        shutil.copyfile(row["picture"], target)
         return
-    image = TASKS[row["task"]].render(row["state"], cell_size)
-    write_png(shrink(image, image_size, cell_size) if image_size else image, target)
+    if row.get("picture"):
+        image = open_picture(row["picture"])
+    else:
+        image = TASKS[row["task"]].render(row["state"], cell_size)
+    if image_size:
+        image = image.resize((image_size, image_size), Image.LANCZOS)
+    image.save(target, compress_level=1)
+
+
+def write_dataset(out, splits, settings, cell_size, image_size, workers=1, total=None):
+    """Write a data folder: pictures and metadata.jsonl per split, `settings` as args.json.
+
+    splits: {split: iterator of rows}. One worker draws in this process, more in others; the bytes
+    do not depend on it. total: the number of rows, for the progress bar.
+    Everything is written aside and renamed at the end: the folder is complete or not there.
+    """
+    aside = Path(f"{out}.partial")
+    text = {"encoding": "utf-8", "newline": "\n"}  # the same bytes on every system
+    shutil.rmtree(aside, ignore_errors=True)
+    pool = multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext()
+    try:
+        with pool, tqdm(total=total, desc="puzzles", unit="row") as bar:
+            draw_all = partial(pool.imap_unordered, chunksize=16) if workers > 1 else map
+            for split, rows in splits.items():
+                (aside / split).mkdir(parents=True)
+                job = partial(draw, folder=aside / split, cell_size=cell_size,
+                              image_size=image_size)
+                drawing = ()
+                with open(aside / split / "metadata.jsonl", "w", **text) as file:
+                    while block := list(islice(rows, 256)):
+                        for row in block:
+                            facts = {key: row[key] for key in row if key != "picture"}
+                            file.write(json.dumps(facts) + "\n")
+                        # Processes begin at once; the next block is found while they draw.
+                        drawn, drawing = drawing, draw_all(job, block)
+                        bar.update(sum(1 for _ in drawn))
+                bar.update(sum(1 for _ in drawing))
+        (aside / "args.json").write_text(json.dumps(settings, indent=1), **text)
+        if Path(out).exists():
+            shutil.rmtree(out)
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    print(f"{bar.n} puzzles in {out}")
+
+
+def may_write(out, overwrite):
+    """Fails if there is a folder `out` that may not be replaced."""
+    if Path(out).exists():
+        if not overwrite:
+            fail(f"{out} exists: choose another --out, or --overwrite to replace it")
+        if not (Path(out) / "args.json").is_file():
+            fail(f"{out} was not made by gen_data.py (it has no args.json): not replaced, choose "
+                 "another --out")
 
 
 def load_rows(data, split="*"):
-    """Rows of data/<split> (default: of every split), each executed once: a row that is broken stops here, with its line.
+    """Rows of data/<split> (default: of every split), each executed once.
 
-    Each gets "path", the file of its picture, which must lie beside the metadata.
+    A row that is broken stops here, with its line. Each gets "path", the file of its picture,
+    which must lie beside the metadata.
     """
     files = sorted(Path(data).glob(f"{split}/metadata.jsonl"))
     if not files:
-        fail(f"no {data}/{split}/metadata.jsonl: make the data with `python gen_data.py --out {data}`")
+        fail(f"no {data}/{split}/metadata.jsonl: make the data with "
+             f"`python gen_data.py --out {data}`")
     rows = []
     for file in files:
-        for number, line in enumerate(open(file), 1):
+        for number, line in enumerate(file.read_bytes().splitlines(), 1):
+            where = f"{file}, line {number}"
             try:
                 row = json.loads(line)
                 path = file.parent / row["file_name"]
-                outcome = check(row["task"], row["state"], row["plan"])
+                outcome = check(row["task"], row["state"], row["plan"])[0]
                 row["id"], row["level"]
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-                fail(f"{file}, line {number}: not a row ({type(error).__name__}: {error}); make the data again")
+                fail(f"{where}: not a row ({type(error).__name__}: {error}); make the data again")
             if outcome != "success":
-                fail(f"{file}, line {number}: the plan of {row['id']} does not solve its puzzle: {outcome}")
+                fail(f"{where}: the plan of {row['id']} does not solve its puzzle: {outcome}")
             if path.name != row["file_name"] or path.name == ".." or path.is_symlink():
-                fail(f"{file}, line {number}: the picture {row['file_name']!r} is not a file in {file.parent}")
+                fail(f"{where}: the picture {row['file_name']!r} is not a file in {file.parent}")
             rows.append(row | {"path": str(path)})
     return rows
 
 
 def open_picture(path):
-    """The picture in a file, decoded. Fails if it is broken, or so large that decoding it would fill the memory."""
+    """The picture in a file, decoded. Fails if it is broken or too large to be decoded safely."""
     try:
         image = Image.open(path)
         if max(image.size) > MAX_PIXELS:
@@ -835,16 +956,18 @@ def open_picture(path):
 
 
 def ensure(data, preset, seed):
-    """Make the data of a preset if there is no folder `data`."""
+    """Make the data of a preset if there is no folder `data`; else say how it was made."""
+    settings = Path(data) / "args.json"
     if not Path(data).exists():
         words = ["--preset", preset, "--seed", str(seed), "--out", str(data)]
         print(f"no {data}: making it with `python gen_data.py {' '.join(words)}`", flush=True)
-        if code := subprocess.run([sys.executable, __file__, *words]).returncode:  # its workers need not import torch
+        code = subprocess.run([sys.executable, __file__, *words]).returncode  # without torch
+        if code:
             raise SystemExit(code)
-    elif (Path(data) / "args.json").is_file():
-        made = json.loads((Path(data) / "args.json").read_text())
-        words = [f"--{key} {made[key]}" for key in ("from_vsp", "from_visualplanning", "preset", "seed") if made.get(key) is not None]
-        print(f"data: {data}, made with {' '.join(words)}")
+    elif settings.is_file():
+        made = json.loads(settings.read_text(encoding="utf-8"))
+        known = [key for key in ("benchmark", "source", "preset", "seed") if key in made]
+        print(f"data: {data}, made with " + ", ".join(f"{key} {made[key]}" for key in known))
 
 
 def parse_tasks(words):
@@ -857,9 +980,10 @@ def parse_tasks(words):
         allowed = TASKS[name].levels
         try:
             low, _, high = levels.partition("-")
-            tasks[name] = tuple(range(int(low), int(high or low) + 1)) if levels else tuple(allowed)
+            tasks[name] = tuple(range(int(low), int(high or low) + 1) if levels else allowed)
         except ValueError:
-            fail(f"cannot read the levels in {word!r}, wanted for example {name}:{allowed[0]}-{allowed[-1]}")
+            fail(f"cannot read the levels in {word!r}, wanted for example "
+                 f"{name}:{allowed[0]}-{allowed[-1]}")
         if not tasks[name] or not set(tasks[name]) <= set(allowed):
             fail(f"{word}: {name} has levels {allowed[0]} to {allowed[-1]}")
     return tasks
@@ -869,112 +993,106 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--preset", default="4b", help=f"sets the defaults below: {', '.join(PRESETS)}")
-    add("--tasks", nargs="+", help="task, or task:level, or task:low-high (default: the preset's)")
-    add("--train", type=int, help="rows per task and level (default: the preset's; so too --val and --test)")
+    add("--tasks", nargs="+", help="task, task:level or task:low-high (default: the preset's)")
+    add("--train", type=int, help="rows per task and level; so too --val and --test")
     add("--val", type=int)
     add("--test", type=int)
     add("--cell_size", type=int, help="px a cell is drawn at")
-    add("--image_size", type=int, help="px of the square the picture is resized to, 0 keeps it as drawn (VSP's own pictures: 0)")
-    add("--hole_prob", type=float, default=HOLE_PROB, help="FrozenLake: share of holes")
-    add("--exclude", nargs="+", default=[], metavar="DIR", help="folders made by this script whose states may not appear")
+    add("--image_size", type=int, help="px of the square the picture is resized to, 0: as drawn")
+    for name, rules in TASKS.items():
+        for flag, (default, text) in getattr(rules, "options", {}).items():
+            add(f"--{flag}", type=type(default), default=default, help=f"{name}: {text}")
+    add("--exclude", nargs="+", default=[], metavar="DIR",
+        help="folders made by this script whose states may not appear")
     add("--seed", type=int, default=0, help="same seed, same bytes")
-    add("--workers", type=int, default=os.cpu_count(), help="processes that draw; the bytes do not depend on it")
+    add("--workers", type=int, default=os.cpu_count(),
+        help="processes that draw; the bytes do not depend on it")
     add("--out", "--data", default="data", help="output folder")
     add("--overwrite", action="store_true", help="replace the output folder")
-    add("--from_vsp", metavar="DIR", help="import VSP's FrozenLake maps, pictures included, as the split test")
-    add("--from_visualplanning", metavar="FILE", help="import a JSONL file of VisualPlanning as the split test")
-    add("--task", help=f"the task of --from_visualplanning: {', '.join(TASKS)}")
-    add("--show", nargs="?", const="puzzles.png", metavar="PNG", help="only draw a contact sheet (puzzles.png) and print the prompts")
+    add("--show", nargs="?", const="puzzles.png", metavar="PNG",
+        help="only draw a contact sheet (puzzles.png) and print the prompts")
     args = parser.parse_args(argv)
     if args.preset not in PRESETS:
         fail(f"unknown preset {args.preset!r}, known: {', '.join(PRESETS)}")
-    if args.from_vsp and args.image_size is None:
-        args.image_size = 0
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if not isinstance(args.tasks, dict):
         args.tasks = parse_tasks(args.tasks)
-    if not 0 <= args.hole_prob <= 1:
-        fail(f"--hole_prob {args.hole_prob} is outside 0..1")
-    for name, least in (("train", 0), ("val", 0), ("test", 0), ("seed", 0), ("cell_size", 8), ("image_size", 0), ("workers", 1)):
-        if getattr(args, name) < least:
-            fail(f"--{name} {getattr(args, name)}: wanted at least {least}")
-    if args.from_visualplanning and args.task not in TASKS:
-        fail(f"--from_visualplanning needs --task, one of {', '.join(TASKS)}; got {args.task!r}")
-    for source in filter(None, (args.from_vsp, args.from_visualplanning)):
-        if not Path(source).exists():
-            fail(f"{source} does not exist")
-    if Path(args.out).exists() and not args.show:
-        if not args.overwrite:
-            fail(f"{args.out} exists: choose another --out, or --overwrite to replace it")
-        if not (Path(args.out) / "args.json").is_file():
-            fail(f"{args.out} was not made by gen_data.py (it has no args.json): not replaced, choose another --out")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not 0 <= value <= 1:
+            fail(f"--{name} {value} is outside 0..1")
+    least = {"cell_size": 8, "workers": 1}
+    for name in ("train", "val", "test", "seed", "cell_size", "image_size", "workers"):
+        if getattr(args, name) < least.get(name, 0):
+            fail(f"--{name} {getattr(args, name)}: wanted at least {least.get(name, 0)}")
+    if not args.show:
+        may_write(args.out, args.overwrite)
     return args
 
 
+def generated_rows(args, split, exclude=()):
+    """The rows of one split, task by task and level by level."""
+    for task, levels in args.tasks.items():
+        options = {flag: getattr(args, flag) for flag in getattr(TASKS[task], "options", {})}
+        for level in levels:
+            yield from sample_rows(task, level, split, getattr(args, split), args.seed, exclude,
+                                   **options)
+
+
 def show(args):
-    """A contact sheet, one column per level, every puzzle with its shortest path below; then each task's prompts."""
+    """A contact sheet, one column per level, each puzzle above its shortest path; the prompts."""
     size, columns = 256, max(len(levels) for levels in args.tasks.values())
     sheet = Image.new("RGB", (columns * (size + 16), len(args.tasks) * 2 * (size + 24)), "white")
     label = ImageDraw.Draw(sheet)
+    args.train = 3
+    candidates = list(generated_rows(args, "train"))
     for i, (task, levels) in enumerate(args.tasks.items()):
         for j, level in enumerate(levels):
-            row = max(sample_rows(task, level, "train", 3, args.seed, args.hole_prob), key=lambda row: len(row["plan"]))
-            image = TASKS[task].render(row["state"], args.cell_size).resize((size, size), Image.LANCZOS)
+            rows = [row for row in candidates if (row["task"], row["level"]) == (task, level)]
+            row = max(rows, key=lambda row: len(row["plan"]))
+            image = TASKS[task].render(row["state"], args.cell_size)
+            image = image.resize((size, size), Image.LANCZOS)
             x, y = j * (size + 16) + 8, i * 2 * (size + 24) + 20
-            label.text((x, y - 14), f"{task} {level}, {row['bucket']}: {','.join(row['plan'])}"[:48], "black")
+            title = f"{task} {level}, {row['bucket']}: {','.join(row['plan'])}"
+            label.text((x, y - 14), title[:48], "black")
             sheet.paste(image, (x, y))
-            path = [((c + 0.5) * size / level, (r + 0.5) * size / level) for r, c, *_ in trace(task, row["state"], row["plan"])]
-            pen = ImageDraw.Draw(image)
-            pen.line(path, (230, 0, 160), 5, joint="curve")
-            for (px, py), action in zip(path[1:], row["plan"]):
-                if action in ("PICK", "DROP"):
-                    pen.ellipse([px - 9, py - 9, px + 9, py + 9], outline=(230, 0, 160), width=4)
+            draw_path(image, row)
             sheet.paste(image, (x, y + size + 4))
-        for title, text in (("row", json.dumps(row)), ("student, beside the picture", student_prompt(row)),
-                            ("teacher, with the reference plan", teacher_prompt(row)), ("teacher without it", teacher_prompt(row, "state")),
-                            ("response", response(row)), ("perception", perception_prompt(row)), ("target", perception_target(row))):
+        for title, text in (("row", json.dumps(row)),
+                            ("student, beside the picture", student_prompt(row)),
+                            ("teacher, with the reference plan", teacher_prompt(row)),
+                            ("teacher without it", teacher_prompt(row, "state")),
+                            ("response", response(row)),
+                            ("perception", perception_prompt(row)),
+                            ("target", perception_target(row))):
             print(f"--- {task}: {title}\n{text}")
     sheet.save(args.show)
     print(f"--- wrote {args.show}")
 
 
+def draw_path(image, row):
+    """The row's plan drawn into its picture; a ring where an action stays in its cell."""
+    cells = TASKS[row["task"]].cells(row["state"])
+    scale = image.width / len(cells[0]), image.height / len(cells)
+    points = []
+    for pos in trace(row["task"], row["state"], row["plan"]):
+        points.append(((pos[1] + 0.5) * scale[0], (pos[0] + 0.5) * scale[1]))
+    pen = ImageDraw.Draw(image)
+    pen.line(points, (230, 0, 160), 5, joint="curve")
+    for before, (x, y) in zip(points, points[1:], strict=False):
+        if (x, y) == before:
+            pen.ellipse([x - 9, y - 9, x + 9, y + 9], outline=(230, 0, 160), width=4)
+
+
 def main(args):
     if args.show:
         return show(args)
-    if args.from_vsp:
-        splits = {"test": iter(list(benchmark_rows(vsp_records(args.from_vsp), args.from_vsp)))}
-    elif args.from_visualplanning:
-        records = visualplanning_records(args.from_visualplanning, args.task)
-        splits = {"test": iter(list(benchmark_rows(records, args.from_visualplanning)))}
-    else:
-        exclude = {key_of(row["state"]) for folder in args.exclude for row in load_rows(folder)}
-        splits = {split: generated_rows(args, split, exclude) for split in SPLITS}
-    # Everything is written aside and renamed at the end: the folder is complete or not there.
-    aside = Path(f"{args.out}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    total = None if len(splits) == 1 else sum(map(len, args.tasks.values())) * (args.train + args.val + args.test)
-    try:
-        with multiprocessing.get_context("spawn").Pool(args.workers) as pool, tqdm(total=total, desc="puzzles", unit="row") as bar:
-            for split, rows in splits.items():
-                (aside / split).mkdir(parents=True)
-                job = partial(draw, folder=aside / split, cell_size=args.cell_size, image_size=args.image_size)
-                drawing = ()
-                with open(aside / split / "metadata.jsonl", "w") as file:
-                    while block := list(islice(rows, 256)):  # the next block is found while the last one is being drawn
-                        drawn, drawing = drawing, pool.imap_unordered(job, block, chunksize=16)
-                        file.writelines(json.dumps({key: row[key] for key in row if key != "picture"}) + "\n" for row in block)
-                        bar.update(sum(1 for _ in drawn))
-                bar.update(sum(1 for _ in drawing))
-            total = bar.n
-        (aside / "args.json").write_text(json.dumps(vars(args), indent=1))
-        if Path(args.out).exists():
-            shutil.rmtree(args.out)
-        aside.rename(args.out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    print(f"{total} puzzles in {args.out}")
+    exclude = {key_of(row) for folder in args.exclude for row in load_rows(folder)}
+    splits = {split: generated_rows(args, split, exclude) for split in SPLITS}
+    total = sum(map(len, args.tasks.values())) * (args.train + args.val + args.test)
+    write_dataset(args.out, splits, vars(args), args.cell_size, args.image_size, args.workers,
+                  total)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What is not the method: `python -m tools.<name>`, run from the repository's folder."""
