@@ -53,7 +53,7 @@ def parse_args(argv=None):
         "symbols (without a plan), both, or, as a control, the picture of another puzzle")
     add("--tasks", nargs="+", help="task, or task:level, or task:low-high (default: all)")
     add("--limit", type=int, help="rows per task and level (default: all)")
-    add("--rollout_batch", type=int, default=32, help="rows answered at a time")
+    add("--rollout_batch", type=int, help="rows answered at a time (default: the preset's)")
     add("--max_new_tokens", type=int, help="length limit of an answer, tokens")
     add("--temperature", type=float, default=0.0, help="0: greedy")
     add("--samples", type=int, default=1, help="answers per row: their mean, and pass@k")
@@ -65,7 +65,7 @@ def parse_args(argv=None):
     add("--reference", metavar="CONDITION", help="what differences are taken against (default: "
         "base-image, else the first)")
     args = common.resolve(parser.parse_args(argv))
-    for name in ("limit", "samples", "rollout_batch"):
+    for name in ("limit", "samples"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name} {getattr(args, name)}: wanted at least 1")
     if args.temperature < 0 or (args.samples > 1 and args.temperature == 0):
@@ -127,12 +127,10 @@ class Answerer:
             fail(f"the GPU's memory does not suffice for {len(batch)} rows of up to "
                  f"{self.args.max_new_tokens} new tokens: the same command goes on with a lower "
                  f"--rollout_batch (it is {self.args.rollout_batch})")
-        ended = (ids == self.processor.tokenizer.eos_token_id).any(1).tolist()
-        lines = []
-        for i, text in enumerate(common.decode(self.processor, ids, mask)):
-            lines.append({**keys[i], "response": text, "tokens": int(mask[i].sum()),
-                          "cut": not ended[i]})
-        return lines
+        texts, lengths = common.decode(self.processor, ids, mask), mask.sum(1).tolist()
+        cut = common.was_cut(self.model, self.processor, ids, mask)
+        return [{**key, "response": text, "tokens": length, "cut": is_cut}
+                for key, text, length, is_cut in zip(keys, texts, lengths, cut, strict=True)]
 
 
 def find_adapters(args):

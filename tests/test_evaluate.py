@@ -236,7 +236,7 @@ def test_responses_from_elsewhere(data, tmp_path, capsys):
     few = lines_of(out / "few/predictions.jsonl")
     assert len(few) == len(rows) and few[-1]["outcome"] == "no answer"
     text = (out / "results.md").read_text()
-    assert "few minus gpt" in text and "| frozenlake | all | all | 4 |" in text
+    assert "few minus gpt" in text and "| frozenlake | all |  | 4 |" in text
     assert json.loads((out / "results.json").read_text())["reference"] == "gpt"
 
 
@@ -251,6 +251,8 @@ def test_lenient_reading_is_asked_for(data, tmp_path):
         run("--responses", file, "--data", data, "--out", tmp_path / "eval", *more)
         verdicts = lines_of(tmp_path / "eval/prose/predictions.jsonl")
         assert {v["outcome"] for v in verdicts} == wanted
+        read_from = "prose" if more else "none"
+        assert f"(--lenient) from: {read_from}." in (tmp_path / "eval/results.md").read_text()
 
 
 def test_what_is_asked(data):
@@ -359,13 +361,15 @@ def test_draws_depend_on_the_row_and_not_on_its_batch(data):
     rows = gen_data.load_rows(data, "test")[:4]
     asked = responses.planning_prompts(rows, "image", rows, samples=2)
 
-    def answers(asked, size, condition="a"):
-        batches = [asked[i:i + size] for i in range(0, len(asked), size)]
-        lines = [line for batch in batches for line in answerer.answer(None, condition, 1.0, batch)]
+    def answers(asked, size, condition="a", temperature=1.0):
+        lines = []
+        for i in range(0, len(asked), size):
+            lines += answerer.answer(None, condition, temperature, asked[i:i + size])
         return {responses.label(line): line for line in lines}
     whole = answers(asked, 8)
     assert whole == answers(asked, 3) == answers(asked[::-1], 8)
     assert whole != answers(asked, 8, "b")                           # another condition
+    assert answers(asked, 8, temperature=1e-4) == answers(asked, 8, temperature=0) != whole
     args.seed = 1
     assert whole != answers(asked, 8)
 
@@ -389,6 +393,9 @@ def test_a_run_with_an_adapter(data, tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     rows = gen_data.load_rows(data, "test")
     model = common.add_lora(common.load(common.TINY, 32)[0], 4)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:                                         # so that it does something
+            torch.nn.init.normal_(weight)
     model.save_pretrained(tmp_path / "mine/adapter")
     (tmp_path / "mine/trained_rows.json").write_text(json.dumps([gen_data.key_of(rows[0])]))
     given, encode = [], common.encode
@@ -399,11 +406,11 @@ def test_a_run_with_an_adapter(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "encode", spy)
     out = tmp_path / "eval"
     words = ["--data", data, "--out", out, "--limit", 2, "--max_new_tokens", 3,
-             "--adapter", "base", tmp_path / "mine", "--perception"]
+             "--adapter", tmp_path / "mine", "base", "--perception"]
     run(*words)
     own = [gen_data.open_picture(row["path"]).tobytes() for row in rows]
     some = [rows[i] for i in (0, 1, 4, 5)]
-    for prompts, images in (given[0], given[-1 - 2]):                # base-image, mine-image
+    for prompts, images in (given[0], given[-1 - 2]):                # mine-image, base-image
         assert prompts == [gen_data.student_prompt(row) for row in some]
         assert images == [own[i] for i in (0, 1, 4, 5)]
     assert given[-1][0] == [gen_data.teacher_prompt(row, "state") for row in some]
@@ -411,13 +418,17 @@ def test_a_run_with_an_adapter(data, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "mine-image: success 0%; 1 of its 4 rows are puzzles it was trained on" in said
     assert "base-image: success 0%; 0 of its 4 rows" in said
-    verdicts = lines_of(out / "mine-image/predictions.jsonl")
+    verdicts, texts = lines_of(out / "mine-image/predictions.jsonl"), {}
     assert [v["trained_on"] for v in verdicts] == [True, False, False, False]
     text = (out / "results.md").read_text()
     assert "## Rows that were trained on" in text and "| 4 | 0: 0 | 0: 0 | 1: 0 | 1: 0 |" in text
     looks = lines_of(out / "mine-image/perception.jsonl")
     assert len(looks) == sum(len(gen_data.questions(row)) for row in some)
     assert "| maze | all | 2 | 0 [" in text.split("## Perception questions")[1]
+    for name in ("base", "mine"):
+        texts[name] = [v["response"] for v in lines_of(out / f"{name}-text/predictions.jsonl")]
+    assert all(text.startswith("Map: 3x3") for text in texts["base"])  # the adapter is off again
+    assert not any(text.startswith("Map: 3x3") for text in texts["mine"])
     given.clear()
     run(*words[:-1], "--input", "swapped")
     assert given[0][1] == [own[i] for i in (1, 2, 5, 6)]             # the next of the same level

@@ -68,12 +68,14 @@ def macro_table(summaries):
         line.append("" if cell["tokens"] is None else round(cell["tokens"]))
         faults = [f"{fault} {count}" for fault, count in cell["faults"].items()]
         lines.append([*line, ", ".join(faults) or "none"])
+    lenient = [name for name, summary in summaries.items() if summary["args"]["lenient"]]
     return {
         "title": "All tasks",
         "about": "In % with 95% intervals; the tasks weigh the same and every row counts. image: "
                  "the picture; text: the symbols, without a reference plan; swapped: the picture "
                  "of another puzzle. answer: a plan could be read; map: the one described is "
-                 "right; cut: no end within the limit.",
+                 "right; cut: no end within the limit. Answers in other forms were read too "
+                 f"(--lenient) from: {', '.join(lenient) or 'none'}.",
         "head": ["condition", *rates.values(), "answer", "map", "cut", "tokens", "failures"],
         "lines": lines}
 
@@ -82,7 +84,8 @@ def table_rows(summaries):
     """(task, level, difficulty, n) and the cells of all conditions, for every line of the table."""
     for cells in zip(*(summary["table"] for summary in summaries.values()), strict=True):
         first = cells[0]
-        yield [first["task"], first["level"] or "all", first["bucket"] or "all", first["n"]], cells
+        level = first["level"] or ("" if first["bucket"] else "all")
+        yield [first["task"], level, first["bucket"] or "", first["n"]], cells
 
 
 def level_table(summaries):
