@@ -145,23 +145,26 @@ def test_differences_are_joined_by_id():
 
 
 def test_comparisons_by_hand():
-    """base: 0 of 4 from pictures, 4 of 4 from symbols; coldstart 1 of 4: closes a quarter."""
-    wins = {"base-image": 0, "base-text": 4, "coldstart-image": 1, "distill-image": 3, "mine": 2}
+    """base: 0 of 4 from pictures, 2 of 4 from symbols; coldstart 1 of 4: closes a half."""
+    wins = {"base-image": 0, "base-text": 2, "coldstart-image": 1, "distill-image": 3, "mine": 4}
     verdicts = {name: answers(count).to_dict("records") for name, count in wins.items()}
     found = evaluate.compare(verdicts)
     assert found["reference"] == "base-image"
-    assert {name: gap["macro"]["mean"] for name, gap in found["gaps"].items()} == {"base-image": 1}
+    assert {name: gap["macro"]["mean"] for name, gap in found["gaps"].items()} == {
+        "base-image": 0.5}
     assert {name: d["maze"]["mean"] for name, d in found["differences"].items()} == {
-        "base-text": 1, "coldstart-image": 0.25, "distill-image": 0.75, "mine": 0.5}
+        "base-text": 0.5, "coldstart-image": 0.25, "distill-image": 0.75, "mine": 1}
     assert {name: share["macro"] for name, share in found["closed"].items()} == {
-        "coldstart-image": 0.25, "distill-image": 0.75, "mine": 0.5}
+        "coldstart-image": 0.5, "distill-image": 1.5, "mine": 2}
     other = evaluate.compare(verdicts, "distill-image")
-    assert other["differences"]["mine"]["macro"]["mean"] == -0.25 and other["closed"] == {}
+    assert other["differences"]["mine"]["macro"]["mean"] == 0.25 and other["closed"] == {}
     assert evaluate.compare({"mine": verdicts["mine"]})["reference"] == "mine"
     table = report.difference_table(found)
-    assert table["head"] == ["difference", "maze", "macro"] and table["lines"][0] == [
-        "base-text minus base-image", "+100", "+100"]
-    assert table["lines"][-1] == ["of the gap of base-image, closed by mine", "50%", "50%"]
+    assert table["head"] == ["difference", "maze", "macro"]
+    assert table["lines"][0][0] == "base-text minus base-image"      # the gap, and said only once
+    assert [line[0] for line in table["lines"]].count(table["lines"][0][0]) == 1
+    assert table["lines"][3] == ["mine minus base-image", "+100", "+100"]
+    assert table["lines"][-1] == ["of the gap of base-image, closed by mine", "200%", "200%"]
 
 
 def test_perception_by_hand():
@@ -340,6 +343,8 @@ evaluate.main(evaluate.parse_args(sys.argv[1:]))"""
     assert [(v["sample"], v["id"]) for v in predictions] == [(k, i) for k in (0, 1) for i in lakes]
     assert len({v["response"] for v in predictions}) > 4
     assert "pass@k" in (broken / "eval/results.md").read_text()
+    settings = json.loads(file.with_suffix(".settings.json").read_text())
+    assert settings | {"temperature": 1, "seed": 0, "max_new_tokens": 8} == settings
 
     with monkeypatch.context() as patch:                 # finished: nothing is asked or changed
         patch.setattr("common.load", None)
@@ -406,6 +411,7 @@ def test_a_run_with_an_adapter(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "encode", spy)
     out = tmp_path / "eval"
     words = ["--data", data, "--out", out, "--limit", 2, "--max_new_tokens", 3,
+             "--temperature", 0.01,
              "--adapter", tmp_path / "mine", "base", "--perception"]
     run(*words)
     own = [gen_data.open_picture(row["path"]).tobytes() for row in rows]
@@ -423,6 +429,8 @@ def test_a_run_with_an_adapter(data, tmp_path, monkeypatch, capsys):
     text = (out / "results.md").read_text()
     assert "## Rows that were trained on" in text and "| 4 | 0: 0 | 0: 0 | 1: 0 | 1: 0 |" in text
     looks = lines_of(out / "mine-image/perception.jsonl")
+    settings = json.loads((out / "mine-image/perception.settings.json").read_text())
+    assert settings | {"temperature": 0, "seed": None} == settings   # perception is asked greedily
     assert len(looks) == sum(len(gen_data.questions(row)) for row in some)
     assert "| maze | all | 2 | 0 [" in text.split("## Perception questions")[1]
     for name in ("base", "mine"):
