@@ -33,7 +33,7 @@ from tqdm import tqdm
 import common
 import gen_data
 from common import fail
-from tools import report, responses
+from tools import lenient, report, responses
 
 RUNS = ("out/coldstart", "out/distill")
 STAGES = ("base", "coldstart", "distill")
@@ -188,14 +188,14 @@ def ask_model(args, rows, test):
 
 # ---------------------------------------------------------------- verdicts
 
-def judge(row, line, lenient=False, trained=None):
+def judge(row, line, parse=gen_data.parse, trained=None):
     """An answer with its verdict: gen_data.judge's, who failed, and if the puzzle was trained on.
 
     A failure is perception's if the plan works in the world that the response describes,
     planning's if it fails there too or there is no plan, unclear if no map could be read.
     trained: keys of puzzles, None if they are not known.
     """
-    verdict = gen_data.judge(row, line["response"], lenient)
+    verdict = gen_data.judge(row, line["response"], parse)
     if "error" in line:
         verdict["outcome"] = "error"
     failure = None
@@ -203,7 +203,7 @@ def judge(row, line, lenient=False, trained=None):
         failure = "unclear"
         if verdict["state"] is not None:
             described = {**row, "state": verdict["state"]}
-            works = gen_data.judge(described, line["response"], lenient)["outcome"] == "success"
+            works = gen_data.judge(described, line["response"], parse)["outcome"] == "success"
             failure = "perception" if works else "planning"
     return {**line, "task": row["task"], "level": row["level"], "bucket": row.get("bucket"),
             **verdict, "failure": failure,
@@ -213,7 +213,8 @@ def judge(row, line, lenient=False, trained=None):
 def conclude(folder, rows, lines, looks, args, trained=None):
     """Judge a condition's answers: predictions.jsonl, perception.jsonl, summary.json."""
     by_id, seen = {row["id"]: row for row in rows}, []
-    verdicts = [judge(by_id[line["id"]], line, args.lenient, trained) for line in lines]
+    parse = lenient.parse if args.lenient else gen_data.parse
+    verdicts = [judge(by_id[line["id"]], line, parse, trained) for line in lines]
     for line in looks:
         row, name = by_id[line["id"]], line["question"]
         right = gen_data.score_perception(row, (name,), line["response"])[name]

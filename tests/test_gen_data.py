@@ -12,6 +12,7 @@ from PIL import Image
 
 import gen_data
 from gen_data import TASKS, check, judge, parse, solve
+from tools import lenient
 
 LAKE = {"grid": ["SFH", "FFF", "HFG"]}
 # +--+--+--+
@@ -235,7 +236,7 @@ def test_mazes_are_perfect():
 def test_parse(task, text, plan):
     assert parse(task, text) == (plan and plan.split())
     if plan:  # lenient takes all that strict takes
-        assert parse(task, text, lenient=True) == plan.split()
+        assert lenient.parse(task, text) == plan.split()
 
 
 @pytest.mark.parametrize("text, plan", [
@@ -274,12 +275,12 @@ def test_parse(task, text, plan):
     ("<answer>PICK</answer>", None), ("", None), ("**", None), ("\\boxed{", None),
 ])
 def test_lenient_parse(text, plan):
-    assert parse("frozenlake", text, lenient=True) == (plan and plan.split())
+    assert lenient.parse("frozenlake", text) == (plan and plan.split())
 
 
 def test_lenient_parse_knows_words_of_the_task():
     def plan(text):
-        return parse("minibehaviour", f"<answer>{text}</answer>", lenient=True)
+        return lenient.parse("minibehaviour", f"<answer>{text}</answer>")
     assert plan("pick up, right, put down") == plan("PICK_UP, R, DROP") == ["PICK", "R", "DROP"]
     assert plan("pick, up") == ["PICK", "U"]
 
@@ -288,7 +289,7 @@ def test_reference_responses_are_read_back():
     for task, level, state in boards(5):
         row = row_of(task, state, level)
         text = gen_data.response(row)
-        assert judge(row, text) == judge(row, text, lenient=True) == {
+        assert judge(row, text) == judge(row, text, lenient.parse) == {
             "plan": row["plan"], "outcome": "success", "optimal": True, "state": state,
             "state_right": True}
         assert text.startswith(gen_data.describe(task, state) + "\nRoute: from ")
@@ -417,7 +418,7 @@ def test_teacher_sees_the_state_and_the_student_does_not():
         assert listing in teacher and listing not in student
         assert f"plan: {plan}\n" in gen_data.teacher_prompt(row) and "plan" not in teacher
         # Word for word the same rules and format; the student's prompt knows nothing of the state.
-        assert teacher.replace(gen_data.symbols(row), gen_data.PICTURE) == student
+        assert teacher.replace(gen_data.symbols(row), gen_data.legend(row)) == student
         assert student == gen_data.student_prompt({"task": task})
 
 

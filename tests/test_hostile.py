@@ -15,6 +15,7 @@ from test_gen_data import LAKE, STATES, row_of
 
 import common
 import gen_data
+from tools import lenient
 
 ROW = {"file_name": "a.png", "id": "test_a", "task": "frozenlake", "level": 3, "state": LAKE,
        "plan": ["D", "R", "R", "D"]}
@@ -161,8 +162,8 @@ OUTCOMES = {"success", "unfinished", "no answer", "hole", "wall", "edge", "table
 def read_everywhere(task, text):
     """Every reader of model output; returns the verdict."""
     row = row_of(task, STATES[task])
-    for lenient in (True, False):
-        verdict = gen_data.judge(row, text, lenient)
+    for parse in (gen_data.parse, lenient.parse):
+        verdict = gen_data.judge(row, text, parse)
         plan, state = verdict["plan"], verdict["state"]
         assert plan is None or plan and set(plan) <= set(gen_data.TASKS[task].actions)
         assert verdict["outcome"] in OUTCOMES

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 
 import gen_data
 from gen_data import check, judge, parse, solve
+from tools import lenient
 
 
 class Lamps:
@@ -112,8 +113,8 @@ def test_plans_verdicts_and_answers():
     assert parse("lamps", "<answer>U</answer>") is None
     for text in ("**PREV, PRESS**", "Action plan: prev, press", "<answer>[PREV -> PRESS]</answer>"):
         assert parse("lamps", text) is None
-        assert parse("lamps", text, lenient=True) == ["PREV", "PRESS"]
-    assert parse("lamps", "Action plan: up, left", lenient=True) is None
+        assert lenient.parse("lamps", text) == ["PREV", "PRESS"]
+    assert lenient.parse("lamps", "Action plan: up, left") is None
     text = gen_data.response(row)
     assert judge(row, text) == {"plan": row["plan"], "outcome": "success", "optimal": True,
                                 "state": STATE, "state_right": True}
