@@ -69,23 +69,27 @@ def answer_loss(model, prompt, ids, mask):
 @torch.no_grad()
 def look(model, processor, pairs, args):
     """On held-out pairs: loss per token, shares of exact greedy answers (maps, other questions)."""
-    loss, tokens, right_maps, right_questions = 0.0, 0, [], []
+    loss, right_maps, right_questions = 0.0, [], []
     model.eval()
-    for i in range(0, len(pairs), args.micro_batch):
-        some = pairs[i:i + args.micro_batch]
-        prompt, ids, mask = encode(processor, some, model.device)
+    prompts, targets, masks = encode(processor, pairs, model.device)
+    for ids, mask, prompt in common.micro_batches(args.micro_batch, targets, masks, prompts):
         loss += answer_loss(model, prompt, ids, mask).item()
-        tokens += int(mask.sum())
-        answers = common.sample(model, processor, prompt, args.max_new_tokens, temperature=0)
-        for (row, names), text in zip(some, common.decode(processor, *answers), strict=True):
-            right = all(gen_data.score_perception(row, names, text).values())
-            (right_maps if names == ("map",) else right_questions).append(right)
-    return {"val_loss": loss / tokens, "val_map": float(np.mean(right_maps)),
-            "val_questions": float(np.mean(right_questions))}
+    answers = common.decode(processor, *common.sample(
+        model, processor, prompts, args.max_new_tokens, rollout_batch=args.rollout_batch))
+    for (row, names), text in zip(pairs, answers, strict=True):
+        right = all(gen_data.score_perception(row, names, text).values())
+        (right_maps if names == ("map",) else right_questions).append(right)
+    losses, tokens, maps, others = zip(*common.gather(
+        (loss, int(masks.sum()), right_maps, right_questions)), strict=True)
+    return {"val_loss": sum(losses) / sum(tokens), "val_map": float(np.mean(sum(maps, []))),
+            "val_questions": float(np.mean(sum(others, [])))}
 
 
 def main(args):
-    gen_data.ensure(args.data, args.preset, args.seed)
+    rank, processes = common.join_processes(args.batch)
+    if rank == 0:
+        gen_data.ensure(args.data, args.preset, args.seed)
+    common.gather(None)  # the others wait for the data
     train, val = gen_data.load_rows(args.data, "train"), gen_data.load_rows(args.data, "val")
     run = common.Run(args, __file__, [f"{args.data}/train/metadata.jsonl"], map(key_of, train))
     torch.manual_seed(args.seed)
@@ -94,6 +98,7 @@ def main(args):
     model.print_trainable_parameters()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = common.adamw(weights, args.lr)
+    share = slice(rank, None, processes)  # of the rows of a step: those of this process
     held_out = draw_questions(val, 96, np.random.default_rng(args.seed), 0.5)
 
     try:
@@ -103,21 +108,23 @@ def main(args):
             # 1. Rows and questions are drawn.
             rng = np.random.default_rng([args.seed, step])  # depends on nothing before this step
             pairs = draw_questions(train, args.batch, rng, args.map_share)
-            batches = [encode(processor, pairs[i:i + args.micro_batch], model.device)
-                       for i in range(0, args.batch, args.micro_batch)]
-            tokens = sum(int(mask.sum()) for _, _, mask in batches)  # one denominator for the step
+            prompts, targets, masks = encode(                     # [P], [T] of this process's rows
+                processor, pairs[share], model.device)
+            tokens = sum(common.gather(int(masks.sum())))  # one denominator for the whole step
             timer("encode")
 
             # 2. The cross-entropy of the answers' tokens, and its gradient.
             model.train()
             loss = 0.0
-            for prompt, ids, mask in batches:
+            for ids, mask, prompt in common.micro_batches(
+                    args.micro_batch, targets, masks, prompts):
                 micro_loss = answer_loss(model, prompt, ids, mask) / tokens
                 micro_loss.backward()
                 loss += micro_loss.item()
             timer("loss")
 
             # 3. One optimizer step on the adapters.
+            loss = common.sum_gradients(weights, loss)
             grad_norm = float(torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm))
             if step == 0 and grad_norm == 0:
                 common.fail("the first gradient is zero: nothing connects the loss to the adapters")
@@ -134,7 +141,7 @@ def main(args):
 
             metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
             if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-                metrics |= look(model, processor, held_out, args)
+                metrics |= look(model, processor, held_out[share], args)
                 timer("look")
             run.log(timer, **metrics)
             if run.should_save():

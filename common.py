@@ -22,12 +22,14 @@ import signal
 import sys
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 import psutil
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+from torch import distributed
 from tqdm import tqdm
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # reports a missing optional CPU kernel
@@ -41,7 +43,8 @@ QWEN = {
     "bits": 4,
     "lora_rank": 16,
     "lora_vision": 0,
-    "max_new_tokens": 1024,
+    "max_new_tokens": 512,  # the longest reference response has about 360, on mazes of level 6
+    "rollout_batch": 32,
     "coldstart_steps": 1000,
     "coldstart_lr": 1e-4,
     "coldstart_batch": 64,
@@ -58,6 +61,7 @@ PRESETS = {
         "lora_rank": 16,
         "lora_vision": 1,
         "max_new_tokens": 120,
+        "rollout_batch": 96,
         "coldstart_steps": 200,
         "coldstart_lr": 2e-3,
         "coldstart_batch": 96,
@@ -86,7 +90,8 @@ def fail(message):
 
 def warn(message):
     """One line on stderr, below a progress bar too."""
-    tqdm.write(f"warning: {message}", file=sys.stderr)
+    if first_process():
+        tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- loading
@@ -104,7 +109,8 @@ def load(path, bits):
     from transformers import AutoProcessor, BitsAndBytesConfig, Qwen3VLForConditionalGeneration
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         fail(f"{path} is no checkpoint folder: it has no config.json")
     dtype = torch.float32 if bits == 32 else torch.bfloat16
@@ -132,7 +138,7 @@ def load(path, bits):
     processor.image_processor.size = {"shortest_edge": size["shortest_edge"],
                                       "longest_edge": min(size["longest_edge"], 262_144)}
     model.requires_grad_(False)
-    if device == "cuda":  # takes effect in train mode only
+    if cuda:  # takes effect in train mode only
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if bits == 4:
         from bitsandbytes.nn import Linear4bit
@@ -225,13 +231,12 @@ def take_rows(prompt, rows):
     return taken
 
 
-def micro_batches(size, prompt, context, ids, mask):
-    """The two prompts and the responses of a step, `size` rows at a time, padding cut."""
+def micro_batches(size, ids, mask, *prompts):
+    """Responses [B, T] and batches from `encode`, `size` rows at a time, needless padding cut."""
     for i in range(0, len(ids), size):
         some = slice(i, i + size)
-        length = mask[some].sum(1).max()
-        yield (take_rows(prompt, some), take_rows(context, some),
-               ids[some, :length], mask[some, :length])
+        length, taken = mask[some].sum(1).max(), [take_rows(prompt, some) for prompt in prompts]
+        yield ids[some, :length], mask[some, :length], *taken
 
 
 def positions(model, batch):
@@ -262,72 +267,90 @@ def response_hidden(model, prompt, ids, mask):
     return out.last_hidden_state[:, start:-1][mask.bool()]         # [B, T, hidden] -> [N, hidden]
 
 
-def draw_token(logits, temperature):
-    """One token per row of logits [B, vocabulary] -> [B]; temperature 0: the likeliest.
+def draw_token(logits, uniform, temperature=1.0):
+    """One token per row of logits [B, vocabulary] and of numbers in [0, 1) [B], float64 -> [B].
 
     By inverting the cumulative distribution: one random number per row (torch.multinomial draws
     one per word, and spends most of its time on that), and exact: in float64 the rarest of 151,936
     words keeps its share.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
     if temperature != 1:  # else a pass over the words too many
         logits = logits / temperature
     cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
-    level = uniform * cumulative[:, -1:]
     # right=True: never a word of probability 0. The clamp: still a word where the logits are not
     # finite; such a step is then skipped for its loss.
-    token = torch.searchsorted(cumulative, level, right=True)[:, 0]
-    return token.clamp_(max=logits.shape[1] - 1)
+    token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    return token[:, 0].clamp_(max=logits.shape[1] - 1)
+
+
+def end_tokens(model, processor):
+    """Every token that ends a response: the tokenizer's, and those of generation_config.
+
+    Qwen3-VL has two, <|im_end|> and <|endoftext|>; the second is its padding too.
+    """
+    named = network(model).generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    ends = {processor.tokenizer.eos_token_id, *named} - {None}
+    return torch.tensor(sorted(ends), device=model.device)
 
 
 @torch.no_grad()
-def sample(model, processor, prompt, max_new_tokens, temperature=1.0, rollout_batch=None):
-    """Draw responses (temperature 0: greedy) -> (ids [B, T], mask [B, T]).
+def sample(model, processor, prompt, max_new_tokens, uniforms=None, temperature=1.0,
+           rollout_batch=None):
+    """Draw responses -> (ids [B, T], mask [B, T]).
 
+    uniforms: a number in [0, 1) for every token that may be drawn, float64 [B, max_new_tokens], so
+    that a token depends on no other row; None: greedy. rollout_batch: rows at a time, default all.
     A response goes through its first end token inclusive; one without an end token was cut at
-    `max_new_tokens`. The distribution is the model's own softmax, with nothing but the picture
-    placeholders removed, whatever generation_config says. rollout_batch: rows at a time.
+    max_new_tokens. The distribution is the model's own softmax, with nothing but the picture
+    placeholders removed, whatever generation_config says.
     """
-    net, tokenizer = network(model), processor.tokenizer
+    net, pad, ends = network(model), processor.tokenizer.pad_token_id, end_tokens(model, processor)
     banned = [processor.image_token_id, processor.video_token_id, processor.vision_start_token_id]
+    ask_every = 8 if model.device.type == "cuda" else 1
+    if uniforms is not None:
+        uniforms = torch.as_tensor(uniforms, device=model.device)
     count = len(prompt["input_ids"])
-    all_ids = prompt["input_ids"].new_full((count, max_new_tokens), tokenizer.pad_token_id)
-    all_mask = torch.zeros_like(all_ids)
-    for i in range(0, count, rollout_batch or count):
-        some = slice(i, i + (rollout_batch or count))
-        batch, ids, mask = take_rows(prompt, some), all_ids[some], all_mask[some]   # views
+    ids = torch.full((count, max_new_tokens), pad, device=model.device)
+    for begin in range(0, count, rollout_batch or count):
+        rows = torch.arange(count, device=model.device)[begin:begin + (rollout_batch or count)]
+        batch = take_rows(prompt, slice(begin, begin + len(rows)))
         position_ids, next_position = positions(model, batch)
         out = net.model(**batch, position_ids=position_ids, use_cache=True)
         attention = batch["attention_mask"]
-        rows = torch.arange(len(ids), device=ids.device)  # without an end token: only they go on
+        going = torch.ones_like(rows, dtype=torch.bool)
         for t in range(max_new_tokens):
             # lm_head, its factors swapped: for the few rows of a rollout twice as fast on a CPU.
             logits = (net.lm_head.weight @ out.last_hidden_state[:, -1].T).T.float().contiguous()
             logits[:, banned] = -torch.inf                                     # [rows, vocabulary]
-            token = draw_token(logits, temperature)                            # [rows]
-            ids[rows, t], mask[rows, t] = token, 1
-            going = token != tokenizer.eos_token_id
-            if t + 1 == max_new_tokens or not going.any():
-                break
-            if not going.all():
+            token = (logits.argmax(-1) if uniforms is None else
+                     draw_token(logits, uniforms[rows, t], temperature))       # [rows]
+            ids[rows, t] = token
+            going &= ~torch.isin(token, ends)
+            # Rows that ended leave the batch. To ask for them makes Python wait for a GPU; until
+            # it does they go on, and what they draw is cut off below.
+            if (t + 1) % ask_every == 0 and not going.all():
                 rows, token, next_position = rows[going], token[going], next_position[going]
                 attention = attention[going]
                 out.past_key_values.batch_select_indices(going)
+                going = going[going]
+            if t + 1 == max_new_tokens or len(rows) == 0:
+                break
             attention = torch.cat([attention, attention.new_ones(len(rows), 1)], 1)
             out = net.model(
                 input_ids=token[:, None], attention_mask=attention,
                 past_key_values=out.past_key_values, use_cache=True,
                 position_ids=(next_position + t)[None, :, None].expand(3, -1, -1))
-    length = int(all_mask.sum(1).max())
-    return all_ids[:, :length], all_mask[:, :length]
+    ended = torch.isin(ids, ends).long()
+    mask = (ended.cumsum(1) - ended == 0).long()    # by position: padding may be an end token too
+    length = mask.sum(1).max()
+    return ids.where(mask.bool(), pad)[:, :length], mask[:, :length]
 
 
-def was_cut(processor, ids, mask):
+def was_cut(model, processor, ids, mask):
     """Of every response: did it reach the limit without an end token?"""
     last = ids.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]
-    return (last != processor.tokenizer.eos_token_id).tolist()
+    return (~torch.isin(last, end_tokens(model, processor))).tolist()
 
 
 def decode(processor, ids, mask):
@@ -353,11 +376,12 @@ def add_flags(parser, stage=None):
     add("--max_grad_norm", type=float, default=1.0, help="a longer gradient is cut to this norm")
     add("--batch", type=int, help="rows per optimizer step")
     add("--micro_batch", type=int, help="rows per forward pass; changes no result")
-    add("--rollout_batch", type=int, help="rows sampled at a time (default: the whole batch)")
+    add("--rollout_batch", type=int, help="rows sampled at a time; changes no result")
     add("--lora_rank", type=int, help="rank of the adapters; alpha is twice the rank")
     add("--lora_vision", type=int, choices=(0, 1), help="1: adapters on the vision tower too")
     add("--save_every", type=int, default=20, help="steps between checkpoints")
     add("--restart", action="store_true", help="delete what is in --out and begin anew")
+    add("--wandb", metavar="PROJECT", help="log to Weights & Biases too (WANDB_MODE=offline works)")
 
 
 def resolve(args, stage=None):
@@ -371,21 +395,20 @@ def resolve(args, stage=None):
         name = key.removeprefix(f"{stage}_")
         if hasattr(args, name) and getattr(args, name) is None:
             setattr(args, name, value)
-    if stage and args.rollout_batch is None:
-        args.rollout_batch = args.batch
     for name in ("steps", "batch", "rollout_batch", "micro_batch", "lora_rank", "max_new_tokens",
                  "save_every"):
         if getattr(args, name, 1) < 1:
             fail(f"--{name} {getattr(args, name)}: wanted at least 1")
-    print(f"preset {args.preset} ({why}; choose with --preset {'|'.join(PRESETS)}): {args.model} "
-          f"in {args.bits} bits")
+    if first_process():
+        print(f"preset {args.preset} ({why}; choose with --preset {'|'.join(PRESETS)}): "
+              f"{args.model} in {args.bits} bits")
     return args
 
 
 def learning_rate(step, steps, peak):
-    """Linear warm-up over the first tenth of the steps, then a cosine down to zero."""
+    """Linear warm-up over the first tenth of the steps, then a cosine; zero would come after it."""
     warm = max(1, steps // 10)
-    progress = max(0, step + 1 - warm) / max(1, steps - warm)
+    progress = max(0, step + 1 - warm) / (steps + 1 - warm)
     return peak * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * progress)))
 
 
@@ -431,21 +454,75 @@ class Timer:
         self.last = now
 
 
+# ---------------------------------------------------------------- several processes
+
+def first_process():
+    """Is this the process that writes: the only one, or torchrun's first?"""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def join_processes(batch):
+    """Meet the processes that torchrun started -> (this one's number, how many); else (0, 1)."""
+    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if batch % count:
+        fail(f"--batch {batch} cannot be shared equally by {count} processes")
+    if count > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    return rank, count
+
+
+def together(collective, *arguments):
+    """Call something that all processes must call. Fails where one of them is gone."""
+    try:
+        collective(*arguments)
+    except RuntimeError as error:
+        fail(f"another process of this run has ended ({str(error).splitlines()[0][:100]}); "
+             "the same command goes on from the newest checkpoint")
+
+
+def gather(thing):
+    """[what every process gave], in every process."""
+    if not distributed.is_initialized():
+        return [thing]
+    things = [None] * distributed.get_world_size()
+    together(distributed.all_gather_object, things, thing)
+    return things
+
+
+def gather_rows(rows):
+    """The rows of all processes in the order of the batch, of which each took every n-th."""
+    return [row for share in zip(*gather(rows), strict=True) for row in share]
+
+
+def sum_gradients(weights, loss):
+    """Sum the gradients, in place, and the loss over all processes, in one message -> the loss."""
+    if not distributed.is_initialized():
+        return loss
+    flat = torch.cat([weight.grad.flatten() for weight in weights])
+    flat = torch.cat([flat, flat.new_tensor([loss])])
+    together(distributed.all_reduce, flat)
+    sizes = [weight.numel() for weight in weights]
+    for weight, gradient in zip(weights, flat[:-1].split(sizes), strict=True):
+        weight.grad.copy_(gradient.view_as(weight))
+    return float(flat[-1])
+
+
 # ---------------------------------------------------------------- the folder of a run
 
 class Run:
-    """One stage's run in the folder args.out, and its way back after an interruption.
+    """A stage's run in the folder args.out, and its way back after an interruption.
 
-    The folder holds args.json, trained_rows.json, a copy of the script, metrics.jsonl, the newest
-    checkpoint-<steps done> (adapter, optimizer.pt, state.json) and, when all steps are done,
-    adapter/ in PEFT's format. Nothing random is stored: a step draws from (seed, step).
-
-    step: steps that are done and logged. stopping: the signal that asked to stop, or None.
-    updating: set by the loop before it changes the weights; until `log` they are ahead of the log.
+    step: steps that are done and logged. adapter: where the run goes on from, or None. stopping:
+    the signal that asks to stop, or None; all processes see it after the same step. updating: set
+    by the loop before it changes the weights; until `log` they are ahead of the log. Nothing random
+    is stored: a step draws from (seed, step). Of several processes the first one writes.
     """
     may_differ = ("steps", "rollout_batch", "micro_batch", "slice", "save_every", "show_every",
-                  "eval_every", "restart")  # when a run goes on: they change no step that is done
-    patience = 5  # steps in a row that may be not finite
+                  "eval_every", "restart", "wandb")  # they change no step that is done
 
     def __init__(self, args, script, inputs=(), trained_rows=()):
         """Refuses a second writer and other arguments than those of the run to go on with.
@@ -453,152 +530,171 @@ class Run:
         inputs: files that the result depends on, such as the rows; their hashes are kept.
         trained_rows: keys of all rows that the adapter was or will be trained on.
         """
-        self.args, self.out = args, Path(args.out)
-        self.step, self.skipped, self.checkpoint, self.adapter = 0, [], None, None
-        self.stopping, self.updating, self.handlers = None, False, {}
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.args, self.out, self.wandb, self.handlers = args, Path(args.out), None, {}
+        self.signal, self.stopping, self.updating = 0, None, False
         self.lock = FileLock(self.out / "lock")  # let go when the process ends, however it ends
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            fail(f"another run is writing to {self.out}: wait for its end or choose another --out")
-        if args.restart:
-            clear(self.out)
-        digests, sizes = {}, {}
-        for path in inputs:
-            digests[str(path)] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        record = {"args": vars(args), "inputs": digests, "versions": versions()}
-        if newest := max(self.out.glob("checkpoint-*"), default=None):
-            state = read_state(newest, record, self.may_differ)
-            self.step, self.skipped, sizes = state["step"], state["skipped"], state["sizes"]
-            self.checkpoint, self.adapter = newest, str(newest / "adapter")
-            print(f"{self.out}: {self.step} of {args.steps} steps are done, going on"
-                  if self.step < args.steps else
-                  f"{self.out}: all {self.step} steps are done; --restart begins anew")
-        for file in self.out.glob("*.jsonl"):  # lines of steps that will be done again
-            os.truncate(file, sizes.get(file.name, 0))
-        write_aside(self.out / "args.json", json.dumps(record, indent=1))
-        write_aside(self.out / "trained_rows.json", json.dumps(sorted(trained_rows)))
-        shutil.copy(script, self.out)
+        state, self.checkpoint = {"step": 0, "skipped": []}, None
+        if first_process():
+            take_folder(self.out, self.lock, args.restart)
+            record = {"args": vars(args), "inputs": digests(inputs), "versions": versions()}
+            self.checkpoint = max(self.out.glob("checkpoint-*"), default=None)
+            if self.checkpoint:
+                state = read_state(self.checkpoint, record, self.may_differ)
+                print(f"{self.out}: {state['step']} of {args.steps} steps are done")
+            for file in self.out.glob("*.jsonl"):  # lines of steps that will be done again
+                os.truncate(file, state.get("sizes", {}).get(file.name, 0))
+            write_aside(self.out / "args.json", json.dumps(record, indent=1))
+            write_aside(self.out / "trained_rows.json", json.dumps(sorted(trained_rows)))
+            shutil.copy(script, self.out)
+            self.wandb = start_wandb(args) if args.wandb else None
+        state, self.checkpoint = gather((state, self.checkpoint))[0]
+        self.step, self.skipped = state["step"], state["skipped"]
+        self.adapter = self.checkpoint and str(self.checkpoint / "adapter")
 
     def steps(self, optimizer):
-        """The numbers of the steps to do; a signal now asks to stop, a second one stops at once."""
+        """The numbers of the steps to do; a signal now asks to stop, a later one stops at once."""
         if self.checkpoint:
             optimizer.load_state_dict(load_optimizer(self.checkpoint / "optimizer.pt"))
-
-        def stop(number, frame):
-            self.stopping = number
-            signal.signal(number, signal.default_int_handler)
-            tqdm.write("stopping after this step (again: at once, back to the newest checkpoint)")
         for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[number] = signal.signal(number, stop)
+            self.handlers[number] = signal.signal(number, self.on_signal)
         return tqdm(range(self.step, self.args.steps), desc=self.out.name, unit="step",
-                    initial=self.step, total=self.args.steps)
+                    initial=self.step, total=self.args.steps, disable=not first_process())
 
-    def skip(self, loss, grad_norm, evidence):
-        """Record a step that was not finite, with a dict per row; several in a row end the run."""
+    def on_signal(self, number, frame):
+        if self.signal == 0:
+            self.signal, self.signal_time = number, time.monotonic()
+            tqdm.write("stopping after this step (again: at once, back to the newest checkpoint)")
+        elif time.monotonic() - self.signal_time > 2:  # torchrun repeats a Ctrl-C by itself
+            raise KeyboardInterrupt
+
+    def skip(self, loss, grad_norm, evidence, patience=5):
+        """Record a step that was not finite and its rows; `patience` in a row end the run."""
         step = self.step + 1
         self.skipped.append(step)
         what = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm)}
         self.append("not_finite.jsonl", [{**what, **row} for row in evidence])
         warn(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}; "
              f"its rows are in {self.out}/not_finite.jsonl")
-        if self.skipped[-self.patience:] == list(range(step - self.patience + 1, step + 1)):
-            fail(f"{self.patience} steps in a row were not finite: try a lower --lr, "
-                 f"or --bits 16 or 32 instead of {self.args.bits}")
+        if self.skipped[-patience:] == list(range(step - patience + 1, step + 1)):
+            fail(f"{patience} steps in a row were not finite: try a lower --lr, or --bits 16 or 32 "
+                 f"instead of {self.args.bits}")
 
     def log(self, timer, **values):
-        """A step is done: a line to the eye, one to metrics.jsonl, with null for nan and inf."""
+        """A step is done: a line to the eye, one to metrics.jsonl, where nan and inf are null."""
         self.step, self.updating = self.step + 1, False
-        line, shown = {"step": self.step}, [f"step {self.step}"]
-        values |= {"seconds": timer.seconds, "step_seconds": sum(timer.seconds.values()),
-                   "peak_gb": peak_gb()}
-        for key, value in values.items():
-            finite = not isinstance(value, float) or math.isfinite(value)
-            line[key] = value if finite else None
-            if not isinstance(value, dict):
-                shown.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+        line = {"step": self.step, **values, "step_seconds": sum(timer.seconds.values()),
+                "peak_gb": peak_gb(), "seconds": timer.seconds}
+        shown = []
+        for name, value in line.items():
+            if isinstance(value, float):
+                shown.append(f"{name} {value:.4g}")
+                line[name] = value if math.isfinite(value) else None
+            elif name != "seconds":
+                shown.append(f"{name} {value}")
         tqdm.write("  ".join(shown))
         self.append("metrics.jsonl", [line])
+        if self.wandb:
+            self.wandb.log(line, step=self.step)
+        self.stopping = max(gather(self.signal)) or None
 
     def append(self, name, rows):
         """Lines for a .jsonl file beside the log; an interrupted run cuts it back like the log."""
-        try:
-            with open(self.out / name, "a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-        except OSError as error:
-            fail(f"cannot write {self.out / name}: {error.strerror}; {self.what_there_is()}")
+        if first_process():
+            try:
+                with open(self.out / name, "a") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in rows)
+            except OSError as error:
+                self.end(f"cannot write {self.out / name}: {error.strerror}")
 
     def should_save(self):
-        done = self.step == self.args.steps or self.step % self.args.save_every == 0
-        return done or self.stopping is not None
+        last = self.step == self.args.steps
+        return last or self.step % self.args.save_every == 0 or self.stopping is not None
 
     def save(self, model, optimizer):
-        """Write checkpoint-<step> aside, flush it, rename it; only then remove the one before."""
+        """A checkpoint of the steps so far, if all processes hold the same adapters."""
+        weights = [weight.detach().flatten() for weight in model.parameters()
+                   if weight.requires_grad]
+        if len(set(gather(zlib.crc32(torch.cat(weights).cpu().numpy())))) > 1:
+            self.end(f"the processes' adapters differ after step {self.step}")
+        if first_process():
+            self.write_checkpoint(model, optimizer)
+
+    def write_checkpoint(self, model, optimizer):
+        """Write it aside, flush it, rename it; only then remove the one before."""
         aside, folder = self.out / "checkpoint.partial", self.out / f"checkpoint-{self.step:07d}"
+        logs = list(self.out.glob("*.jsonl"))
         shutil.rmtree(aside, ignore_errors=True)
         try:
             model.save_pretrained(aside / "adapter")
             torch.save(optimizer.state_dict(), aside / "optimizer.pt")
-            sizes = {file.name: file.stat().st_size for file in self.out.glob("*.jsonl")}
-            state = {"step": self.step, "skipped": self.skipped, "sizes": sizes}
-            (aside / "state.json").write_text(json.dumps(state))
-            for path in (*self.out.glob("*.jsonl"), *aside.rglob("*"), aside):
+            (aside / "state.json").write_text(json.dumps({
+                "step": self.step, "skipped": self.skipped,
+                "sizes": {file.name: file.stat().st_size for file in logs}}))
+            for path in (*logs, *aside.rglob("*"), aside):
                 flush(path)
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
             flush(self.out)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
-            fail(f"cannot write {folder}: {str(error).splitlines()[0]}; {self.what_there_is()}; "
-                 "free some space and run again to go on")
+            self.end(f"cannot write {folder}: {str(error).splitlines()[0]}; free some space")
         for other in set(self.out.glob("checkpoint-*")) - {folder}:
             shutil.rmtree(other)
         self.checkpoint = folder
 
-    def what_there_is(self):
-        return f"{self.checkpoint or 'no checkpoint'} is what there is"
+    def end(self, message):
+        """Fail, and say where the same command goes on."""
+        fail(f"{message}. {self.checkpoint or 'No checkpoint'} is what there is; "
+             "run again to go on")
 
     def stopped(self):
-        """Say so; returns the exit code."""
+        """Say so -> the exit code."""
         print(f"stopped: {self.step} of {self.args.steps} steps are saved in {self.out}; "
               "the same command goes on")
         return 128 + self.stopping
 
     def out_of_memory(self, error, model, optimizer):
         """Save, unless the weights are ahead of the log, and end with one line."""
-        if not self.updating:
-            self.save(model, optimizer)
-        fail(f"the GPU's memory does not suffice ({str(error).splitlines()[0]}). "
-             f"{self.what_there_is()}; run again with a lower --micro_batch or --slice to go on, "
-             "or with a lower --max_new_tokens and --restart")
+        if first_process() and not self.updating:
+            self.write_checkpoint(model, optimizer)
+        self.end(f"the GPU's memory does not suffice ({str(error).splitlines()[0]}): lower "
+                 "--rollout_batch, --micro_batch or --slice, or --max_new_tokens with --restart")
 
     def finish(self):
-        """The newest checkpoint's adapter becomes adapter/; an old one stays until it is whole."""
-        aside, old = self.out / "adapter.partial", self.out / "adapter.old"
-        final = self.out / "adapter"
-        for folder in (aside, old):
-            shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(self.checkpoint / "adapter", aside)
-        if final.exists():
-            final.rename(old)
-        aside.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
+        """The newest checkpoint's adapter becomes adapter/."""
+        if first_process():
+            aside, final = self.out / "adapter.partial", self.out / "adapter"
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(self.checkpoint / "adapter", aside)
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
 
     def close(self):
         """Give back the signals and the folder."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.lock.release()
+        if self.wandb:
+            self.wandb.finish()
 
 
-def clear(folder):
-    """Remove a run from its folder."""
-    for path in folder.iterdir():
+def take_folder(folder, lock, restart):
+    """Become the only run that writes to the folder; restart: remove what a run left in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        fail(f"another run is writing to {folder}: wait for its end or choose another --out")
+    for path in folder.iterdir() if restart else ():
         if path.is_dir() and path.name.startswith(("adapter", "checkpoint")):
             shutil.rmtree(path)
         elif path.name == "args.json" or path.suffix == ".jsonl":
             path.unlink()
+
+
+def digests(paths):
+    """{path: sha256 of the file}"""
+    return {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
 
 
 def read_state(checkpoint, record, may_differ):
@@ -608,13 +704,11 @@ def read_state(checkpoint, record, may_differ):
         state = json.loads((checkpoint / "state.json").read_text())
     except (OSError, ValueError) as error:
         fail(f"cannot go on from {checkpoint}: {error}; begin anew with --restart")
-    other = []
-    for key, value in record["args"].items():
-        if key not in may_differ and old["args"].get(key) != value:
-            other.append(f"--{key} was {old['args'].get(key)!r} and is {value!r}")
-    for path, digest in record["inputs"].items():
-        if old["inputs"].get(path, digest) != digest:
-            other.append(f"{path} has changed")
+    other = [f"--{name} was {old['args'].get(name)!r} and is {value!r}"
+             for name, value in record["args"].items()
+             if name not in may_differ and old["args"].get(name) != value]
+    other += [f"{path} has changed" for path, digest in record["inputs"].items()
+              if old["inputs"].get(path, digest) != digest]
     if state["step"] > record["args"]["steps"]:
         other.append(f"--steps {record['args']['steps']}, but {state['step']} are done")
     if other:
@@ -639,13 +733,21 @@ def read_trained_rows(folder):
         fail(f"cannot read which rows {folder} was trained on ({error}); train it again")
 
 
+def start_wandb(args):
+    """A run of Weights & Biases; its package is needed only here."""
+    try:
+        import wandb
+    except ImportError:
+        fail("--wandb needs its package: pip install wandb")
+    return wandb.init(project=args.wandb, name=args.out, config=vars(args))
+
+
 def flush(path):
-    """Make sure that a file or folder is on the disk and not only on its way."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot flush a folder
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    os.fsync(handle)
-    os.close(handle)
+    """Make sure that a file or folder is on the disk; Windows cannot flush a folder."""
+    if os.name != "nt" or path.is_file():
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def write_aside(path, text):

@@ -48,7 +48,7 @@ def parse_args(argv=None):
         help="share of steps whose responses the student samples, else the teacher")
     add("--tasks", nargs="+", help="train on these only: task, task:level or task:low-high")
     add("--max_new_tokens", type=int, help="length limit of a rollout, tokens")
-    add("--slice", type=int, default=64, help="response positions whose logits exist at a time")
+    add("--slice", type=int, default=128, help="response positions whose logits exist at a time")
     add("--show_every", type=int, default=25,
         help="steps between sampled responses on the console and in rollouts.jsonl")
     args = common.resolve(parser.parse_args(argv), "distill")
@@ -62,8 +62,8 @@ def parse_args(argv=None):
 
 
 # ---------------------------------------------------------------- divergences
-# log_p, log_q: [positions, vocabulary], log-probabilities of student and teacher; token: the sampled
-# ids [positions] -> [positions], in nats. Autograd differentiates it. A new one is a function here
+# log_p, log_q [positions, vocabulary]: log-probabilities of student and teacher; token [positions]:
+# the sampled ids -> [positions], in nats. Autograd differentiates it. A new one is a function here
 # with its name in DIVERGENCES.
 
 def reverse_kl(log_p, log_q, token=None):
@@ -118,13 +118,13 @@ def sliced_divergence(hidden, teacher_hidden, token, lm_head, divergence, width)
             log_q = lm_head(teacher_hidden[i:i + width]).float().log_softmax(-1)
         log_p = lm_head(leaf).float().log_softmax(-1)                          # [width, vocabulary]
         value = divergence(log_p, log_q, token[i:i + width])                   # [width]
-        value.sum().backward()         # as far as the leaf; the slice's graph and logits are freed
-        gradients.append(leaf.grad)
         with torch.no_grad():
-            entropy = -torch.linalg.vecdot(log_p.exp(), log_p)
             kl = value if divergence is reverse_kl else reverse_kl(log_p, log_q)
+            entropy = -torch.linalg.vecdot(log_p.exp(), log_p)
             scores.append(torch.stack([value, kl, entropy]))
-        del log_q, log_p, value  # before the next slice makes its own
+        del log_q, log_p       # what the gradient needs of them is in the graph, and goes with it:
+        value.sum().backward()                                                  # as far as the leaf
+        gradients.append(leaf.grad)
     return torch.cat(gradients), torch.cat(scores, 1)
 
 
@@ -144,14 +144,15 @@ def encode_roles(processor, rows, teacher_context, device):
     return student, common.encode(processor, symbols, None, device)
 
 
-def log_rollouts(run, processor, step, rows, ids, mask, kl, entropy):
+def log_rollouts(run, model, processor, step, rows, ids, mask, kl, entropy):
     """({name: mean} for metrics.jsonl, one line per row for rollouts.jsonl). Only for the log.
 
-    ids, mask: [rows, T]; kl, entropy: [mask.sum()], in nats, row after row.
+    rows, ids and mask [rows, T], kl and entropy [mask.sum()] in nats, row after row, are those of
+    this process; what is returned is that of all of them.
     """
     lengths = mask.sum(1).tolist()
     kl, entropy = kl.cpu().split(lengths), entropy.cpu().split(lengths)
-    texts, cut = common.decode(processor, ids, mask), common.was_cut(processor, ids, mask)
+    texts, cut = common.decode(processor, ids, mask), common.was_cut(model, processor, ids, mask)
     lines = []
     for i, row in enumerate(rows):
         verdict = gen_data.judge(row, texts[i])
@@ -161,6 +162,7 @@ def log_rollouts(run, processor, step, rows, ids, mask, kl, entropy):
             "outcome": verdict["outcome"], "optimal": verdict["optimal"], "cut": cut[i],
             "tokens": tokens, "part": part_of(tokens), "kl": kl[i].tolist(),
             "entropy": entropy[i].tolist()})
+    lines = common.gather_rows(lines)
     all_kl = np.concatenate([line["kl"] for line in lines])
     part = np.concatenate([line["part"] for line in lines])
     metrics = {"kl": float(all_kl.mean())}
@@ -185,7 +187,10 @@ def log_rollouts(run, processor, step, rows, ids, mask, kl, entropy):
 
 
 def main(args):
-    gen_data.ensure(args.data, args.preset, args.seed)
+    rank, processes = common.join_processes(args.batch)
+    if rank == 0:
+        gen_data.ensure(args.data, args.preset, args.seed)
+    common.gather(None)  # the others wait for the data
     rows = gen_data.load_rows(args.data, "train")
     if args.tasks:
         levels = gen_data.parse_tasks(args.tasks)
@@ -207,6 +212,7 @@ def main(args):
     lm_head = common.network(model).lm_head
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = common.adamw(weights, args.lr)
+    share = slice(rank, None, processes)  # of the rows of a step: those of this process
     divergence = choose_divergence(args.divergence, args.beta)
     as_student = nullcontext
     as_teacher = nullcontext if args.teacher_weights == "live" else model.disable_adapter
@@ -215,25 +221,25 @@ def main(args):
         for step in run.steps(optimizer):
             timer = common.Timer()
             rng = np.random.default_rng([args.seed, step])  # depends on nothing before this step
-            torch.manual_seed(int(rng.integers(2**62)))
-            batch = draw_rows(rows, args.batch, rng)
+            batch = draw_rows(rows, args.batch, rng)[share]
             prompts, contexts = encode_roles(processor, batch, args.teacher_context, model.device)
             timer("encode")
 
             # 1. The student samples responses from pictures, adapters on (off policy: the teacher).
             on_policy = rng.random() < args.on_policy
+            uniforms = rng.random((args.batch, args.max_new_tokens))[share]  # one per token
             model.eval()
             with as_student() if on_policy else as_teacher():
                 responses, masks = common.sample(                                      # [batch, T]
                     model, processor, prompts if on_policy else contexts, args.max_new_tokens,
-                    rollout_batch=args.rollout_batch)
-            tokens = int(masks.sum())  # one denominator for the whole step
+                    uniforms, rollout_batch=args.rollout_batch)
+            tokens = sum(common.gather(int(masks.sum())))  # one denominator for the whole step
             timer("sample")
 
             model.train()
             scores = []
-            for prompt, context, ids, mask in common.micro_batches(
-                    args.micro_batch, prompts, contexts, responses, masks):
+            for ids, mask, prompt, context in common.micro_batches(
+                    args.micro_batch, responses, masks, prompts, contexts):
                 # 2. The teacher scores the same tokens from the symbols, adapters off, no gradient.
                 with torch.no_grad(), as_teacher():
                     teacher_hidden = common.response_hidden(model, context, ids, mask)
@@ -252,11 +258,11 @@ def main(args):
                 timer("backward")
             losses, kl, entropy = torch.cat(scores, 1)                                   # [tokens]
             metrics, lines = log_rollouts(
-                run, processor, step, batch, responses, masks, kl, entropy)
+                run, model, processor, step, batch, responses, masks, kl, entropy)
             timer("rest")
 
             # 5. One optimizer step on the adapters.
-            loss = float(losses.mean())
+            loss = common.sum_gradients(weights, float(losses.sum()) / tokens)
             grad_norm = float(torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm))
             if step == 0 and grad_norm == 0:
                 common.fail("the first gradient is zero: nothing connects the loss to the adapters")

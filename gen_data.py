@@ -93,26 +93,21 @@ class FrozenLake:
         "U, D, L and R move one cell up, down, left and right. Never enter a hole or leave the "
         "map.\n"
         "Reach the goal in as few actions as possible.")
-    legend = (
-        "In the picture the start is the cell with the elf, the goal the cell with the gift box, a "
-        "hole is a dark pool of water in the ice, and frozen ice is a plain pale blue cell.")
+    legend = "S is the elf, G is the present, H is a blue hole, and F is plain ice."
     actions = tuple(MOVES)
     questions = {"size": ASK_SIZE,
                  "player": "Where is the start?",
                  "goal": "Where is the goal?",
                  "holes": "Where are the holes?"}
 
-    @staticmethod
     def sample(rng, level, hole_prob=options["hole_prob"][0]):
         cells = np.where(rng.random(level * level) < hole_prob, "H", "F")
         cells[rng.choice(level * level, 2, replace=False)] = ["S", "G"]
         return {"grid": ["".join(row) for row in cells.reshape(level, level)]}
 
-    @staticmethod
     def start(state):
         return find(state["grid"], "S")[0]
 
-    @staticmethod
     def step(state, pos, action):
         new = neighbour(pos, action)
         cell = at(state["grid"], new)
@@ -120,29 +115,23 @@ class FrozenLake:
             return pos, "edge"
         return new, "hole" if cell == "H" else None
 
-    @staticmethod
     def done(state, pos):
         return at(state["grid"], pos) == "G"
 
-    @staticmethod
     def render(state, cell_size):
         return assemble(state["grid"], lake_tile, cell_size)
 
-    @staticmethod
     def cells(state):
         return list(map(list, state["grid"]))
 
-    @staticmethod
     def read(cells):
         return {"grid": list(map("".join, cells))} if is_board(cells, "SG", "FH") else None
 
-    @staticmethod
     def facts(state):
         grid = state["grid"]
         return {"size": f"{len(grid)}x{len(grid)}", "player": places(find(grid, "S")),
                 "goal": places(find(grid, "G")), "holes": places(find(grid, "H"))}
 
-    @staticmethod
     def layout(state):
         return state["grid"]
 
@@ -162,16 +151,14 @@ class Maze:
         "map.\n"
         "Reach the goal in as few actions as possible.")
     legend = (
-        "In the picture the start is the cell with the yellow dot, the goal the cell with the blue "
-        "dot, walls are black, free cells are white, and a thin grey line lies where two cells "
-        "join.")
+        "S is the yellow disc and G is the blue disc. White is floor, black is wall. "
+        "A thin grey line between two cells is an open side.")
     actions = tuple(MOVES)
     questions = {"size": ASK_SIZE,
                  "player": "Where is the start?",
                  "goal": "Where is the goal?",
                  "moves": "Which moves are possible from the start?"}
 
-    @staticmethod
     def sample(rng, level):
         walls = [[15] * level for _ in range(level)]
         root = divmod(int(rng.integers(level * level)), level)
@@ -195,11 +182,9 @@ class Maze:
             path.append(new)
         return {"walls": walls, "start": list(start), "goal": list(goal)}
 
-    @staticmethod
     def start(state):
         return tuple(state["start"])
 
-    @staticmethod
     def step(state, pos, action):
         new = neighbour(pos, action)
         if at(state["walls"], new) is None:
@@ -208,15 +193,12 @@ class Maze:
             return pos, "wall"
         return new, None
 
-    @staticmethod
     def done(state, pos):
         return pos == tuple(state["goal"])
 
-    @staticmethod
     def render(state, cell_size):
         return assemble(Maze.cells(state), maze_tile, cell_size)
 
-    @staticmethod
     def cells(state):
         marks = {tuple(state["start"]): "S", tuple(state["goal"]): "G"}
         cells = []
@@ -224,7 +206,6 @@ class Maze:
             cells.append([marks.get((r, c), ".") + Maze.open_sides(b) for c, b in enumerate(row)])
         return cells
 
-    @staticmethod
     def read(cells):
         """It is read as it stands: two sides of a border that disagree go on disagreeing."""
         marks, walls = [], []
@@ -238,18 +219,15 @@ class Maze:
         start, goal = (list(find(marks, mark)[0]) for mark in "SG")
         return {"walls": walls, "start": start, "goal": goal}
 
-    @staticmethod
     def facts(state):
         n = len(state["walls"])
         return {"size": f"{n}x{n}", "player": places([state["start"]]),
                 "goal": places([state["goal"]]),
                 "moves": ", ".join(Maze.open_sides(at(state["walls"], state["start"])))}
 
-    @staticmethod
     def layout(state):
         return state["walls"]  # not the ends: whole layouts are held out (there are 192 of 3x3)
 
-    @staticmethod
     def open_sides(bits):
         return "".join(action for action in MOVES if not bits & Maze.bits[action])
 
@@ -268,9 +246,7 @@ class MiniBehaviour:
         "PICK takes the printer from a neighbouring cell, which is free afterwards. "
         "DROP puts it on the table from a cell beside the table.\n"
         "Finish in as few actions as possible.")
-    legend = (
-        "In the picture the agent is the red triangle, the printer the white machine, the table "
-        "the tan cells, and free floor is black with thin grey lines between the cells.")
+    legend = "A is the red triangle, P is the white printer, T is tan, and free floor is black."
     actions = (*MOVES, "PICK", "DROP")
     questions = {"size": ASK_SIZE,
                  "agent": "Where is the agent?",
@@ -280,7 +256,6 @@ class MiniBehaviour:
                  "near_table": "Which free cells, the agent's included, are beside the table?",
                  "moves": "Which actions are possible at the start?"}
 
-    @staticmethod
     def sample(rng, level):
         grid = np.full((level, level), ".")
         r, c = rng.integers(level - 1), rng.integers(level - 2)
@@ -290,11 +265,9 @@ class MiniBehaviour:
             grid[tuple(floor[i])] = mark
         return {"grid": ["".join(row) for row in grid]}
 
-    @staticmethod
     def start(state):
         return (*find(state["grid"], "A")[0], 0)
 
-    @staticmethod
     def step(state, pos, action):
         r, c, phase = pos
         if action in ("PICK", "DROP"):
@@ -308,25 +281,20 @@ class MiniBehaviour:
         fault = {None: "edge", "T": "table", "P": "printer"}.get(cell)
         return (pos, fault) if fault else ((*new, phase), None)
 
-    @staticmethod
     def done(state, pos):
         return pos[2] == 2
 
-    @staticmethod
     def render(state, cell_size):
         return assemble(state["grid"], office_tile, cell_size)
 
-    @staticmethod
     def cells(state):
         return list(map(list, state["grid"]))
 
-    @staticmethod
     def read(cells):
         if not is_board(cells, "AP", "T.") or not find(cells, "T"):
             return None
         return {"grid": list(map("".join, cells))}
 
-    @staticmethod
     def facts(state):
         grid, start = state["grid"], MiniBehaviour.start(state)
         free = sorted(find(grid, ".") + find(grid, "A"))
@@ -337,7 +305,6 @@ class MiniBehaviour:
                 "near_table": places([pos for pos in free if touches(grid, pos, "T")]),
                 "moves": ", ".join(legal) or "none"}
 
-    @staticmethod
     def layout(state):
         return state["grid"]
 
@@ -511,66 +478,27 @@ def check(task, state, plan):
     return outcome, len(path) - 1
 
 
-def judge(row, text, lenient=False):
-    """What a response is worth: its plan, how it ends, the state it describes and if that is right.
-
-    optimal: it succeeds, and as many steps were executed as the shortest plan has. What is written
-    after the goal was reached is not executed and does not count.
-    """
-    plan, state = parse(row["task"], text, lenient), read_state(row["task"], text)
-    outcome, executed = check(row["task"], row["state"], plan)
-    return {"plan": plan, "outcome": outcome,
-            "optimal": outcome == "success" and executed == len(row["plan"]),
-            "state": state, "state_right": state == row["state"]}
-
-
 # ---------------------------------------------------------------- reading responses
 
 WORDS = {"UP": "U", "DOWN": "D", "LEFT": "L", "RIGHT": "R",
          "PICK UP": "PICK", "PICKUP": "PICK", "PUT DOWN": "DROP"}
-ARROWS = {"↑": "U", "↓": "D", "←": "L", "→": "R", "⬆": "U", "⬇": "D", "⬅": "L", "➡": "R"}
-BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
-# A line that begins with "Action plan: ", "**Final answer:** ", "So the shortest path is ", ...
-LABELLED = re.compile(
-    r"^[ \t>#*-]{0,9}(?:(?:so|thus|therefore|hence|the|my|final|optimal|shortest|action)[ ,]{1,2})"
-    r"{0,5}(?:answer|plan|actions|sequence|solution|path)[ *]{0,4}(?:[:=]|\bis\b:?|\n)\s{0,9}"
-    r"([^\n]+)", re.IGNORECASE | re.MULTILINE)
-BOLD_LINE = re.compile(r"^[ \t>#-]{0,9}\*\*([^*\n]+)\*\*[ \t.]{0,9}$", re.MULTILINE)
-BOLD_RUN = re.compile(r"\*\*([A-Z]+)\*\*")
 
 
-def parse(task, text, lenient=False):
+def parse(task, text):
     """The actions of the last complete <answer>…</answer>; None if there is none or it holds more.
 
-    Actions are separated by commas, blanks or nothing ("UUR"), in either case. lenient: also what
-    other models write, as "up, left", ↑←, \\boxed{U,L}, "Action plan: U,L", **UL** or a last line
-    of actions alone; a tag counts before all others. Nothing is made of coordinates or of prose.
+    Actions are separated by commas, blanks or nothing ("UUR"), in either case. What other models
+    write is read by `tools.lenient.parse`.
     """
-    actions, answer = TASKS[task].actions, answer_of(text, lenient)
-    if not lenient:
-        return None if answer is None else read_actions(answer, names_of(actions))
-    if answer is not None:
-        return read_loosely(answer, actions)
-    named = [*BOXED.findall(text)[::-1], *LABELLED.findall(text)[::-1], text]
-    bold = [*BOLD_LINE.findall(text)[::-1], *BOLD_RUN.findall(text)[::-1]]
-    last_line = text.rstrip().rpartition("\n")[2]
-    for least, bodies in ((1, named), (2, [*bold, last_line])):  # one bold word may be emphasis
-        for body in bodies:
-            plan = read_loosely(body, actions)
-            if plan and len(plan) >= least:
-                return plan
-    return None
-
-
-def answer_of(text, any_case=False):
-    """What the last complete <answer>…</answer> holds, or None."""
-    begin, span = None, None
-    for tag in re.finditer("<(/?)answer>", text, re.IGNORECASE if any_case else 0):
+    begin, answer = None, None
+    for tag in re.finditer("<(/?)answer>", text):
         if not tag[1]:
             begin = tag.end()
         elif begin is not None:
-            span = begin, tag.start()
-    return span and text[span[0]:span[1]]
+            answer = text[begin:tag.start()]
+    if answer is None:
+        return None
+    return read_actions(answer, names_of(TASKS[task].actions))
 
 
 def names_of(actions, others=()):
@@ -593,25 +521,6 @@ def read_actions(text, names):
     return [names[name] for name in found]
 
 
-def read_loosely(text, actions):
-    """read_actions that takes words or arrows too and sets markup aside.
-
-    Beside letters an arrow is no action: in "U → R" it only separates.
-    """
-    text = re.sub(r"\\(?:text|math)[a-z]{0,6}|[*_`'\"$\[\](){}\ufe0f]", " ", text)
-    text = text.strip().rstrip(".;!").replace(";", ",")
-    pieces, names = [text], names_of(actions, ARROWS)
-    if re.search("[A-Za-z]", text):
-        pieces, names = re.split("->|=>|→", text), names_of(actions, WORDS)
-    plan = []
-    for piece in pieces:
-        found = read_actions(piece, names)
-        if found is None:
-            return None
-        plan += found
-    return plan
-
-
 def read_state(task, text):
     """The state that the first map in a text describes (see `listing`), or None."""
     head = re.search(r"map\s*:\s*([0-9]{1,2})\s*x\s*([0-9]{1,2})\b", text, re.IGNORECASE)
@@ -626,6 +535,19 @@ def read_state(task, text):
     if not cells or numbers != list(range(height)) or any(len(row) != width for row in cells):
         return None
     return TASKS[task].read(cells)
+
+
+def judge(row, text, parse=parse):
+    """What a response is worth: its plan, how it ends, the state it describes and if that is right.
+
+    optimal: it succeeds, and as many steps were executed as the shortest plan has. What is written
+    after the goal was reached is not executed and does not count. parse(task, text): the reader.
+    """
+    plan, state = parse(row["task"], text), read_state(row["task"], text)
+    outcome, executed = check(row["task"], row["state"], plan)
+    return {"plan": plan, "outcome": outcome,
+            "optimal": outcome == "success" and executed == len(row["plan"]),
+            "state": state, "state_right": state == row["state"]}
 
 
 def read_fact(name, text, actions):
@@ -678,14 +600,17 @@ def score_perception(row, names, text):
 
 PICTURE = "The picture shows the map."
 SYMBOLS = "The map in symbols:"
-ASK_MAP = ("Write down the map: its size as in Map: 3x3, then every row with its cells as in "
-           "row 0: and so on.")
-ASK_PLAN = (ASK_MAP + "\n"
-            "Then write one sentence that begins with Route: and names, step by step, the action "
-            "and the position it leads to, as (row,column) counted from 0.\n"
-            "Then write the actions: <answer>U,R</answer>")
-ASK_FACTS = ("Answer briefly: a size as 3x3, positions as (row,column) counted from 0, actions by "
-             "name, or none.")
+ASK_MAP = (
+    "Write down only the map: its size, then every row with its cells. The form, shown on another "
+    "map:\n")
+ASK_PLAN = (
+    "Write down the map: its size, then every row with its cells. Then write one sentence that "
+    "begins with Route: and names the start and, action by action, the position it leads to, as "
+    "(row,column) counted from 0 at the top left. Then write the actions, separated by commas, "
+    "inside <answer></answer>. The form, shown on another map:\n")
+ASK_FACTS = (
+    "Answer briefly: a size as 3x3, positions as (row,column) counted from 0 at the top left, "
+    "actions by name, or none.")
 HINT = "A reference plan: {plan}\nDo not mention that a reference plan is given."
 
 
@@ -702,6 +627,34 @@ def describe(task, state):
     return listing(TASKS[task].cells(state))
 
 
+@lru_cache
+def example(task):
+    """The row that stands as the worked example in every prompt of a task.
+
+    A board of the smallest level with a short plan; `split_of` keeps it out of every split.
+    """
+    rng, rows = np.random.default_rng(0), []
+    while len(rows) < 50:
+        state = TASKS[task].sample(rng, TASKS[task].levels[0])
+        plan = solve(task, state)
+        if plan:
+            rows.append({"task": task, "state": state, "plan": plan})
+    return min(rows, key=lambda row: abs(len(row["plan"]) - 3))
+
+
+def ask_map(row):
+    return ASK_MAP + describe(row["task"], example(row["task"])["state"])
+
+
+def ask_plan(row):
+    return ASK_PLAN + response(example(row["task"]))
+
+
+def legend(row):
+    """What the student reads beside the picture, where the teacher has the symbols."""
+    return f"{PICTURE} {TASKS[row['task']].legend}"
+
+
 def symbols(row):
     """What the teacher reads in the picture's place."""
     return f"{SYMBOLS}\n{describe(row['task'], row['state'])}"
@@ -709,7 +662,7 @@ def symbols(row):
 
 def student_prompt(row):
     """What the student reads beside the picture: rules and answer format, no fact of the state."""
-    return "\n".join([TASKS[row["task"]].rules, PICTURE, ASK_PLAN])
+    return "\n".join([TASKS[row["task"]].rules, legend(row), ask_plan(row)])
 
 
 def teacher_prompt(row, context="state+plan"):
@@ -717,7 +670,7 @@ def teacher_prompt(row, context="state+plan"):
     lines = [TASKS[row["task"]].rules, symbols(row)]
     if context == "state+plan":
         lines.append(HINT.format(plan=",".join(row["plan"])))
-    return "\n".join([*lines, ASK_PLAN])
+    return "\n".join([*lines, ask_plan(row)])
 
 
 def response(row):
@@ -741,8 +694,8 @@ def perception_prompt(row, names=None, context=None):
     names: a tuple of `questions(row)`, default all.
     """
     names = names or questions(row)
-    texts = {"map": ASK_MAP, **TASKS[row["task"]].questions}
-    lines = [TASKS[row["task"]].rules, context or PICTURE]
+    texts = {"map": ask_map(row), **TASKS[row["task"]].questions}
+    lines = [TASKS[row["task"]].rules, context or legend(row)]
     if tuple(names) != ("map",):
         lines.append(ASK_FACTS)
     return "\n".join([*lines, numbered([texts[name] for name in names])])
@@ -788,7 +741,10 @@ def split_of(task, state):
 
     So no state is ever in two splits, whatever the seed, the counts or the run.
     """
-    digest = hashlib.sha256(json.dumps(TASKS[task].layout(state)).encode()).hexdigest()
+    layout = TASKS[task].layout(state)
+    if layout == TASKS[task].layout(example(task)["state"]):
+        return "example"
+    digest = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
     return {8: "val", 9: "test"}.get(int(digest, 16) % 10, "train")
 
 
@@ -934,7 +890,7 @@ def load_rows(data, split="*"):
                 path = file.parent / row["file_name"]
                 outcome = check(row["task"], row["state"], row["plan"])[0]
                 row["id"], row["level"]
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 fail(f"{where}: not a row ({type(error).__name__}: {error}); make the data again")
             if outcome != "success":
                 fail(f"{where}: the plan of {row['id']} does not solve its puzzle: {outcome}")

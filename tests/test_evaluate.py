@@ -1,4 +1,4 @@
-"""Verdicts, rates, intervals and files against hand-made responses and hand-computed numbers."""
+"""Rates, intervals, comparisons and files against hand-made answers and hand-computed numbers."""
 import json
 import os
 import signal
@@ -8,163 +8,181 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
 
+import common
 import evaluate
 import gen_data
+from tools import report, responses
 
 ROOT = Path(__file__).parents[1]
-
-# One small world per task, drawn so that every fault is one or two steps away.
-#   lake: S F F   maze: S G, the way goes down and around, a wall between   office: A . T T T
-#         F H F         . .                                                         P . T T T
-#         F F G
-LAKE = {"id": "lake", "task": "frozenlake", "level": 3, "state": {"grid": ["SFF", "FHF", "FFG"]}, "plan": ["D", "D", "R", "R"]}
-MAZE = {"id": "maze", "task": "maze", "level": 2, "plan": ["D", "R", "U"],
-        "state": {"walls": [[1 + 4 + 8, 1 + 4 + 8], [2 + 4, 2 + 8]], "start": [0, 0], "goal": [0, 1]}}
-OFFICE = {"id": "office", "task": "minibehaviour", "level": 5, "plan": ["PICK", "R", "DROP"],
-          "state": {"grid": ["A.TTT", "P.TTT", ".....", ".....", "....."]}}
-MAP = {"lake": "Map: 3x3\nrow 0: S F F\nrow 1: F H F\nrow 2: F F G", "maze": "Map: 2x2\nrow 0: SD GD\nrow 1: .UR .UL",
-       "office": "Map: 5x5\nrow 0: A . T T T\nrow 1: P . T T T\nrow 2: . . . . .\nrow 3: . . . . .\nrow 4: . . . . ."}
+LAKE = {"id": "lake", "task": "frozenlake", "level": 3, "bucket": "easy",
+        "state": {"grid": ["SFF", "FHF", "FFG"]}, "plan": ["D", "D", "R", "R"]}
+MAZE = {"id": "maze", "task": "maze", "level": 2, "bucket": "hard", "plan": ["D", "R", "U"],
+        "state": {"walls": [[1 + 4 + 8, 1 + 4 + 8], [2 + 4, 2 + 8]], "start": [0, 0],
+                  "goal": [0, 1]}}
+MAP = "Map: 3x3\nrow 0: S F F\nrow 1: F H F\nrow 2: F F G"
+GOOD, LONGER, EDGE, HOLE, NONE = ("<answer>D,D,R,R</answer>", "<answer>R,L,D,D,R,R</answer>",
+                                  "<answer>U</answer>", "<answer>D,R</answer>", "nothing")
 
 
-def judge(row, answer, text=None):
-    return evaluate.judge(row, {"id": row["id"], "response": f"{MAP[row['id']] if text is None else text}\nRoute: so.\n{answer}"})
-
-
-@pytest.mark.parametrize("row, plan, outcome, optimal", [
-    (LAKE, "D,D,R,R", "success", True), (LAKE, "R,R,D,D", "success", True), (LAKE, "R,L,D,D,R,R", "success", False),
-    (LAKE, "D,D,R,R,R", "success", False),         # the episode is over at the goal, but five actions are not the shortest plan
-    (LAKE, "D,R", "hole", False), (LAKE, "U", "edge", False), (LAKE, "D,D", "unfinished", False), (LAKE, "PICK", "pick", False),
-    (MAZE, "D,R,U", "success", True), (MAZE, "D,R,L,R,U", "success", False), (MAZE, "R", "wall", False), (MAZE, "D,D", "edge", False),
-    (MAZE, "D,R", "unfinished", False), (MAZE, "DROP", "drop", False),
-    (OFFICE, "PICK,R,DROP", "success", True), (OFFICE, "R,D,PICK,DROP", "success", False), (OFFICE, "R,R", "table", False),
-    (OFFICE, "D", "printer", False), (OFFICE, "PICK,D,R,DROP", "success", False), (OFFICE, "R,PICK", "pick", False),
-    (OFFICE, "DROP", "drop", False), (OFFICE, "PICK,DROP", "drop", False), (OFFICE, "PICK,PICK", "pick", False),
-    (OFFICE, "L", "edge", False), (OFFICE, "PICK,R", "unfinished", False),
-])
-def test_every_outcome(row, plan, outcome, optimal):
-    verdict = judge(row, f"<answer>{plan}</answer>")
-    assert (verdict["outcome"], verdict["optimal"], verdict["state_right"]) == (outcome, optimal, True)
-    assert verdict["state"] == row["state"]
-
-
-@pytest.mark.parametrize("answer, outcome", [
-    ("<answer>U</answer> no: <answer>D,D,R,R</answer>", "success"),               # the last complete answer counts
-    ("<answer>D,D,R,R</answer> <answer>U</answer>", "edge"),
-    ("<answer>d,d,r,r</answer>", "success"), ("<answer> D D  R\nR </answer>", "success"), ("<answer>DDRR</answer>", "success"),
-    ("<ANSWER>D,D,R,R</ANSWER>", "no answer"), ("<answer>↓,↓,→,→</answer>", "no answer"), ("<answer>PICK UP</answer>", "no answer"),
-    ("<answer>down, down, right, right</answer>", "no answer"), ("The plan D,D,R,R reaches the goal.", "no answer"),
-    ("<answer>go D,D,R,R</answer>", "no answer"), ("<answer>D,D,R,R", "no answer"), ("D,D,R,R</answer>", "no answer"),
-    ("<answer>D,D,R,R</answer> and <answer>U", "success"),                        # an unclosed tag is no answer
-    ("<answer></answer>", "no answer"), ("", "no answer"), ("<answer>D,D,R,R</answer>" + "x" * 100_000, "success"),
-    ("<answer>" + "D,U," * 25_000 + "D,D,R,R</answer>", "success"), ("<answer>" * 12_500, "no answer"),
-])
-def test_almost_right_text(answer, outcome):
-    assert judge(LAKE, answer)["outcome"] == outcome
-
-
-def test_states_read_back():
-    assert judge(LAKE, "", MAP["lake"].replace("H", "F"))["state"] == {"grid": ["SFF", "FFF", "FFG"]}
-    for unreadable in ("", "Map: 3x3\nrow 0: S F F", MAP["lake"].replace("G", "S"), MAP["maze"]):
-        assert not judge(LAKE, "", unreadable)["state_right"]
-    assert judge(LAKE, "", "no map")["state"] is None
+def judged(row, answer, text=MAP, trained=None, **line):
+    line = {"id": row["id"], "response": f"{text}\nRoute: so.\n{answer}", **line}
+    return evaluate.judge(row, line, trained=trained)
 
 
 def test_perception_or_planning_by_hand():
     """One response for each cell of the table and each kind of failure."""
-    iced, moved = MAP["lake"].replace("H", "F"), MAP["lake"].replace("F F G", "F G F")
-    verdicts = [judge(LAKE, f"<answer>{plan}</answer>", text) for text, plan in [
-        (None, "D,D,R,R"), (None, "R,L,D,D,R,R"), (None, "D,R"),    # map right: shortest, longer, failed (planning)
-        (iced, "D,D,R,R"), (iced, "R,L,D,D,R,R"),                   # map wrong, plan good all the same
-        (iced, "D,R,D,R"),                                          # works on the ice it saw: perception
-        (iced, "U"), (moved, "D,D"),                                # fails there too: planning
-        ("no map", "U"), (None, "none")]]                           # unclear; no plan at all: planning
+    iced, moved = MAP.replace("H", "F"), MAP.replace("F F G", "F G F")
+    verdicts = [judged(LAKE, answer, text) for text, answer in [
+        (MAP, GOOD), (MAP, LONGER), (MAP, HOLE),        # map right: shortest, longer, failed
+        (iced, GOOD), (iced, LONGER),                   # map wrong, plan good all the same
+        (iced, "<answer>D,R,D,R</answer>"),             # works on the ice it saw: perception
+        (iced, EDGE), (moved, "<answer>D,D</answer>"),  # fails there too: planning
+        ("no map", EDGE), (MAP, NONE)]]                 # unclear; no plan at all: planning
+    assert [v["failure"] for v in verdicts] == [
+        None, None, "planning", None, None, "perception", "planning", "planning", "unclear",
+        "planning"]
     assert evaluate.diagnose(verdicts) == {
-        "right_optimal": 1, "right_valid": 1, "right_failed": 2, "wrong_optimal": 1, "wrong_valid": 1, "wrong_failed": 4,
-        "perception": 1, "planning": 4, "unclear": 1}
+        "right_shortest": 1, "right_longer": 1, "right_failed": 2, "wrong_shortest": 1,
+        "wrong_longer": 1, "wrong_failed": 4, "perception": 1, "planning": 4, "unclear": 1}
 
 
 # ---------------------------------------------------------------- numbers
 
+def cells(verdicts):
+    """The table by (task, level, bucket)."""
+    return {(c["task"], c["level"], c["bucket"]): c for c in evaluate.summarise(verdicts)}
+
+
 def test_rates_by_hand():
-    """Lake: 3 rows with 2 successes (1 shortest); maze: 1 row, no answer, cut. The macro average weighs tasks, not rows."""
-    verdicts = [{**judge(LAKE, answer), "id": str(i), "tokens": 10 * i, "cut": False} for i, answer in enumerate(
-        ("<answer>D,D,R,R</answer>", "<answer>R,L,D,D,R,R</answer>", "nothing"))]
-    verdicts.append({**judge(MAZE, "", "no map"), "tokens": 40, "cut": True})
-    table = {(c["task"], c["level"]): c for c in evaluate.summarise(verdicts)}
-    assert list(table) == [("frozenlake", 3), ("frozenlake", None), ("maze", 2), ("maze", None), ("macro", None)]
-    lake, macro = table["frozenlake", None], table["macro", None]
-    assert lake | {"n": 3, "success": 2 / 3, "optimal": 1 / 3, "parsed": 2 / 3, "state": 1, "cut": 0, "tokens": 10, "faults": {"no answer": 1}} == lake
-    assert macro | {"n": 4, "success": 1 / 3, "optimal": 1 / 6, "parsed": 1 / 3, "state": 1 / 2, "cut": 1 / 2, "tokens": 17.5,
-                    "faults": {"no answer": 2}} == macro
-    assert "pass_at_k" not in lake
+    """Lake: 2 of 3 rows succeed, 1 of them shortest; maze: 1 row, no answer, cut; then an error.
+
+    The macro average weighs tasks, not rows; an error is a failure and stays in the denominator.
+    """
+    verdicts = [judged({**LAKE, "id": str(i)}, answer, tokens=10 * i, cut=False)
+                for i, answer in enumerate((GOOD, LONGER, NONE))]
+    verdicts.append(judged(MAZE, "", "no map", tokens=40, cut=True))
+    table = cells(verdicts)
+    assert list(table) == [
+        ("frozenlake", 3, None), ("frozenlake", None, None), ("maze", 2, None),
+        ("maze", None, None), ("macro", None, None), ("macro", None, "easy"),
+        ("macro", None, "hard")]
+    lake, macro = table["frozenlake", None, None], table["macro", None, None]
+    assert lake | {"n": 3, "success": 2 / 3, "optimal": 1 / 3, "parsed": 2 / 3, "state_right": 1,
+                   "cut": 0, "tokens": 10, "faults": {"no answer": 1}} == lake
+    assert macro | {"n": 4, "success": 1 / 3, "optimal": 1 / 6, "parsed": 1 / 3,
+                    "state_right": 1 / 2, "cut": 1 / 2, "tokens": 17.5,
+                    "faults": {"no answer": 2}, "trained_on": None} == macro
+    assert table["macro", None, "easy"]["success"] == 2 / 3 and "pass_at_k" not in lake
+    error = evaluate.judge(MAZE, {"id": "e", "response": "", "error": "HTTP 500", "tokens": None})
+    assert (error["outcome"], error["plan"], error["optimal"]) == ("error", None, False)
+    assert cells([*verdicts, error])["maze", None, None] | {
+        "n": 2, "success": 0, "faults": {"no answer": 1, "error": 1}, "tokens": 40} \
+        == cells([*verdicts, error])["maze", None, None]
 
 
 def test_several_samples_by_hand():
-    """Two rows of two samples: one succeeds once, one never. Mean 1/4, pass@2 1/2, over two rows."""
-    good, bad = judge(LAKE, "<answer>D,D,R,R</answer>"), judge(LAKE, "<answer>U</answer>")
-    verdicts = [{**v, "id": i, "sample": k} for k, pair in enumerate([(good, bad), (bad, bad)]) for i, v in zip("ab", pair)]
-    numbers = evaluate.cell([verdicts])
+    """Two rows of two samples: one succeeds once, one never. Mean 1/4, pass@2 1/2, two rows."""
+    verdicts = [judged({**LAKE, "id": name}, answer, sample=sample) for name, sample, answer in
+                (("a", 0, GOOD), ("b", 0, EDGE), ("a", 1, EDGE), ("b", 1, EDGE))]
+    numbers = cells(verdicts)["macro", None, None]
     assert (numbers["n"], numbers["success"], numbers["pass_at_k"]) == (2, 0.25, 0.5)
     assert numbers["faults"] == {"edge": 3}
 
 
-def test_buckets_and_errors():
-    error = evaluate.judge({**LAKE, "bucket": "hard"}, {"id": "e", "response": "", "error": "HTTP 500"})
-    assert (error["outcome"], error["plan"]) == ("error", None)
-    easy = evaluate.judge({**LAKE, "bucket": "easy"}, {"id": "f", "response": "<answer>D,D,R,R</answer>"})
-    table = {(c["task"], c["level"]): c["success"] for c in evaluate.summarise([error, easy])}
-    assert table == {("frozenlake", 3): 0.5, ("frozenlake", None): 0.5, ("macro", None): 0.5, ("macro", "easy"): 1, ("macro", "hard"): 0}
+def test_rows_that_were_trained_on_are_told_apart():
+    """Of three lakes, the run knew one, which it solves; the maze it knew too."""
+    other = {**LAKE, "state": {"grid": ["SFF", "FFF", "FFG"]}}
+    trained = {gen_data.key_of(LAKE), gen_data.key_of(MAZE)}
+    verdicts = [judged(LAKE, GOOD, trained=trained), judged(MAZE, NONE, "no map", trained=trained)]
+    verdicts += [judged({**other, "id": name}, answer, trained=trained)
+                 for name, answer in (("a", GOOD), ("b", EDGE))]
+    table = cells(verdicts)
+    assert {key: (c["trained_on"], c["success_unseen"]) for key, c in table.items()} == {
+        ("frozenlake", 3, None): (1, 0.5), ("frozenlake", None, None): (1, 0.5),
+        ("maze", 2, None): (1, None), ("maze", None, None): (1, None),
+        ("macro", None, None): (2, 0.5), ("macro", None, "easy"): (1, 0.5),
+        ("macro", None, "hard"): (1, None)}
+    unknown = cells([judged(LAKE, GOOD)])["macro", None, None]
+    assert (unknown["trained_on"], unknown["success_unseen"]) == (None, None)
+    none = cells([judged(LAKE, GOOD, trained=set())])["macro", None, None]
+    assert (none["trained_on"], none["success_unseen"]) == (0, 1)
 
 
-def test_intervals_against_scipy_and_theory():
+def answers(wins, ids=(0, 1, 2, 3)):
+    """The frame of answers to these rows, a success where the id is below `wins`."""
+    return evaluate.answer_frame([
+        {"id": i, "task": "maze", "outcome": "success" if i < wins else "wall", "optimal": False,
+         "state_right": False} for i in ids])
+
+
+def test_intervals_against_theory():
     from scipy.stats import norm
-    low, high = evaluate.rate("x", np.array([1.0] * 7 + [0.0] * 13))["x_ci"]
-    n, p, z = 20, 7 / 20, norm.ppf(0.975)                            # Wilson's, from its definition: |p - q| = z sqrt(q (1 - q) / n)
+    low, high = evaluate.rate("x", [np.array([1.0] * 7 + [0.0] * 13)])["x_ci"]
+    n, p, z = 20, 7 / 20, norm.ppf(0.975)    # Wilson's definition: |p - q| = z sqrt(q (1 - q) / n)
     for q in (low, high):
         assert abs(p - q) == pytest.approx(z * np.sqrt(q * (1 - q) / n), rel=1e-6)
     rng = np.random.default_rng(0)
-    wins = rng.random((2, 400)) < [[0.8], [0.6]]
-    rows = [[{"id": i, "task": "maze", "level": 3, "outcome": "success" if win else "wall"} for i, win in enumerate(row)] for row in wins]
-    values = wins[0].astype(float) - wins[1]
-    found = evaluate.difference(*rows)["maze"]
-    half = 1.96 * values.std() / 20                                  # the normal approximation of 400 paired differences
-    assert found["mean"] == pytest.approx(values.mean())
-    assert found["ci"] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.01)
-    assert evaluate.difference(rows[0], rows[0])["maze"] == {"mean": 0, "ci": None}
-    groups = [rng.random(300), rng.random(50)]                       # macro: the mean of two means, tasks drawn apart
+    wins = (rng.random((2, 400)) < [[0.8], [0.6]]).astype(float)
+    values = wins[0] - wins[1]
+    half = 1.96 * values.std() / 20          # the normal approximation of 400 paired differences
+    assert evaluate.interval(values) == pytest.approx(
+        [values.mean() - half, values.mean() + half], abs=0.01)
+    assert evaluate.interval(values * 0) is None
+    groups = [rng.random(300), rng.random(50)]                 # the mean of two tasks' means
     half = 1.96 * np.sqrt(sum(g.var() / len(g) for g in groups)) / 2
     middle = np.mean([g.mean() for g in groups])
     assert evaluate.interval(*groups) == pytest.approx([middle - half, middle + half], abs=0.01)
 
 
-def test_gaps_by_hand():
-    """base: 0 of 4 from pictures, 4 of 4 from symbols; coldstart 1 of 4 from pictures: a quarter of the gap is closed."""
-    def verdicts(wins):
-        return [{"id": i, "task": "maze", "level": 3, "outcome": "success" if i < wins else "wall"} for i in range(4)]
-    found = evaluate.compare({"base-image": verdicts(0), "base-text": verdicts(4), "coldstart-image": verdicts(1), "mine": verdicts(2)})
-    assert {name: gap["macro"]["mean"] for name, gap in found["gaps"].items()} == {"base-image": 1.0}
-    assert found["closed"]["coldstart-image"] == {"maze": 0.25, "macro": 0.25} and found["closed"]["mine"]["macro"] == 0.5
-    assert {name: step["maze"]["mean"] for name, step in found["differences"].items()} == {
-        "coldstart-image minus base-image": 0.25, "mine minus coldstart-image": 0.25}
+def test_differences_are_joined_by_id():
+    """In whatever order the rows stand, over those that both answered."""
+    found = evaluate.difference(answers(3), answers(1, ids=[3, 1, 0, 2]))
+    assert found["maze"]["mean"] == found["macro"]["mean"] == 0.5
+    assert evaluate.difference(answers(3), answers(1, ids=[2, 1]))["maze"] == {
+        "mean": 1.0, "ci": None}
+
+
+def test_comparisons_by_hand():
+    """base: 0 of 4 from pictures, 4 of 4 from symbols; coldstart 1 of 4: closes a quarter."""
+    wins = {"base-image": 0, "base-text": 4, "coldstart-image": 1, "distill-image": 3, "mine": 2}
+    verdicts = {name: answers(count).to_dict("records") for name, count in wins.items()}
+    found = evaluate.compare(verdicts)
+    assert found["reference"] == "base-image"
+    assert {name: gap["macro"]["mean"] for name, gap in found["gaps"].items()} == {"base-image": 1}
+    assert {name: d["maze"]["mean"] for name, d in found["differences"].items()} == {
+        "base-text": 1, "coldstart-image": 0.25, "distill-image": 0.75, "mine": 0.5}
+    assert {name: share["macro"] for name, share in found["closed"].items()} == {
+        "coldstart-image": 0.25, "distill-image": 0.75, "mine": 0.5}
+    other = evaluate.compare(verdicts, "distill-image")
+    assert other["differences"]["mine"]["macro"]["mean"] == -0.25 and other["closed"] == {}
+    assert evaluate.compare({"mine": verdicts["mine"]})["reference"] == "mine"
+    table = report.difference_table(found)
+    assert table["head"] == ["difference", "maze", "macro"] and table["lines"][0] == [
+        "base-text minus base-image", "+100", "+100"]
+    assert table["lines"][-1] == ["of the gap of base-image, closed by mine", "50%", "50%"]
 
 
 def test_perception_by_hand():
-    asked = [{"id": i, "task": "maze", "level": 3, "question": q, "right": right} for i, answers in (
-        ("a", (True, True)), ("b", (True, False)), ("c", (False, True))) for q, right in zip(("size", "goal"), answers)]
-    found = {(p["level"], p["question"]): p["exact"] for p in evaluate.summarise_perception(asked)}
-    assert found == {(level, q): pytest.approx(e) for level in (3, None) for q, e in (("size", 2 / 3), ("goal", 2 / 3), ("all", 1 / 3))}
+    rights = {"a": (True, True), "b": (True, False), "c": (False, True)}
+    looks = [{"id": name, "task": "maze", "level": 3, "question": question, "right": right}
+             for name, pair in rights.items()
+             for question, right in zip(("size", "goal"), pair, strict=True)]
+    found = {(p["level"], p["question"]): p["exact"] for p in evaluate.summarise_perception(looks)}
+    assert found == {(level, name): pytest.approx(share) for level in (None, 3) for name, share in
+                     (("size", 2 / 3), ("goal", 2 / 3), ("all", 1 / 3))}
 
 
 # ---------------------------------------------------------------- files and runs
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Four rows of lakes and mazes; `python gen_data.py` made them."""
+    """Four lakes and four mazes in the split test."""
     folder = tmp_path_factory.mktemp("eval") / "data"
-    gen_data.main(gen_data.parse_args(["--preset", "tiny", "--tasks", "frozenlake:3", "maze:3", "--train", "1", "--val", "1",
-                                       "--test", "4", "--workers", "1", "--out", str(folder)]))
+    gen_data.main(gen_data.parse_args([
+        "--preset", "tiny", "--tasks", "frozenlake:3", "maze:3", "--train", "1", "--val", "1",
+        "--test", "4", "--workers", "1", "--out", str(folder)]))
     return folder
 
 
@@ -172,55 +190,114 @@ def run(*words):
     evaluate.main(evaluate.parse_args(["--preset", "tiny", *map(str, words)]))
 
 
+def lines_of(file):
+    return report.read_lines(file)
+
+
 def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_responses_from_elsewhere(data, tmp_path, capsys):
-    """Two right, one wrong, one empty, and the rest is bookkeeping; no model is loaded (there is none)."""
+    """Two wrong, one error, and the rest is bookkeeping; no model is loaded (there is none)."""
     rows = gen_data.load_rows(data, "test")
     lines = [{"id": row["id"], "response": gen_data.response(row)} for row in rows]
     lines[1]["response"], lines[2]["response"] = "<answer>U,U,U,U,U,U</answer>", ""
-    file = tmp_path / "gpt.jsonl"
+    lines[3] |= {"response": "", "error": "HTTP 500", "tokens": {"not": "a number"}}
+    file, out = tmp_path / "gpt.jsonl", tmp_path / "eval"
 
     def write(lines):
         file.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
     write(lines[::-1])                                               # in any order
-    words = ["--responses", str(file), "--data", str(data), "--out", str(tmp_path / "eval"), "--model", "nowhere"]
-    evaluate.main(evaluate.parse_args(words))
-    found = [json.loads(line) for line in open(tmp_path / "eval/gpt/predictions.jsonl")]
+    words = ["--responses", file, "--data", data, "--out", out, "--model", "nowhere"]
+    run(*words)
+    found = lines_of(out / "gpt/predictions.jsonl")
     assert [v["id"] for v in found] == [row["id"] for row in rows]
-    assert [v["outcome"] == "success" for v in found] == [True, False, False, True] + [True] * 4
-    assert {"id", "response", "plan", "outcome", "optimal", "state"} <= found[0].keys() and found[0]["state"] == rows[0]["state"]
-    summary = json.loads((tmp_path / "eval/gpt/summary.json").read_text())
-    assert {"table", "diagnosis", "args", "versions"} <= summary.keys() and summary["table"][4] | {"task": "macro", "n": 8, "success": 0.75} == summary["table"][4]
-    for broken, message in ((lines[:-1], f"no response for 1 rows, the first '{rows[-1]['id']}'"), ([*lines, lines[0]], f"'{rows[0]['id']}' is doubled"),
-                            ([*lines, {"id": "x", "response": ""}], "'x' is not in"), ([{"id": "x"}], "line 1: wanted an object")):
+    assert [v["outcome"] for v in found] == ["success", "edge", "no answer", "error",
+                                             *["success"] * 4]
+    assert found[0] | {"state": rows[0]["state"], "plan": rows[0]["plan"], "optimal": True,
+                       "trained_on": None, "level": 3, "bucket": rows[0]["bucket"]} == found[0]
+    summary = json.loads((out / "gpt/summary.json").read_text())
+    macro = next(cell for cell in summary["table"] if cell["task"] == "macro")
+    assert {"args", "versions"} <= summary.keys() and (macro["n"], macro["success"]) == (8, 0.625)
+    assert "| gpt | 63 [" in capsys.readouterr().out
+    for broken, message in (
+            (lines[:-1], f"no response for 1 rows, the first '{rows[-1]['id']}'"),
+            ([*lines, lines[0]], f"'{rows[0]['id']}' is doubled"),
+            ([*lines, {"id": "x", "response": ""}], "'x' is not in"),
+            ([{"id": "x"}], "line 1: wanted an object"), ([[1]], "line 1: wanted an object")):
         write(broken)
         with pytest.raises(SystemExit) as stop:
-            evaluate.main(evaluate.parse_args(words))
+            run(*words)
         assert stop.value.code == 2 and message in capsys.readouterr().err
     write(lines[:-1])
-    evaluate.main(evaluate.parse_args([*words, "--allow_missing", "--name", "few"]))
-    few = [json.loads(line) for line in open(tmp_path / "eval/few/predictions.jsonl")]
+    run(*words, "--allow_missing", "--name", "few", "--reference", "gpt")
+    few = lines_of(out / "few/predictions.jsonl")
     assert len(few) == len(rows) and few[-1]["outcome"] == "no answer"
-    assert "| all | 8 |" in (tmp_path / "eval/results.md").read_text() and {"gpt", "few"} <= set(os.listdir(tmp_path / "eval"))
+    text = (out / "results.md").read_text()
+    assert "few minus gpt" in text and "| frozenlake | all |  | 4 |" in text
+    assert json.loads((out / "results.json").read_text())["reference"] == "gpt"
+
+
+def test_lenient_reading_is_asked_for(data, tmp_path):
+    """What is not in the asked form is read with --lenient only."""
+    rows = gen_data.load_rows(data, "test")
+    words = {"U": "up", "D": "down", "L": "left", "R": "right"}
+    file = tmp_path / "prose.jsonl"
+    file.write_text("".join(json.dumps({"id": row["id"], "response": "<answer>" + ", ".join(
+        words[action] for action in row["plan"]) + "</answer>"}) + "\n" for row in rows))
+    for more, wanted in (([], {"no answer"}), (["--lenient"], {"success"})):
+        run("--responses", file, "--data", data, "--out", tmp_path / "eval", *more)
+        verdicts = lines_of(tmp_path / "eval/prose/predictions.jsonl")
+        assert {v["outcome"] for v in verdicts} == wanted
+        read_from = "prose" if more else "none"
+        assert f"(--lenient) from: {read_from}." in (tmp_path / "eval/results.md").read_text()
+
+
+def test_what_is_asked(data):
+    """Each row's own picture, its symbols without the plan, or another puzzle's picture."""
+    rows = gen_data.load_rows(data, "test")
+    changed = [{**row, "plan": ["nothing"]} for row in rows]
+    for source in ("image", "text"):
+        asked = responses.planning_prompts(rows, source, rows)
+        assert asked == responses.planning_prompts(changed, source, rows)    # no plan in a prompt
+        assert [key for key, _, _ in asked] == [{"id": row["id"]} for row in rows]
+        assert [path for _, _, path in asked] == [row["path"] if source == "image" else None
+                                                  for row in rows]
+    pictures = responses.other_pictures(rows, rows)
+    assert sorted(pictures.values()) == sorted(row["path"] for row in rows)
+    assert all(pictures[row["id"]] != row["path"] for row in rows)
+    assert all(Path(pictures[row["id"]]).name.startswith(row["task"]) for row in rows)
+    swapped = responses.planning_prompts(rows[:2], "swapped", rows, samples=2)
+    assert [path for _, _, path in swapped] == [rows[1]["path"], rows[2]["path"]] * 2
+    again = {**rows[0], "id": "again", "path": "copy.png"}                   # the same puzzle
+    assert responses.other_pictures([again], [*rows, again]) == {"again": rows[1]["path"]}
+    with pytest.raises(SystemExit):
+        responses.other_pictures(rows[:1], [rows[0], again, *rows[4:]])
+    looks = responses.perception_prompts(rows[:1])
+    assert [key["question"] for key, _, _ in looks] == list(gen_data.questions(rows[0]))
+    assert {path for _, _, path in looks} == {rows[0]["path"]}
 
 
 def test_rows_are_chosen(data):
+    rows = gen_data.load_rows(data, "test")
+
     def chosen(*words):
-        return [(row["task"], row["level"]) for row in evaluate.choose_rows(evaluate.parse_args(["--preset", "tiny", "--data", str(data), *words]))]
-    assert chosen() == [("frozenlake", 3)] * 4 + [("maze", 3)] * 4
-    assert chosen("--tasks", "maze", "--limit", "2") == [("maze", 3)] * 2 and chosen("--levels", "3", "--limit", "1") == [("frozenlake", 3), ("maze", 3)]
-    for words in (["--levels", "4"], ["--tasks", "frozenlake:4"]):
-        with pytest.raises(SystemExit):
-            chosen(*words)
+        return [(row["task"], row["level"]) for row in responses.choose_rows(rows, *words)]
+    assert chosen(None, None) == [("frozenlake", 3)] * 4 + [("maze", 3)] * 4
+    assert chosen(["maze"], 2) == [("maze", 3)] * 2
+    assert chosen(["frozenlake:3-4", "maze"], 1) == [("frozenlake", 3), ("maze", 3)]
+    with pytest.raises(SystemExit):
+        chosen(["frozenlake:4"], None)
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--samples", "2"], "need a --temperature above 0"), (["--limit", "0"], "--limit 0: wanted at least 1"),
-    (["--api_base", "http://localhost:1/v1"], "wanted both"), (["--name", "../up", "--responses", "x"], "it names a folder"),
-    (["--responses", "nowhere.jsonl"], "cannot read --responses"), (["--merge_to", "m", "--adapter", "base"], "wants one run"),
+    (["--samples", "2"], "need a --temperature above 0"),
+    (["--limit", "0"], "--limit 0: wanted at least 1"),
+    (["--rollout_batch", "0"], "--rollout_batch 0: wanted at least 1"),
+    (["--name", "../up", "--responses", "x"], "it names a folder"),
+    (["--responses", "nowhere.jsonl"], "cannot read --responses"),
     (["--adapter", "a/run", "b/run"], "two runs are called 'run'"),
 ])
 def test_bad_flags(data, words, message, capsys):
@@ -230,8 +307,9 @@ def test_bad_flags(data, words, message, capsys):
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(data, tmp_path, monkeypatch, capsys):
-    """Sampled answers, two per row, batches of 3; killed in the middle, with half a line left behind."""
-    words = ["--data", data, "--temperature", 1, "--samples", 2, "--micro_batch", 3, "--max_new_tokens", 12, "--input", "image", "--out", "eval"]
+    """Sampled answers, two per row, batches of 3; killed in the middle, half a line left behind."""
+    words = ["--data", data, "--temperature", 1, "--samples", 2, "--rollout_batch", 3,
+             "--max_new_tokens", 8, "--input", "image", "--tasks", "frozenlake", "--out", "eval"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
@@ -245,103 +323,132 @@ import common, evaluate
 real, calls = common.sample, []
 def sample(*words):
     calls.append(1)
-    return real(*words) if len(calls) < 4 else os.kill(os.getpid(), 9)
+    return real(*words) if len(calls) < 3 else os.kill(os.getpid(), 9)
 common.sample = sample
 evaluate.main(evaluate.parse_args(sys.argv[1:]))"""
-    killed = subprocess.run([sys.executable, "-c", dying, "--preset", "tiny", *map(str, words)], cwd=broken, capture_output=True)
+    killed = subprocess.run([sys.executable, "-c", dying, "--preset", "tiny", *map(str, words)],
+                            cwd=broken, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert file.read_bytes().count(b"\n") == 9 and not (broken / "eval/results.md").exists()
+    assert file.read_bytes().count(b"\n") == 6 and not (broken / "eval/results.md").exists()
     with open(file, "a") as out:
-        out.write('{"id": "test_maz')
+        out.write('{"id": "test_fro')
     monkeypatch.chdir(broken)
     run(*words)
     assert files(whole) == files(broken)
-    predictions = [json.loads(line) for line in open(file)]
-    assert [(v["sample"], v["id"]) for v in predictions] == [(k, row["id"]) for k in range(2) for row in gen_data.load_rows(data, "test")]
-    assert len({v["response"] for v in predictions}) > 8 and "pass@k" in (broken / "eval/results.md").read_text()
+    predictions = lines_of(file)
+    lakes = [row["id"] for row in gen_data.load_rows(data, "test")][:4]
+    assert [(v["sample"], v["id"]) for v in predictions] == [(k, i) for k in (0, 1) for i in lakes]
+    assert len({v["response"] for v in predictions}) > 4
+    assert "pass@k" in (broken / "eval/results.md").read_text()
 
-    with monkeypatch.context() as patch:                             # finished: nothing is asked, nothing changes
+    with monkeypatch.context() as patch:                 # finished: nothing is asked or changed
         patch.setattr("common.load", None)
         run(*words)
     assert files(whole) == files(broken)
-    run(*words, "--max_new_tokens", 5)                               # other settings: nothing is mixed
+    run(*words, "--rollout_batch", 8)                    # another batch draws the same answers
+    assert [v["response"] for v in lines_of(file)] == [v["response"] for v in predictions]
+    run(*words, "--max_new_tokens", 5)                   # other settings: nothing is mixed
     assert "answered under other settings" in capsys.readouterr().out
-    assert file.with_name("predictions.jsonl.old").read_bytes() == files(whole)["eval/base-image/predictions.jsonl"]
-    assert max(json.loads(line)["tokens"] for line in open(file)) == 5
+    old = file.with_name("predictions.jsonl.old")
+    assert old.read_bytes() == files(whole)["eval/base-image/predictions.jsonl"]
+    assert max(v["tokens"] for v in lines_of(file)) == 5
+
+
+def test_draws_depend_on_the_row_and_not_on_its_batch(data):
+    """The same rows in batches of 8, of 3, and in another order: the same sampled answers."""
+    args = evaluate.parse_args(["--preset", "tiny", "--max_new_tokens", "6"])
+    answerer = evaluate.Answerer(args)
+    rows = gen_data.load_rows(data, "test")[:4]
+    asked = responses.planning_prompts(rows, "image", rows, samples=2)
+
+    def answers(asked, size, condition="a", temperature=1.0):
+        lines = []
+        for i in range(0, len(asked), size):
+            lines += answerer.answer(None, condition, temperature, asked[i:i + size])
+        return {responses.label(line): line for line in lines}
+    whole = answers(asked, 8)
+    assert whole == answers(asked, 3) == answers(asked[::-1], 8)
+    assert whole != answers(asked, 8, "b")                           # another condition
+    assert answers(asked, 8, temperature=1e-4) == answers(asked, 8, temperature=0) != whole
+    args.seed = 1
+    assert whole != answers(asked, 8)
 
 
 def test_cut_and_length_are_those_of_the_tokens(data, tmp_path):
-    """Greedy answers from symbols: all end; with a limit one token short of the longest, that one is cut and no other."""
+    """Greedy answers from symbols: all end; one token less, and the longest is cut, no other."""
     out = tmp_path / "eval"
 
     def answers(*more):
         run("--data", data, "--out", out, "--input", "text", "--tasks", "frozenlake", *more)
-        return [json.loads(line) for line in open(out / "base-text/predictions.jsonl")]
+        return lines_of(out / "base-text/predictions.jsonl")
     free = answers()
     assert not any(v["cut"] for v in free) and all(v["outcome"] == "success" for v in free)
     longest = max(v["tokens"] for v in free)
-    assert [v["cut"] for v in answers("--max_new_tokens", longest - 1)] == [v["tokens"] == longest for v in free]
+    cut = [v["cut"] for v in answers("--max_new_tokens", longest - 1)]
+    assert cut == [v["tokens"] == longest for v in free]
 
 
-def test_a_response_goes_on_where_it_was_begun(data):
-    """Greedy answers cut after the map and begun again with their route end as they ended; those without an answer get one."""
-    local = evaluate.Local(evaluate.parse_args(["--preset", "tiny"]))
-    local.wear(None)
-    batch = [({"id": row["id"]}, gen_data.teacher_prompt(row, "state"), None) for row in gen_data.load_rows(data, "test")]
-    whole = [line["response"] for line in local.say(batch, [""] * len(batch), 0)]
-    begun = [text.split(" (", 1)[0] for text in whole]
-    assert all(text.endswith("\nRoute: from") for text in begun) and len({len(text) for text in begun}) > 1
-    assert [line["response"] for line in local.say(batch, begun, 0)] == whole
-    asked = [(key, gen_data.perception_prompt(row, ("map",), gen_data.symbols(row)), None)
-             for (key, _, _), row in zip(batch, gen_data.load_rows(data, "test"))]
-    plain, forced = (local.answer(None, "x", 0, route, (0, asked)) for route in (False, True))
-    for before, after in zip(plain, forced):
-        if "</answer>" in before["response"]:
-            assert after == before
-        else:
-            assert "\nRoute: from" in after["response"] and after["tokens"] > before["tokens"]
-    assert any("</answer>" not in line["response"] for line in plain)
-
-
-def test_merged_checkpoint_needs_nothing_of_ours(data, tmp_path):
-    """An adapter that learns four answers by heart, merged: plain transformers gives them too, plain peft loads it as well."""
-    import torch
-    from peft import PeftModel
-    from torch.nn.functional import cross_entropy
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    import common
+def test_a_run_with_an_adapter(data, tmp_path, monkeypatch, capsys):
+    """What the model is given for each condition, and the rows that its run was trained on."""
     torch.manual_seed(0)
-    asked, learned = ["goal", "hole", "table", "printer"], ["R,R,D", "L,U", "U,U,L,D", "PICK,R"]
-    pictures = [Image.open(row["path"]) for row in gen_data.load_rows(data, "test")[::2]]
-    model, processor = common.load(common.TINY, 32)
-    model = common.add_lora(model, 8, vision=True).train()
-    prompt, (ids, mask) = common.encode(processor, asked, pictures), common.encode_responses(processor, learned)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
-    for _ in range(25):
-        cross_entropy(common.network(model).lm_head(common.response_hidden(model, prompt, ids, mask)), ids[mask.bool()]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(tmp_path / "run/adapter")
-    model = common.add_lora(common.load(common.TINY, 16)[0], path=str(tmp_path / "run/adapter")).eval()
-    assert common.decode(processor, *common.sample(model, processor, prompt, 20, 0)) == learned
-    with model.disable_adapter():
-        assert common.decode(processor, *common.sample(model, processor, prompt, 20, 0)) != learned
+    rows = gen_data.load_rows(data, "test")
+    model = common.add_lora(common.load(common.TINY, 32)[0], 4)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:                                         # so that it does something
+            torch.nn.init.normal_(weight)
+    model.save_pretrained(tmp_path / "mine/adapter")
+    (tmp_path / "mine/trained_rows.json").write_text(json.dumps([gen_data.key_of(rows[0])]))
+    given, encode = [], common.encode
 
-    run("--adapter", tmp_path / "run", "--merge_to", tmp_path / "merged")
-    plain, reader = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged"), AutoProcessor.from_pretrained(tmp_path / "merged")
-    assert plain.dtype == torch.bfloat16 and not any("lora" in name for name in plain.state_dict())
+    def spy(processor, prompts, images, device):
+        given.append((prompts, [image and image.tobytes() for image in images]))
+        return encode(processor, prompts, images, device)
+    monkeypatch.setattr(common, "encode", spy)
+    out = tmp_path / "eval"
+    words = ["--data", data, "--out", out, "--limit", 2, "--max_new_tokens", 3,
+             "--adapter", tmp_path / "mine", "base", "--perception"]
+    run(*words)
+    own = [gen_data.open_picture(row["path"]).tobytes() for row in rows]
+    some = [rows[i] for i in (0, 1, 4, 5)]
+    for prompts, images in (given[0], given[-1 - 2]):                # mine-image, base-image
+        assert prompts == [gen_data.student_prompt(row) for row in some]
+        assert images == [own[i] for i in (0, 1, 4, 5)]
+    assert given[-1][0] == [gen_data.teacher_prompt(row, "state") for row in some]
+    assert given[-1][1] == [None] * 4
+    said = capsys.readouterr().out
+    assert "mine-image: success 0%; 1 of its 4 rows are puzzles it was trained on" in said
+    assert "base-image: success 0%; 0 of its 4 rows" in said
+    verdicts, texts = lines_of(out / "mine-image/predictions.jsonl"), {}
+    assert [v["trained_on"] for v in verdicts] == [True, False, False, False]
+    text = (out / "results.md").read_text()
+    assert "## Rows that were trained on" in text and "| 4 | 0: 0 | 0: 0 | 1: 0 | 1: 0 |" in text
+    looks = lines_of(out / "mine-image/perception.jsonl")
+    assert len(looks) == sum(len(gen_data.questions(row)) for row in some)
+    assert "| maze | all | 2 | 0 [" in text.split("## Perception questions")[1]
+    for name in ("base", "mine"):
+        texts[name] = [v["response"] for v in lines_of(out / f"{name}-text/predictions.jsonl")]
+    assert all(text.startswith("Map: 3x3") for text in texts["base"])  # the adapter is off again
+    assert not any(text.startswith("Map: 3x3") for text in texts["mine"])
+    given.clear()
+    run(*words[:-1], "--input", "swapped")
+    assert given[0][1] == [own[i] for i in (1, 2, 5, 6)]             # the next of the same level
+    assert os.path.isdir(out / "mine-swapped") and "base-image" in (out / "results.md").read_text()
 
-    def answers(model):
-        texts = []
-        for text, picture in zip(asked, pictures):
-            chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": text}]}]
-            batch = reader.apply_chat_template(chat, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-            ids = model.generate(**batch, do_sample=False, max_new_tokens=20)
-            texts.append(reader.decode(ids[0, batch["input_ids"].shape[1]:], skip_special_tokens=True))
-        return texts
-    assert answers(plain) == learned
-    base = AutoModelForImageTextToText.from_pretrained(common.TINY, dtype=torch.bfloat16)
-    assert answers(PeftModel.from_pretrained(base, tmp_path / "run/adapter")) == learned
-    with pytest.raises(SystemExit):                                  # never over something that is there
-        run("--adapter", tmp_path / "run", "--merge_to", tmp_path / "merged")
+
+def test_out_of_memory_is_one_line(data, tmp_path, monkeypatch, capsys):
+    """What was answered before it is kept; a lower --rollout_batch goes on."""
+    real, calls = common.sample, []
+
+    def sample(*words):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*words)
+    monkeypatch.setattr(common, "sample", sample)
+    words = ["--data", data, "--out", tmp_path, "--tasks", "maze", "--input", "text",
+             "--max_new_tokens", 3]
+    with pytest.raises(SystemExit) as stop:
+        run(*words, "--rollout_batch", 3)
+    assert stop.value.code == 2 and "a lower --rollout_batch" in capsys.readouterr().err
+    run(*words, "--rollout_batch", 1)
+    assert len(calls) == 3 and len(lines_of(tmp_path / "base-text/predictions.jsonl")) == 4

@@ -1,0 +1,210 @@
+"""tools/ask.py against a scripted server, and against `transformers serve` with the backbone."""
+import base64
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import common
+import evaluate
+import gen_data
+from tools import ask
+from tools.report import read_lines
+
+pytest.importorskip("openai", reason="the client is not installed (requirements-dev.txt)")
+KEY = "sk-very-secret"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Four lakes and four offices in the split test."""
+    folder = tmp_path_factory.mktemp("ask") / "data"
+    gen_data.main(gen_data.parse_args([
+        "--preset", "tiny", "--tasks", "frozenlake:3", "minibehaviour:5", "--train", "1",
+        "--val", "1", "--test", "4", "--workers", "1", "--out", str(folder)]))
+    return folder
+
+
+class Server(ThreadingHTTPServer):
+    """Answers each request with what `script(body, attempt)` returns: (status, text or None)."""
+
+    def __init__(self, script):
+        self.script, self.bodies, self.attempts, self.lock = script, [], {}, threading.Lock()
+        self.busy = self.most_at_once = 0
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.busy += 1
+            server.most_at_once = max(server.most_at_once, server.busy)
+            content = json.dumps(body["messages"])
+            server.attempts[content] = server.attempts.get(content, 0) + 1
+            attempt = server.attempts[content]
+            server.bodies.append((self.path, self.headers["Authorization"], body))
+        time.sleep(0.02)
+        status, text = server.script(body, attempt)
+        reply = {"error": {"message": f"bad key {KEY}"}}
+        if status == 200:
+            message = {"role": "assistant", "content": text}
+            reply = {"choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+                     "usage": {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8},
+                     "id": "x", "object": "chat.completion", "created": 0, "model": body["model"]}
+        with server.lock:
+            server.busy -= 1
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("retry-after-ms", "5")          # so that the test need not wait
+        self.end_headers()
+        self.wfile.write(json.dumps(reply).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def ask_for(url, data, out, *more):
+    ask.main(ask.parse_args(["--data", str(data), "--out", str(out), "--api_base", url,
+                             "--api_model", "org/m", "--concurrency", "3", *more]))
+
+
+def score(data, file, out):
+    """The verdicts of evaluate.py --responses, and its macro average."""
+    evaluate.main(evaluate.parse_args(["--preset", "tiny", "--data", str(data), "--out", str(out),
+                                       "--responses", str(file)]))
+    table = json.loads((out / file.stem / "summary.json").read_text())["table"]
+    macro = next(cell for cell in table if cell["task"] == "macro")
+    return read_lines(out / file.stem / "predictions.jsonl"), macro
+
+
+def test_a_busy_server_and_a_row_that_fails(data, tmp_path, monkeypatch, capsys):
+    """Requests meet a 429 and a 500 first; one row is never answered, and asked again alone."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    rows, broken, out = gen_data.load_rows(data, "test"), {"yes": True}, tmp_path / "answers.jsonl"
+    answers = {base64.b64encode(Path(row["path"]).read_bytes()).decode(): gen_data.response(row)
+               for row in rows}
+
+    def script(body, attempt):
+        url = body["messages"][0]["content"][0]["image_url"]["url"]
+        picture = url.removeprefix("data:image/png;base64,")
+        assert Image.open(io.BytesIO(base64.b64decode(picture))).format == "PNG"
+        if broken["yes"] and list(answers).index(picture) == 2:
+            return 503, None
+        return {1: (429, None), 2: (500, None)}.get(attempt, (200, answers[picture]))
+    server = Server(script)
+    (tmp_path / "summary.json").write_text("somebody else's")
+    ask_for(server.url, data, out)
+    lines = read_lines(out)
+    assert [line["id"] for line in lines] == [row["id"] for row in rows]
+    assert "503" in lines[2]["error"] and (lines[0]["tokens"], lines[0]["cut"]) == (7, False)
+    assert "7 of 8 rows answered; the same command" in capsys.readouterr().out
+    verdicts, macro = score(data, out, tmp_path / "eval")
+    assert [v["outcome"] for v in verdicts] == ["success", "success", "error", *["success"] * 5]
+    assert macro | {"n": 8, "success": 0.875, "faults": {"error": 1}, "tokens": 7} == macro
+    path, key, body = server.bodies[0]
+    assert (path, key) == ("/v1/chat/completions", f"Bearer {KEY}")
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("org/m", 0, 1024)
+    assert body["messages"][0]["content"][1]["text"] == gen_data.student_prompt(rows[0])
+    assert server.most_at_once <= 3
+    assert max(server.attempts.values()) == 1 + ask.RETRIES
+    broken["yes"] = False
+    before = len(server.bodies)
+    ask_for(server.url, data, out)
+    assert len(server.bodies) - before == 1              # the row that failed, and no other
+    assert score(data, out, tmp_path / "eval")[1]["success"] == 1
+    assert (tmp_path / "summary.json").read_text() == "somebody else's"
+    said = capsys.readouterr()
+    assert KEY not in said.out + said.err
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in written if KEY in path.read_text(errors="replace")]
+
+
+def test_a_stopped_run_goes_on_and_other_settings_begin_anew(data, tmp_path, capsys):
+    """Symbols only; three rows of the first run and half a line are there already."""
+    server = Server(lambda body, attempt: (200, "<answer>U</answer>"))
+    out = tmp_path / "answers.jsonl"
+    ask_for(server.url, data, out, "--input", "text")
+    prompts = [body["messages"][0]["content"] for _, _, body in server.bodies]
+    rows = gen_data.load_rows(data, "test")
+    assert sorted(content[0]["text"] for content in prompts) == sorted(
+        gen_data.teacher_prompt(row, "state") for row in rows)
+    assert all(len(content) == 1 for content in prompts)             # no picture
+    whole = out.read_bytes()
+    out.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]) + b'{"id": "test_')
+    ask_for(server.url, data, out, "--input", "text")
+    assert len(server.bodies) == 8 + 5 and out.read_bytes() == whole
+    ask_for(server.url, data, out, "--input", "text", "--temperature", "1", "--limit", "1")
+    assert "answered under other settings" in capsys.readouterr().out
+    assert (tmp_path / "answers.jsonl.old").read_bytes() == whole and len(read_lines(out)) == 2
+    seeds = [body["seed"] for _, _, body in server.bodies[13:]]
+    assert len(set(seeds)) == 2                                      # one for each row
+
+
+@pytest.mark.parametrize("status", [401, 404, None])
+def test_a_server_of_no_use_stops_the_run(data, tmp_path, monkeypatch, capsys, status):
+    """A refused key, an unknown model, nobody there: one line, exit code 2, no row is spent."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    if status:
+        url = Server(lambda body, attempt: (status, None)).url
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+        monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
+    with pytest.raises(SystemExit) as stop:
+        ask_for(url, data, tmp_path / "answers.jsonl", "--input", "text")
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and "does not answer for org/m" in said.err
+    assert KEY not in said.out + said.err and read_lines(tmp_path / "answers.jsonl") == []
+
+
+@pytest.mark.slow
+def test_transformers_serve_gives_the_local_answers(data, tmp_path):
+    """The same greedy answers over HTTP and here, from pictures and from symbols."""
+    pytest.importorskip("fastapi", reason="`transformers serve` needs fastapi and uvicorn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = open(tmp_path / "serve.log", "w")
+    server = subprocess.Popen(
+        [str(Path(sys.executable).with_name("transformers")), "serve", common.TINY, "--host",
+         "127.0.0.1", "--port", str(port), "--device", "cpu"], stdout=log, stderr=log,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
+                break
+            except OSError:
+                assert server.poll() is None, (tmp_path / "serve.log").read_text()
+                time.sleep(0.5)
+        evaluate.main(evaluate.parse_args([
+            "--preset", "tiny", "--data", str(data), "--out", str(tmp_path / "eval"),
+            "--max_new_tokens", "120"]))
+        for source in ("image", "text"):
+            ask.main(ask.parse_args([
+                "--data", str(data), "--out", str(tmp_path / f"{source}.jsonl"), "--input", source,
+                "--api_base", f"http://127.0.0.1:{port}/v1", "--api_model", common.TINY,
+                "--max_new_tokens", "120", "--concurrency", "2"]))
+    finally:
+        server.terminate()
+        server.wait()
+        log.close()
+    for source in ("image", "text"):
+        here = read_lines(tmp_path / f"eval/base-{source}/predictions.jsonl")
+        there = read_lines(tmp_path / f"{source}.jsonl")
+        assert [v["response"] for v in here] == [v["response"] for v in there]
+        assert [v["cut"] for v in here] == [v["cut"] for v in there]

@@ -1,0 +1,206 @@
+"""A task is one class: a fourth one, unlike the three, goes through everything that is there."""
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+import gen_data
+from gen_data import check, judge, parse, solve
+from tools import lenient
+
+
+class Lamps:
+    """A robot in a corridor of lamps. PRESS switches the lamp beside it and the two next to that.
+
+    state: {"lamps": "01101", "robot": 2}; all lamps shall burn. A position is (0, column, lamps).
+    """
+    levels = range(5, 8)
+    options = {"lit": (0.5, "share of lamps that burn at the start")}
+    rules = ("A robot * walks along a row of lamps; 1 is a lamp that burns, 0 one that does not.\n"
+             "PREV and NEXT move it one lamp back and on, PRESS switches its lamp and the lamps "
+             "next to that.\nMake all lamps burn.")
+    legend = "In the picture a lamp that burns is yellow; the robot is the red bar under a lamp."
+    actions = ("PREV", "NEXT", "PRESS")
+    questions = {"lit": "Which lamps burn?",
+                 "count": "Is the number of burning lamps even or odd?",
+                 "moves": "Which actions are possible at the start?"}
+
+    @staticmethod
+    def sample(rng, level, lit=0.5):
+        lamps = np.where(rng.random(level) < lit, "1", "0")
+        return {"lamps": "".join(lamps), "robot": int(rng.integers(level))}
+
+    @staticmethod
+    def start(state):
+        return 0, state["robot"], state["lamps"]
+
+    @staticmethod
+    def step(state, pos, action):
+        _, column, lamps = pos
+        if action == "PRESS":
+            near = range(column - 1, column + 2)
+            lamps = [str(1 - int(lamp)) if i in near else lamp for i, lamp in enumerate(lamps)]
+            return (0, column, "".join(lamps)), None
+        column += 1 if action == "NEXT" else -1
+        return ((0, column, lamps), None) if 0 <= column < len(lamps) else (pos, "end")
+
+    @staticmethod
+    def done(state, pos):
+        return "0" not in pos[2]
+
+    @staticmethod
+    def render(state, cell_size):
+        picture = Image.new("RGB", (cell_size * len(state["lamps"]), cell_size))
+        draw, s = ImageDraw.Draw(picture), cell_size
+        for i, lamp in enumerate(state["lamps"]):
+            draw.ellipse([i * s + s // 4, s // 4, i * s + 3 * s // 4, 3 * s // 4],
+                         "yellow" if lamp == "1" else "grey")
+        draw.rectangle([state["robot"] * s, s - 3, state["robot"] * s + s - 1, s - 1], "red")
+        return picture
+
+    @staticmethod
+    def cells(state):
+        return [[lamp + "*" * (i == state["robot"]) for i, lamp in enumerate(state["lamps"])]]
+
+    @staticmethod
+    def read(cells):
+        row = " ".join(cells[0])
+        if len(cells) != 1 or not re.fullmatch(r"(?:[01]\*? ?)+", row) or row.count("*") != 1:
+            return None
+        return {"lamps": "".join(cell[0] for cell in cells[0]),
+                "robot": [cell[1:] for cell in cells[0]].index("*")}
+
+    @staticmethod
+    def facts(state):
+        start, lamps = Lamps.start(state), state["lamps"]
+        lit = [(0, i) for i, lamp in enumerate(lamps) if lamp == "1"]
+        legal = [action for action in Lamps.actions if not Lamps.step(state, start, action)[1]]
+        return {"lit": gen_data.places(lit), "count": "odd" if len(lit) % 2 else "even",
+                "moves": ", ".join(legal)}
+
+    @staticmethod
+    def layout(state):
+        return state["lamps"]
+
+
+STATE = {"lamps": "100011", "robot": 0}
+
+
+@pytest.fixture(autouse=True)
+def four_tasks(monkeypatch):
+    monkeypatch.setitem(gen_data.TASKS, "lamps", Lamps)
+
+
+@pytest.fixture
+def data(tmp_path):
+    gen_data.main(gen_data.parse_args([
+        "--preset", "tiny", "--tasks", "lamps:6-7", "--train", "12", "--val", "3", "--test", "6",
+        "--lit", "0.6", "--workers", "1", "--out", str(tmp_path / "data")]))
+    return tmp_path / "data"
+
+
+def test_plans_verdicts_and_answers():
+    row = {"task": "lamps", "level": 6, "state": STATE, "plan": solve("lamps", STATE)}
+    assert row["plan"] == ["NEXT", "NEXT", "PRESS"]
+    assert check("lamps", STATE, row["plan"]) == ("success", 3)
+    assert solve("lamps", {"lamps": "10000", "robot": 0}) is None
+    assert check("lamps", STATE, ["NEXT", "PREV", "PREV"]) == ("end", 2)
+    assert check("lamps", STATE, ["U"]) == ("no such action", 0)
+    assert check("lamps", STATE, ["PRESS", "NEXT"]) == ("unfinished", 2)
+    assert parse("lamps", "<answer>prev,NEXT PRESS</answer>") == ["PREV", "NEXT", "PRESS"]
+    assert parse("lamps", "<answer>U</answer>") is None
+    for text in ("**PREV, PRESS**", "Action plan: prev, press", "<answer>[PREV -> PRESS]</answer>"):
+        assert parse("lamps", text) is None
+        assert lenient.parse("lamps", text) == ["PREV", "PRESS"]
+    assert lenient.parse("lamps", "Action plan: up, left") is None
+    text = gen_data.response(row)
+    assert judge(row, text) == {"plan": row["plan"], "outcome": "success", "optimal": True,
+                                "state": STATE, "state_right": True}
+    assert judge(row, text.replace("</answer>", ",PREV,NEXT</answer>"))["optimal"]
+    assert not judge(row, text.replace("<answer>", "<answer>NEXT,PREV,"))["optimal"]
+
+
+def test_states_are_read_back():
+    assert gen_data.describe("lamps", STATE) == "Map: 1x6\nrow 0: 1* 0 0 0 1 1"
+    assert gen_data.read_state("lamps", "So. map: 1 x 3\nROW 0: 0 1* 1\nRoute") == {
+        "lamps": "011", "robot": 1}
+    for text in ("Map: 1x3\nrow 0: 0 1 1", "Map: 1x3\nrow 0: 0* 1* 1", "Map: 1x3\nrow 0: 0* 1",
+                 "Map: 2x2\nrow 0: 0* 1\nrow 1: 0 1", "Map: 1x2\nrow 0: X* 1"):
+        assert gen_data.read_state("lamps", text) is None
+
+
+def test_perception():
+    row = {"task": "lamps", "state": STATE}
+    assert gen_data.questions(row) == ("map", "lit", "count", "moves")
+    assert gen_data.perception_target(row) == (
+        "1. Map: 1x6\nrow 0: 1* 0 0 0 1 1\n2. (0,0), (0,4), (0,5)\n3. odd\n4. NEXT, PRESS")
+    assert gen_data.perception_prompt(row).endswith("4. Which actions are possible at the start?")
+    assert all(gen_data.score_perception(row, None, gen_data.perception_target(row)).values())
+    for name, text, right in (
+            ("count", "Odd.", True), ("count", "even", False), ("count", "", False),
+            ("moves", "press and next", True), ("moves", "NEXT", False),
+            ("lit", "(0,4), (0,5), (0,0)", True), ("lit", "none", False)):
+        assert gen_data.score_perception(row, (name,), text) == {name: right}
+
+
+def test_rows_pictures_splits_and_prompts(data, capsys):
+    settings, layouts = json.loads((data / "args.json").read_text()), {}
+    assert settings["lit"] == 0.6 and settings["tasks"] == {"lamps": [6, 7]}
+    for split, number in (("train", 12), ("val", 3), ("test", 6)):
+        rows = gen_data.load_rows(data, split)
+        assert [row["level"] for row in rows] == [6] * number + [7] * number
+        for row in rows:
+            assert layouts.setdefault(row["state"]["lamps"], split) == split
+            assert gen_data.split_of("lamps", row["state"]) == split
+            assert Image.open(row["path"]).size == (32 * row["level"], 32)
+            listing = gen_data.describe("lamps", row["state"])
+            assert Lamps.rules in gen_data.student_prompt(row)
+            assert listing in gen_data.teacher_prompt(row, "state")
+            assert ",".join(row["plan"]) in gen_data.teacher_prompt(row)
+            assert judge(row, gen_data.response(row))["optimal"]
+        for level in (6, 7):
+            found = [row["bucket"] for row in rows if row["level"] == level]
+            assert [found.count(name) for name in gen_data.DIFFICULTIES] == [number // 3] * 3
+    for row in gen_data.load_rows(data, "train"):
+        borders = gen_data.thirds("lamps", row["level"], lit=0.6)
+        assert row["bucket"] == gen_data.bucket(len(row["plan"]), borders)
+
+
+def test_route_of_a_response():
+    row = {"task": "lamps", "state": {"lamps": "11000", "robot": 2}, "plan": ["NEXT", "PRESS"]}
+    assert gen_data.response(row).split("\n")[2:] == [
+        "Route: from (0,2) NEXT to (0,3) PRESS at (0,3).", "<answer>NEXT,PRESS</answer>"]
+
+
+def test_the_contact_sheet(tmp_path, capsys):
+    gen_data.main(gen_data.parse_args(["--tasks", "lamps:6", "--show", str(tmp_path / "a.png")]))
+    assert Image.open(tmp_path / "a.png").size == (272, 560)
+    assert "--- lamps: teacher without it" in capsys.readouterr().out
+
+
+def test_an_evaluation_and_its_report(data, tmp_path, monkeypatch, capsys):
+    """Answers from a file: three right and one longer, one empty, one of a wrong map, and so on."""
+    import evaluate
+    monkeypatch.chdir(tmp_path)
+    rows = gen_data.load_rows(data, "test")
+    texts = [gen_data.response(row) for row in rows]
+    texts[1] = texts[1].replace("<answer>", "<answer>PRESS,PRESS,")
+    texts[2] = ""
+    texts[3] = "Map: 1x6\nrow 0: 0* 0 0 0 0 0\n<answer>" + "PREV," * 9 + "PREV</answer>"
+    with open("answers.jsonl", "w") as file:
+        for row, text in zip(rows, texts, strict=True):
+            file.write(json.dumps({"id": row["id"], "response": text}) + "\n")
+    evaluate.main(evaluate.parse_args(["--preset", "tiny", "--data", str(data), "--tasks", "lamps",
+                                       "--responses", "answers.jsonl", "--out", "eval"]))
+    with open("eval/answers/predictions.jsonl") as file:
+        found = [json.loads(line) for line in file]
+    outcomes = ["success", "success", "no answer", "end"] + ["success"] * 8
+    assert [verdict["outcome"] for verdict in found] == outcomes
+    assert [verdict["optimal"] for verdict in found] == [True] + [False] * 3 + [True] * 8
+    assert [verdict["state_right"] for verdict in found] == [True] * 2 + [False] * 2 + [True] * 8
+    results = (tmp_path / "eval/results.md").read_text(encoding="utf-8")
+    assert "| lamps | 6 |" in results and "| lamps | 7 |" in results
+    page = (tmp_path / "eval/report.html").read_text(encoding="utf-8")
+    assert rows[0]["id"] in page and "lamps" in page

@@ -1,0 +1,181 @@
+"""The README's two pictures, from an evaluation and the log of a distillation.
+
+    pip install matplotlib
+    python -m tools.figures --eval out/eval --distill out/distill --out docs
+
+docs/answers.png:  the same held-out puzzles as different models answer them, one row per task: the
+                   one with the longest plan in its largest level, whatever became of it. Plans are
+                   drawn from the start, green or red (failed), with a cross at the fault.
+docs/training.png: what the rollouts of the distillation were worth, and the KL between student and
+                   teacher in the three parts of a response.
+"""
+import argparse
+import io
+from itertools import pairwise
+from pathlib import Path
+
+from PIL import Image
+
+import gen_data
+from gen_data import PARTS, fail, open_picture
+from tools.report import read_lines, walk
+
+GOOD, BAD, INK, SOFT = "#109a55", "#d92c26", "#1c2330", "#5b6575"
+COLOURS = ("#0072b2", "#e69f00", "#009e73")
+COLUMNS = {"base-image": "base model", "coldstart-image": "after the cold start",
+           "distill-image": "after distillation"}
+WINDOW = 9  # steps over which a curve is smoothed
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m tools.figures",
+                                     description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--eval", default="out/eval", help="folder of an evaluation")
+    add("--distill", default="out/distill", help="folder of a distillation")
+    add("--data", default="data", help="the data that was evaluated")
+    add("--conditions", nargs="+", default=list(COLUMNS), help="columns of answers.png")
+    add("--rows", nargs="+", metavar="ID", help="puzzles of answers.png (default: see above)")
+    add("--out", default="docs", help="output folder")
+    return parser.parse_args(argv)
+
+
+def choose_puzzles(rows, answered, ids=None):
+    """The rows with these ids; else of each task's largest level the one with the longest plan."""
+    rows = [row for row in rows if row["id"] in answered]
+    if ids:
+        by_id = {row["id"]: row for row in rows}
+        unknown = [name for name in ids if name not in by_id]
+        if unknown:
+            fail(f"--rows {unknown[0]}: not among the rows that all conditions answered")
+        return [by_id[name] for name in ids]
+    chosen = {}
+    for row in rows:
+        rank = (row["level"], len(row["plan"]))
+        if row["task"] not in chosen or rank > chosen[row["task"]][0]:
+            chosen[row["task"]] = rank, row
+    return [row for _, row in chosen.values()]
+
+
+def draw_answer(axes, row, verdict):
+    """A puzzle's picture with the plan on it, and below it the outcome and the plan."""
+    cells = gen_data.TASKS[row["task"]].cells(row["state"])
+    height, width = len(cells), len(cells[0])
+    colour = GOOD if verdict["outcome"] == "success" else BAD
+    axes.imshow(open_picture(row["path"]), extent=(0, width, height, 0), interpolation="lanczos")
+    path, fault_at = walk(row, verdict["plan"])
+    points = path + ([fault_at] if fault_at else [])
+    xs, ys = [c + 0.5 for _, c in points], [r + 0.5 for r, _ in points]
+    for line_colour, line_width in (("white", 6), (colour, 3.2)):
+        style = {"color": line_colour, "linewidth": line_width, "clip_on": False}
+        if verdict["plan"]:
+            axes.plot(xs, ys, solid_capstyle="round", solid_joinstyle="round", **style)
+        if fault_at:
+            axes.plot(xs[-1], ys[-1], marker="x", markersize=11, markeredgewidth=line_width,
+                      **style)
+    for before, here in pairwise(path):
+        if here == before:                                        # an action without a move
+            axes.plot(here[1] + 0.5, here[0] + 0.5, "o", markersize=9, markeredgewidth=1.5,
+                      color=colour, markeredgecolor="white")
+    if verdict["plan"]:
+        axes.plot(xs[0], ys[0], "o", markersize=8, markeredgewidth=2, color="white",
+                  markeredgecolor=colour)
+    word = f"failed: {verdict['outcome']}"
+    if verdict["outcome"] == "success":
+        word = "success, shortest plan" if verdict["optimal"] else "success, not the shortest plan"
+    below = ",".join(verdict["plan"] or ())
+    if not below:                                                 # how the response ends instead
+        below = f"“… {' '.join(verdict['response'].split())[-32:]}”"
+    for text, y, style in ((word, -0.03, {"color": colour, "size": 10.5, "weight": "bold"}),
+                           (below, -0.11, {"color": SOFT, "size": 8.5})):
+        axes.text(0.5, y, text, ha="center", va="top", transform=axes.transAxes, **style)
+    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set(color=colour, linewidth=1.5)
+
+
+def draw_answers(plt, rows, verdicts, titles):
+    """rows: the puzzles, one per line; verdicts: {condition: {id: verdict}}, one per column."""
+    size, gaps = (2.9 * len(verdicts), 3.3 * len(rows)), {"hspace": 0.2, "wspace": 0.06}
+    figure, grid = plt.subplots(len(rows), len(verdicts), squeeze=False, figsize=size,
+                                gridspec_kw=gaps)
+    for line, row in zip(grid, rows, strict=True):
+        for axes, answers in zip(line, verdicts.values(), strict=True):
+            draw_answer(axes, row, answers[row["id"]])
+        line[0].set_ylabel(f"{row['task']} {row['level']}", fontsize=11, color=INK)
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize=12, color=INK, pad=9)
+    return figure
+
+
+def smooth(values):
+    """The mean of up to WINDOW values around each."""
+    half = WINDOW // 2
+    windows = [values[max(0, i - half):i + half + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def draw_training(plt, lines):
+    """lines: metrics.jsonl of a distillation."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    curves = [(left, "success", "success", COLOURS[0]),
+              (left, "optimal", "shortest plan", COLOURS[1])]
+    for part, colour in zip(PARTS, COLOURS, strict=True):
+        curves.append((right, f"kl_{part}", part, colour))
+    for axes, key, label, colour in curves:
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        if points:
+            steps, values = zip(*points, strict=True)
+            scale = 100 if axes is left else 1
+            values = [scale * value for value in values]
+            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
+            axes.plot(steps, smooth(values), color=colour, linewidth=2, label=label)
+    left.set_title("rollouts of the student, %", fontsize=11, color=INK, loc="left")
+    left.set_ylim(0, 100)
+    right.set_title("KL(student ‖ teacher), nats per token", fontsize=11, color=INK, loc="left")
+    right.set_yscale("log")
+    for axes in (left, right):
+        axes.set_xlabel("step", color=SOFT)
+        axes.grid(color="#e3e7ee", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=SOFT, labelsize=9)
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def main(args):
+    try:
+        import matplotlib
+    except ImportError:
+        fail("the pictures are drawn by matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    verdicts = {}
+    for name in args.conditions:
+        file = Path(args.eval, name, "predictions.jsonl")
+        lines = read_lines(file)
+        if not lines:
+            fail(f"no {file}: run python evaluate.py, or choose other --conditions")
+        verdicts[name] = {line["id"]: line for line in reversed(lines)}  # of samples the first
+    metrics = read_lines(Path(args.distill, "metrics.jsonl"))
+    if not metrics:
+        fail(f"no {args.distill}/metrics.jsonl: run python distill.py, or choose another --distill")
+    answered = set.intersection(*map(set, verdicts.values()))
+    rows = choose_puzzles(gen_data.load_rows(args.data, "test"), answered, args.rows)
+    if not rows:
+        fail(f"{args.data}/test has no row that all of {', '.join(args.conditions)} answered")
+    titles = [COLUMNS.get(name, name) for name in args.conditions]
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    for name, figure in (("answers", draw_answers(plt, rows, verdicts, titles)),
+                         ("training", draw_training(plt, metrics))):
+        file = Path(args.out, f"{name}.png")
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=120, bbox_inches="tight")
+        plt.close(figure)
+        Image.open(drawn).convert("RGB").quantize(256).save(file, optimize=True)
+        print(f"wrote {file}")
+
+
+if __name__ == "__main__":
+    main(parse_args())
