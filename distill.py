@@ -119,10 +119,11 @@ def sliced_divergence(hidden, teacher_hidden, token, lm_head, divergence, width)
         log_p = lm_head(leaf).float().log_softmax(-1)                          # [width, vocabulary]
         value = divergence(log_p, log_q, token[i:i + width])                   # [width]
         with torch.no_grad():
-            kl = value if divergence is reverse_kl else reverse_kl(log_p, log_q)
-            entropy = -torch.linalg.vecdot(log_p.exp(), log_p)
+            p = log_p.exp()
+            entropy = -torch.linalg.vecdot(p, log_p)
+            kl = value if divergence is reverse_kl else -torch.linalg.vecdot(p, log_q) - entropy
             scores.append(torch.stack([value, kl, entropy]))
-        del log_q, log_p       # what the gradient needs of them is in the graph, and goes with it:
+        del log_p, log_q, p    # what the gradient needs of them is in the graph, and goes with it:
         value.sum().backward()                                                  # as far as the leaf
         gradients.append(leaf.grad)
     return torch.cat(gradients), torch.cat(scores, 1)
