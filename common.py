@@ -294,6 +294,11 @@ def end_tokens(model, processor):
     return torch.tensor(sorted(ends), device=model.device)
 
 
+def ask_every(device):
+    """Tokens between two looks at which rows have ended: on a GPU each look makes Python wait."""
+    return 8 if device.type == "cuda" else 1
+
+
 @torch.no_grad()
 def sample(model, processor, prompt, max_new_tokens, uniforms=None, temperature=1.0,
            rollout_batch=None):
@@ -307,7 +312,6 @@ def sample(model, processor, prompt, max_new_tokens, uniforms=None, temperature=
     """
     net, pad, ends = network(model), processor.tokenizer.pad_token_id, end_tokens(model, processor)
     banned = [processor.image_token_id, processor.video_token_id, processor.vision_start_token_id]
-    ask_every = 8 if model.device.type == "cuda" else 1
     if uniforms is not None:
         uniforms = torch.as_tensor(uniforms, device=model.device)
     count = len(prompt["input_ids"])
@@ -327,9 +331,8 @@ def sample(model, processor, prompt, max_new_tokens, uniforms=None, temperature=
                      draw_token(logits, uniforms[rows, t], temperature))       # [rows]
             ids[rows, t] = token
             going &= ~torch.isin(token, ends)
-            # Rows that ended leave the batch. To ask for them makes Python wait for a GPU; until
-            # it does they go on, and what they draw is cut off below.
-            if (t + 1) % ask_every == 0 and not going.all():
+            # Rows that ended leave the batch; what they drew in the meantime is cut off below.
+            if (t + 1) % ask_every(model.device) == 0 and not going.all():
                 rows, token, next_position = rows[going], token[going], next_position[going]
                 attention = attention[going]
                 out.past_key_values.batch_select_indices(going)

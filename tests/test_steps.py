@@ -62,7 +62,7 @@ def reference_model():
 
 
 def logits_alone(model, processor, text, picture, answer):
-    """transformers' logits [T, vocabulary] that predict the tokens `answer` [T] after one prompt."""
+    """transformers' logits [T, vocabulary] that predict the tokens `answer` [T] after a prompt."""
     content = [{"type": "text", "text": text}]
     if picture is not None:
         content.insert(0, {"type": "image", "image": picture})
