@@ -1,14 +1,14 @@
-"""Predicted and measured peak memory of one distillation step, on the CPU, with 151,936 words.
+"""Predicted and measured peak memory of one step of a stage, on the CPU, with 151,936 words.
 
     python tests/bench_memory.py                # Markdown; minutes a line on a busy machine
     python tests/bench_memory.py --cases 0 4    # only these lines
 
 Each line is a fresh process that builds a Qwen3-VL with random weights, takes one step on it with
-distill.main (sampling, teacher, student, loss, optimizer), and then asks tools/estimate.py about
-the same step. Random weights hardly ever draw the end token, so the responses have full length, as
-the estimate assumes. "measured" is the highest resident memory during the step over what the
-process held before, after its imports and a step of the bundled backbone (which loads what torch
-and transformers load late). glibc is told to give freed blocks back at once
+the stage's main, and then asks tools/estimate.py about the same step. Random weights hardly ever
+draw the end token, so rollouts have full length, as the estimate assumes; the cold start's look at
+held-out pictures is left out. "measured" is the highest resident memory during the step over what
+the process held before, after its imports and a step of the bundled backbone (which loads what
+torch and transformers load late). glibc is told to give freed blocks back at once
 (MALLOC_MMAP_THRESHOLD_), or the high-water mark would be that of its cache. Linux only.
 """
 import argparse
@@ -24,19 +24,21 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 # vision: adapters on the vision tower too; tied: one matrix for embeddings and lm_head
-FIELDS = "bits hidden layers rows rollout new slice vision tied".split()
+FIELDS = "stage bits hidden layers rows rollout new slice vision tied".split()
 CASES = [
-    (32, 128, 4, 8, 8, 128, 128, 0, 1),
-    (32, 256, 6, 8, 8, 128, 128, 0, 1),
-    (32, 512, 8, 8, 8, 128, 64, 0, 1),
-    (32, 512, 8, 8, 8, 128, 32, 0, 0),
-    (32, 512, 8, 24, 24, 48, 16, 0, 1),
-    (32, 256, 6, 16, 16, 64, 16, 1, 1),
-    (32, 512, 8, 4, 48, 48, 16, 0, 1),
-    (16, 512, 8, 8, 8, 128, 64, 0, 1),
-    (16, 512, 8, 24, 24, 48, 16, 0, 1),
-    (4, 512, 8, 8, 8, 128, 64, 0, 1),
-    (4, 512, 8, 24, 24, 48, 16, 0, 1),
+    ("distill", 32, 128, 4, 8, 8, 128, 128, 0, 1),
+    ("distill", 32, 256, 6, 8, 8, 128, 128, 0, 1),
+    ("distill", 32, 512, 8, 8, 8, 128, 64, 0, 1),
+    ("distill", 32, 512, 8, 8, 8, 128, 32, 0, 0),
+    ("distill", 32, 512, 8, 24, 24, 48, 16, 0, 1),
+    ("distill", 32, 256, 6, 16, 16, 64, 16, 1, 1),
+    ("distill", 32, 512, 8, 2, 32, 64, 16, 0, 1),
+    ("distill", 16, 512, 8, 8, 8, 128, 64, 0, 1),
+    ("distill", 16, 512, 8, 24, 24, 48, 16, 0, 1),
+    ("distill", 4, 512, 8, 8, 8, 128, 64, 0, 1),
+    ("distill", 4, 512, 8, 24, 24, 48, 16, 0, 1),
+    ("coldstart", 32, 512, 8, 8, 8, 128, 64, 0, 1),
+    ("coldstart", 16, 512, 8, 16, 16, 48, 64, 1, 1),
 ]
 
 
@@ -65,39 +67,48 @@ def resident(field):
 
 def measure(folder, work, case):
     """Take the step, then ask for the estimate -> what was measured and predicted, in bytes."""
+    import coldstart
     import common
     import distill
     from tools import estimate
-    case, widths, encode = dict(zip(FIELDS, case, strict=True)), [], common.encode
+    case = dict(zip(FIELDS, case, strict=True))
+    stage = {"distill": distill, "coldstart": coldstart}[case["stage"]]
+    widths = {"encode": [], "encode_responses": []}
+    for name in widths:
+        def noting_width(*args, name=name, real=getattr(common, name)):
+            batch = real(*args)
+            ids = batch["input_ids"] if name == "encode" else batch[0]
+            widths[name].append(ids.shape[1])
+            return batch
+        setattr(common, name, noting_width)
+    coldstart.look = lambda *args: {}
+    files = ["--data", f"{work}/data", "--out", f"{work}/out", "--restart", "--steps", "1"]
+    files += ["--init", "none"] if stage is distill else ["--map_share", "1"]
+    same = ["--preset", "tiny", "--lora_vision", str(case["vision"])]
 
-    def noting_width(*args, **settings):
-        batch = encode(*args, **settings)
-        widths.append(batch["input_ids"].shape[1])
-        return batch
-
-    def step(model, rows, *more):
-        return [*map(str, [
-            "--preset", "tiny", "--model", model, "--lora_vision", case["vision"],
-            "--micro_batch", rows, *more])]
-    files = ["--init", "none", "--data", f"{work}/data", "--out", f"{work}/out", "--restart",
-             "--steps", "1"]
-    warm_up = step(common.TINY, 2, "--batch", 2, "--max_new_tokens", 2)
-    words = step(folder, case["rows"], "--batch", max(case["rows"], case["rollout"]),
-                 "--rollout_batch", case["rollout"], "--bits", case["bits"],
-                 "--max_new_tokens", case["new"], "--slice", case["slice"])
-    common.encode = noting_width
-    distill.main(distill.parse_args([*warm_up, *files]))
+    def step(model, rows, batch, new, *more):
+        return [*same, "--model", model, "--micro_batch", str(rows), "--batch", str(batch),
+                "--rollout_batch", str(min(batch, case["rollout"])), "--max_new_tokens", str(new),
+                *more]
+    words = step(folder, case["rows"], max(case["rows"], case["rollout"]), case["new"],
+                 "--bits", str(case["bits"]))
+    cut = ["--slice", str(case["slice"])]
+    stage.main(stage.parse_args([*step(common.TINY, 2, 2, 2), *files]))
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM anew
-    distill.main(distill.parse_args([*words, *files]))
+    stage.main(stage.parse_args([*words, *files, *(cut if stage is distill else [])]))
     measured = resident("VmHWM") - before
-    student, teacher = widths[-2:]
-    args = estimate.parse_args([*words, "--device", "cpu",
-                                "--prompt_tokens", str(student), str(teacher)])
-    _, phases, predicted = estimate.main(args)
-    worst = max(phases, key=lambda name: sum(phases[name].values()))
-    return dict(measured=measured, predicted=predicted, prompts=f"{student}, {teacher}",
-                worst=worst)
+    prompts = widths["encode"][-2:] if stage is distill else widths["encode"][-1:] * 2
+    answer = widths["encode_responses"][-1:] or [1]
+    args = estimate.parse_args([
+        *words, *cut, "--device", "cpu", "--prompt_tokens", *map(str, prompts),
+        "--answer_tokens", str(answer[0])])
+    resident_rows, phases, _ = estimate.main(args)
+    need = {name: sum(rows.values()) for name, rows in phases.items()
+            if (name == "cold start") == (stage is coldstart)}
+    worst = max(need, key=need.get)
+    return dict(measured=measured, predicted=sum(resident_rows.values()) + need[worst], worst=worst,
+                prompts=", ".join(map(str, prompts)))
 
 
 def main(args):
@@ -107,11 +118,11 @@ def main(args):
     with tempfile.TemporaryDirectory() as work:
         subprocess.run(
             [sys.executable, ROOT / "gen_data.py", "--preset", "tiny", "--out", f"{work}/data",
-             "--image_size", "256", "--train", "16", "--val", "2", "--test", "2"],
+             "--tasks", "frozenlake:4", "--image_size", "256", "--train", "48", "--val", "2", "--test", "2"],
             check=True, capture_output=True)
         for number in args.cases:
             case = CASES[number]
-            build(f"{work}/model", case[1], case[2], case[-1])
+            build(f"{work}/model", case[2], case[3], case[-1])
             run = subprocess.run(
                 [sys.executable, __file__, "--measure", work, "--cases", str(number)],
                 env=environment, capture_output=True, text=True)
