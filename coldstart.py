@@ -41,10 +41,11 @@ def draw_questions(rows, count, rng, map_share):
     pairs = []
     for i in rng.integers(len(rows), size=count):
         names = questions(rows[i])
-        if len(names) == 1 or rng.random() < map_share:
-            pairs.append((rows[i], names[:1]))
+        others = [name for name in names if name != "map"]
+        if "map" in names and (not others or rng.random() < map_share):
+            pairs.append((rows[i], ("map",)))
         else:
-            some = rng.choice(names[1:], rng.integers(1, min(4, len(names))), replace=False)
+            some = rng.choice(others, rng.integers(1, min(3, len(others)) + 1), replace=False)
             pairs.append((rows[i], tuple(some.tolist())))
     return sorted(pairs, key=lambda pair: (
         pair[1] != ("map",), pair[0]["task"], pair[0]["level"]))
@@ -81,8 +82,8 @@ def look(model, processor, pairs, args):
         (right_maps if names == ("map",) else right_questions).append(right)
     losses, tokens, maps, others = zip(*common.gather(
         (loss, int(masks.sum()), right_maps, right_questions)), strict=True)
-    return {"val_loss": sum(losses) / sum(tokens), "val_map": float(np.mean(sum(maps, []))),
-            "val_questions": float(np.mean(sum(others, [])))}
+    return {"val_loss": sum(losses) / sum(tokens), "val_map": common.mean(sum(maps, [])),
+            "val_questions": common.mean(sum(others, []))}
 
 
 def main(args):
@@ -94,6 +95,8 @@ def main(args):
     run = common.Run(args, __file__, [f"{args.data}/train/metadata.jsonl"], map(key_of, train))
     torch.manual_seed(args.seed)
     model, processor = common.load(args.model, args.bits)
+    common.check_lengths(model, processor, {
+        row["id"]: f"{perception_prompt(row)}\n{perception_target(row)}" for row in train + val})
     model = common.add_lora(model, args.lora_rank, args.lora_vision, run.adapter)
     model.print_trainable_parameters()
     weights = [weight for weight in model.parameters() if weight.requires_grad]

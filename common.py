@@ -219,6 +219,22 @@ def encode_responses(processor, texts, device="cpu"):
     return ids.to(device), mask.to(device)
 
 
+def check_lengths(model, processor, texts, new_tokens=0, picture=300):
+    """Fails if a text of {name: text} leaves no room in the context for the rest.
+
+    picture: tokens of one of 512x512 and of the frame around a chat.
+    """
+    context = network(model).config.text_config.max_position_embeddings
+    room = context - new_tokens - picture
+    for name, text in texts.items():
+        if len(text.encode()) > room:  # a token has a byte at least: most texts need no counting
+            length = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+            if length > room:
+                fail(f"{name}: what the model reads and writes has {length} tokens of text; with a "
+                     f"picture ({picture}) and a response ({new_tokens}) it exceeds the context "
+                     f"of {context}")
+
+
 def take_rows(prompt, rows):
     """Some rows (a slice) of a batch from `encode`, without the padding that only others needed."""
     length = prompt["attention_mask"][rows].sum(1).max()
@@ -421,6 +437,11 @@ def adamw(weights, lr):
         import bitsandbytes
         return bitsandbytes.optim.PagedAdamW8bit(weights, lr=lr, weight_decay=0.0)
     return torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+
+
+def mean(values):
+    """The mean as a float; None if there is nothing to take it of."""
+    return sum(values) / len(values) if values else None
 
 
 def versions():
