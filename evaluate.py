@@ -47,6 +47,7 @@ def parse_args(argv=None):
     common.add_flags(parser)
     add = parser.add_argument
     add("--out", default="out/eval", help="output folder")
+    add("--split", default="test", choices=("test", "val"), help="rows that are asked about")
     add("--adapter", nargs="+", metavar="RUN", help="runs to evaluate, base for none (default: "
         "base, out/coldstart, out/distill)")
     add("--input", default="both", choices=("both", *responses.INPUTS), help="the picture, the "
@@ -426,7 +427,7 @@ def finished_conditions(out, rows):
 
 def main(args):
     gen_data.ensure(args.data, args.preset, args.seed)
-    test, out = gen_data.load_rows(args.data, "test"), Path(args.out)
+    test, out = gen_data.load_rows(args.data, args.split), Path(args.out)
     rows = responses.choose_rows(test, args.tasks, args.limit)
     if args.responses:
         folder = out / (args.name or Path(args.responses).stem)

@@ -26,7 +26,7 @@ def choose_rows(rows, tasks, limit):
         if not tasks or row["level"] in levels.get(row["task"], ()):
             groups.setdefault((row["task"], row["level"]), []).append(row)
     if not groups:
-        fail("no row of the test split is left: choose other --tasks")
+        fail("no row is left: choose other --tasks")
     return [row for group in groups.values() for row in group[:limit]]
 
 
@@ -135,7 +135,7 @@ def read(file, rows, test, allow_missing):
         if line["id"] in lines:
             fail(f"{file}, line {number}: id {line['id']!r} is doubled")
         if line["id"] not in known:
-            fail(f"{file}, line {number}: id {line['id']!r} is not in the test split of --data")
+            fail(f"{file}, line {number}: id {line['id']!r} is not among the rows of --data")
         lines[line["id"]] = {key: line[key] for key in RESPONSE if key in line}
     missing = [row["id"] for row in rows if row["id"] not in lines]
     if missing and not allow_missing:
