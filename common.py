@@ -23,6 +23,7 @@ import sys
 import time
 import warnings
 import zlib
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -446,11 +447,9 @@ def mean(values):
 
 def versions():
     """What a result depends on besides the arguments."""
-    import peft
-    import transformers
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "peft": peft.__version__, "device": device}
+    packages = {name: version(name) for name in ("torch", "transformers", "peft")}
+    return {"python": platform.python_version(), **packages, "device": device}
 
 
 def peak_gb():
