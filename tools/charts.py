@@ -7,7 +7,6 @@ prompt a question that needs reading and comparing. Same seed, same rows and pic
 """
 import argparse
 import tempfile
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 from gen_data import SPLITS, fail, may_write, write_dataset
 
 LABELS = {"bar": "Ada Ben Cleo Dan Eve Finn".split(), "line": "Mon Tue Wed Thu Fri Sat".split()}
+COUNTS = {"train": 200, "val": 20, "test": 50}
 FORM = " Write a short reason, then only the answer inside <answer></answer>."
 AS_CSV = "Write the table of this chart as CSV: a line of names, then a line per label."
 
@@ -27,9 +27,8 @@ def ask(labels, values, rng):
     if kind == "difference":
         i, j = sorted(rng.choice(len(labels), 2, replace=False))
         return kind, f"How much do A at {labels[i]} and {labels[j]} differ?", str(abs(a[i] - a[j]))
-    above = [*np.flatnonzero(values[:, 1] > a), None][0]
-    answer = "none" if above is None else labels[above]
-    return kind, "At which label is B above A for the first time, or none?", answer
+    first = np.append(values[:, 1] > a, True).argmax()
+    return kind, "At which label is B first above A, or none?", [*labels, "none"][first]
 
 
 def draw(form, labels, values, file):
@@ -57,26 +56,25 @@ def chart_rows(split, number, seed, folder):
         group, question, answer = ask(labels, values, rng)
         lines = ["label,A,B"] + [f"{x},{a},{b}" for x, (a, b) in zip(labels, values, strict=True)]
         last = {"question": f"Which value has A at {labels[-1]}?", "answer": str(values[-1, 0])}
-        table, file = "\n".join(lines), Path(folder) / f"{split}_{i:05d}.png"
+        table, file = "\n".join(lines), f"{folder}/{split}_{i:05d}.png"
         draw(form, labels, values, file)
         yield {"file_name": f"chart_{i:05d}.png", "id": f"{split}_chart_{i:05d}", "group": group,
                "prompt": question + FORM, "symbols": table, "answer": answer,
                "hint": f"The answer is {answer}. Do not mention that it is given.",
-               "questions": [{"question": AS_CSV, "answer": table}, last], "picture": str(file)}
+               "questions": [{"question": AS_CSV, "answer": table}, last], "picture": file}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default="data/charts", help="output folder")
-    for name, number in (("train", 200), ("val", 20), ("test", 50), ("seed", 0)):
-        parser.add_argument(f"--{name}", type=int, default=number)
+    for name, default in {"out": "data/charts", **COUNTS, "seed": 0}.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     args = parser.parse_args(argv)
-    if min(args.train, args.val, args.test) < 1 or args.seed < 0:
-        fail("--train, --val, --test: wanted at least 1; --seed: at least 0")
+    if min(args.train, args.val, args.test, args.seed) < 0:
+        fail("--train, --val, --test, --seed: wanted at least 0")
     may_write(args.out, args.overwrite)
     with tempfile.TemporaryDirectory() as folder:
-        splits = {name: chart_rows(name, vars(args)[name], args.seed, folder) for name in SPLITS}
+        splits = {name: chart_rows(name, vars(args)[name], args.seed, folder) for name in COUNTS}
         write_dataset(args.out, splits, {**vars(args), "source": "tools/charts.py"}, 0, 0)
 
 
