@@ -14,8 +14,6 @@ from matplotlib.figure import Figure
 from gen_data import SPLITS, fail, may_write, write_dataset
 
 LABELS = {"bar": "Ada Ben Cleo Dan Eve Finn".split(), "line": "Mon Tue Wed Thu Fri Sat".split()}
-COUNTS = {"train": 200, "val": 20, "test": 50}
-FORM = " Write a short reason, then only the answer inside <answer></answer>."
 AS_CSV = "Write the table of this chart as CSV: a line of names, then a line per label."
 
 
@@ -59,22 +57,22 @@ def chart_rows(split, number, seed, folder):
         table, file = "\n".join(lines), f"{folder}/{split}_{i:05d}.png"
         draw(form, labels, values, file)
         yield {"file_name": f"chart_{i:05d}.png", "id": f"{split}_chart_{i:05d}", "group": group,
-               "prompt": question + FORM, "symbols": table, "answer": answer,
-               "hint": f"The answer is {answer}. Do not mention that it is given.",
+               "prompt": f"{question} Write a short reason, then <answer>the answer</answer>.",
+               "symbols": table, "answer": answer, "hint": f"It is {answer}; do not mention this.",
                "questions": [{"question": AS_CSV, "answer": table}, last], "picture": file}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, default in {"out": "data/charts", **COUNTS, "seed": 0}.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
+    for name, value in zip(("out", *SPLITS, "seed"), ("data/charts", 200, 20, 50, 0), strict=True):
+        parser.add_argument(f"--{name}", type=type(value), default=value)
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     args = parser.parse_args(argv)
     if min(args.train, args.val, args.test, args.seed) < 0:
         fail("--train, --val, --test, --seed: wanted at least 0")
     may_write(args.out, args.overwrite)
     with tempfile.TemporaryDirectory() as folder:
-        splits = {name: chart_rows(name, vars(args)[name], args.seed, folder) for name in COUNTS}
+        splits = {name: chart_rows(name, vars(args)[name], args.seed, folder) for name in SPLITS}
         write_dataset(args.out, splits, {**vars(args), "source": "tools/charts.py"}, 0, 0)
 
 
