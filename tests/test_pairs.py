@@ -247,3 +247,13 @@ def test_charts_are_the_same_every_time(tmp_path, folder):
     charts.main(["--out", str(tmp_path / "b"), "--train", "24", "--val", "8", "--test", "8"])
     for file in (tmp_path / "b").glob("*/*"):
         assert file.read_bytes() == (folder / "charts" / file.parent.name / file.name).read_bytes()
+
+
+def test_symbols_that_look_like_numbered_answers():
+    questions = [{"question": "Table?", "answer": "1.5,2\n2.5,3"}, {"question": "A?", "answer": "3"}]
+    row = {**ROW, "questions": questions}
+    names = gen_data.questions(row)
+    target = gen_data.perception_target(row, names)
+    assert gen_data.score_perception(row, names, target.upper()) == dict.fromkeys(names, True)
+    assert not any(gen_data.score_perception(row, names, "3").values())
+    assert gen_data.score_perception(row, names[1:], " 3.") == {"question 2": True}
