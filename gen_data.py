@@ -548,8 +548,9 @@ class Pair:
 
     def score_perception(row, names, text):
         asked = Pair.asked(row)
+        whole = Pair.same(text, Pair.perception_target(row, names))  # symbols may hold "1." too
         answers = split_answers(names or asked, text)
-        return {name: Pair.same(said, asked[name][1]) for name, said in answers.items()}
+        return {name: whole or Pair.same(said, asked[name][1]) for name, said in answers.items()}
 
     def same(said, wanted, tolerance=0):
         """Equal but for case, blanks and a full stop; numbers: up to the tolerance."""
