@@ -25,7 +25,9 @@ from collections import namedtuple
 from itertools import product
 from pathlib import Path
 
-from common import PRESETS, fail, write_aside
+from filelock import FileLock
+
+from common import PRESETS, fail, take_folder, write_aside
 from tools import study_results
 from tools.study_results import name_of
 
@@ -221,11 +223,15 @@ def work_off(args, chains):
 
 
 def main(args):
-    signal.signal(signal.SIGTERM, lambda *words: sys.exit(143))
-    jobs, failed = [], []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    lock = FileLock(Path(args.out, "lock"))
+    if not args.dry_run:
+        take_folder(Path(args.out), lock, restart=False)
+    todo, failed = {}, []
 
     def phase(chains):
-        jobs.extend(job for chain in chains for job in chain)
+        todo.update((job.name, job) for chain in chains for job in chain if not is_done(args, job))
         if not args.dry_run:
             failed.extend(work_off(args, chains))
 
@@ -242,15 +248,14 @@ def main(args):
     lrs = choose_lrs(args)
     runs, chains = all_runs(args, lrs), []
     for run in runs:
-        training = [train_job(args, *run)] if run[3] and f"train-{name_of(*run)}" not in {
-            job.name for job in jobs} else []
+        training = [train_job(args, *run)] if run[3] else []
         chains.append(training + measure_jobs(args, name_of(*run), run[1] == args.rows[0]))
     phase(chains)
     if args.dry_run:
-        for job in jobs:
+        for job in todo.values():
             print(f"{job.seconds:5.0f} s  python {job.command}")
-        hours = sum(job.seconds for job in jobs) / 3600
-        print(f"{len(jobs)} commands, {hours:.1f} hours of one core, {hours / args.cores:.1f} with "
+        hours = sum(job.seconds for job in todo.values()) / 3600
+        print(f"{len(todo)} commands, {hours:.1f} hours of one core, {hours / args.cores:.1f} with "
               f"--cores {args.cores}")
         return
     study_results.write(args, runs, lrs)
