@@ -54,6 +54,7 @@ PRESETS = {
     "tiny": {"tasks": {"frozenlake": (3, 4), "maze": (3, 4), "minibehaviour": (5,)},
              "cell_size": 32, "image_size": 0, "train": 2000, "val": 40, "test": 100},
     "2b": PAPER, "4b": PAPER, "8b": PAPER}
+PRESETS["tiny-small"] = {**PRESETS["tiny"], "train": 40}
 
 
 def fail(message):
