@@ -75,7 +75,9 @@ def measure(folder, work, case):
     stage = {"distill": distill, "coldstart": coldstart}[case["stage"]]
     widths = {"encode": [], "encode_responses": []}
     for name in widths:
-        def noting_width(*args, name=name, real=getattr(common, name)):
+        real = getattr(common, name)
+
+        def noting_width(*args, name=name, real=real):
             batch = real(*args)
             ids = batch["input_ids"] if name == "encode" else batch[0]
             widths[name].append(ids.shape[1])
@@ -118,7 +120,8 @@ def main(args):
     with tempfile.TemporaryDirectory() as work:
         subprocess.run(
             [sys.executable, ROOT / "gen_data.py", "--preset", "tiny", "--out", f"{work}/data",
-             "--tasks", "frozenlake:4", "--image_size", "256", "--train", "48", "--val", "2", "--test", "2"],
+             "--tasks", "frozenlake:4", "--image_size", "256", "--train", "48", "--val", "2",
+             "--test", "2"],
             check=True, capture_output=True)
         for number in args.cases:
             case = CASES[number]

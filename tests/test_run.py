@@ -1,4 +1,4 @@
-"""The committed run belongs to the committed backbone: its adapters load, its answers come again."""
+"""The committed run belongs to the committed backbone: its answers come again."""
 import json
 from pathlib import Path
 
