@@ -250,7 +250,8 @@ def test_charts_are_the_same_every_time(tmp_path, folder):
 
 
 def test_symbols_that_look_like_numbered_answers():
-    questions = [{"question": "Table?", "answer": "1.5,2\n2.5,3"}, {"question": "A?", "answer": "3"}]
+    questions = [{"question": "Table?", "answer": "1.5,2\n2.5,3"},
+                 {"question": "A?", "answer": "3"}]
     row = {**ROW, "questions": questions}
     names = gen_data.questions(row)
     target = gen_data.perception_target(row, names)
