@@ -162,12 +162,14 @@ def ask_model(args, rows, test):
     sources = ("image", "text") if args.input == "both" else (args.input,)
     asked = {source: responses.planning_prompts(rows, source, test, args.samples)
              for source in sources}
-    looks = responses.perception_prompts(rows) if args.perception and "image" in sources else []
+    looks = responses.perception_prompts(rows)
     settings = {"model": args.model, "weights": weight_files(args.model), "bits": args.bits,
                 "max_new_tokens": args.max_new_tokens, "versions": common.versions()}
     conditions = [(stage, source) for stage in adapters for source in sources]
+    with_looks = [names for names in conditions if names[1] == "image" and (    # or asked before
+        args.perception or Path(args.out, "-".join(names), "perception.jsonl").is_file())]
     print(f"{len(rows)} rows; conditions: {', '.join('-'.join(names) for names in conditions)}")
-    total = len(adapters) * (sum(map(len, asked.values())) + len(looks))
+    total = len(adapters) * sum(map(len, asked.values())) + len(with_looks) * len(looks)
     with tqdm(total=total, desc="answers", unit="row") as bar:
 
         def answers(folder, name, adapter, questions, temperature):
@@ -181,7 +183,7 @@ def ask_model(args, rows, test):
             folder, adapter, seen = Path(args.out, f"{stage}-{source}"), adapters[stage], []
             (folder / "summary.json").unlink(missing_ok=True)  # it may tell of other answers
             lines = answers(folder, "predictions.jsonl", adapter, asked[source], args.temperature)
-            if looks and source == "image":
+            if (stage, source) in with_looks:
                 seen = answers(folder, "perception.jsonl", adapter, looks, 0)
             conclude(folder, rows, lines, seen, args, trained[stage])
 

@@ -1,13 +1,15 @@
-"""Predicted and measured peak memory of one distillation step, on the CPU, with Qwen's 151,936 words.
+"""Predicted and measured peak memory of one step of a stage, on the CPU, with 151,936 words.
 
-    python tests/bench_memory.py                # a table on stdout; minutes a line on a busy machine
+    python tests/bench_memory.py                # Markdown; minutes a line on a busy machine
+    python tests/bench_memory.py --cases 0 4    # only these lines
 
-Each line is a fresh process that builds a Qwen3-VL with random weights, takes one step on it with distill.main
-(sampling, teacher, student, loss, optimizer), and then asks `--estimate cpu` about the same step. Random weights
-hardly ever draw the end token, so the responses have full length, as the estimate assumes.
-"measured" is the highest resident memory during the step over what the process held before, after its imports and
-a step of the bundled backbone (which loads what torch and transformers load late). glibc is told to give freed
-blocks back at once (MALLOC_MMAP_THRESHOLD_), or the high-water mark would be that of its cache.
+Each line is a fresh process that builds a Qwen3-VL with random weights, takes one step on it with
+the stage's main, and then asks tools/estimate.py about the same step. Random weights hardly ever
+draw the end token, so rollouts have full length, as the estimate assumes; the cold start's look at
+held-out pictures is left out. "measured" is the highest resident memory during the step over what
+the process held before, after its imports and a step of the bundled backbone (which loads what
+torch and transformers load late). glibc is told to give freed blocks back at once
+(MALLOC_MMAP_THRESHOLD_), or the high-water mark would be that of its cache. Linux only.
 """
 import argparse
 import io
@@ -20,29 +22,35 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FIELDS = "bits hidden layers rows new slice vision tied".split()
-CASES = [  # vision: adapters on the vision tower too; tied: one matrix for embeddings and lm_head
-    (32, 128, 4, 8, 128, 128, 0, 1),
-    (32, 256, 6, 8, 128, 128, 0, 1),
-    (32, 512, 8, 8, 128, 128, 0, 1),
-    (32, 512, 8, 8, 128, 32, 0, 0),
-    (32, 512, 8, 24, 48, 16, 0, 1),
-    (32, 256, 6, 16, 64, 16, 1, 1),
-    (16, 512, 8, 8, 128, 128, 0, 1),
-    (16, 512, 8, 24, 48, 16, 0, 1),
-    (4, 512, 8, 8, 128, 128, 0, 1),
-    (4, 512, 8, 24, 48, 16, 0, 1),
+sys.path.insert(0, str(ROOT))
+# vision: adapters on the vision tower too; tied: one matrix for embeddings and lm_head
+FIELDS = "stage bits hidden layers rows rollout new slice vision tied".split()
+CASES = [
+    ("distill", 32, 128, 4, 8, 8, 128, 128, 0, 1),
+    ("distill", 32, 256, 6, 8, 8, 128, 128, 0, 1),
+    ("distill", 32, 512, 8, 8, 8, 128, 64, 0, 1),
+    ("distill", 32, 512, 8, 8, 8, 128, 32, 0, 0),
+    ("distill", 32, 512, 8, 24, 24, 48, 16, 0, 1),
+    ("distill", 32, 256, 6, 16, 16, 64, 16, 1, 1),
+    ("distill", 32, 512, 8, 2, 32, 64, 16, 0, 1),
+    ("distill", 16, 512, 8, 8, 8, 128, 64, 0, 1),
+    ("distill", 16, 512, 8, 24, 24, 48, 16, 0, 1),
+    ("distill", 4, 512, 8, 8, 8, 128, 64, 0, 1),
+    ("distill", 4, 512, 8, 24, 24, 48, 16, 0, 1),
+    ("coldstart", 32, 512, 8, 8, 8, 128, 64, 0, 1),
+    ("coldstart", 16, 512, 8, 16, 16, 48, 64, 1, 1),
 ]
 
 
 def build(folder, hidden, layers, tied):
-    """A checkpoint of the bundled backbone's kind, wider and deeper, with Qwen's vocabulary and random weights."""
+    """A checkpoint of the bundled backbone's kind, wider and deeper, with Qwen's vocabulary."""
     import torch
     from transformers import AutoProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
     config = Qwen3VLConfig.from_pretrained(ROOT / "tiny")
     config.text_config.update(dict(
-        hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 128, head_dim=64, vocab_size=151_936))
+        hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, num_key_value_heads=hidden // 128, head_dim=64,
+        vocab_size=151_936))
     config.vision_config.out_hidden_size = hidden
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = bool(tied)
     torch.manual_seed(0)
@@ -52,60 +60,94 @@ def build(folder, hidden, layers, tied):
 
 def resident(field):
     """VmRSS (now) or VmHWM (at most) of this process, bytes."""
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+    for line in open("/proc/self/status"):
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
 
 
-def child(folder, work, case):
-    """Take the step, then ask for the estimate; one JSON line on stdout."""
-    sys.path.insert(0, str(ROOT))
+def measure(folder, work, case):
+    """Take the step, then ask for the estimate -> what was measured and predicted, in bytes."""
+    import coldstart
     import common
     import distill
-    case, widths, encode = dict(zip(FIELDS, case)), [], common.encode
-    common.encode = lambda *a, **k: widths.append((batch := encode(*a, **k))["input_ids"].shape[1]) or batch
+    from tools import estimate
+    case = dict(zip(FIELDS, case, strict=True))
+    stage = {"distill": distill, "coldstart": coldstart}[case["stage"]]
+    widths = {"encode": [], "encode_responses": []}
+    for name in widths:
+        def noting_width(*args, name=name, real=getattr(common, name)):
+            batch = real(*args)
+            ids = batch["input_ids"] if name == "encode" else batch[0]
+            widths[name].append(ids.shape[1])
+            return batch
+        setattr(common, name, noting_width)
+    coldstart.look = lambda *args: {}
+    files = ["--data", f"{work}/data", "--out", f"{work}/out", "--restart", "--steps", "1"]
+    files += ["--init", "none"] if stage is distill else ["--map_share", "1"]
+    same = ["--preset", "tiny", "--lora_vision", str(case["vision"])]
 
-    def words(model, batch, *more):
-        return [*map(str, ["--preset", "tiny", "--model", model, "--init", "none", "--data", f"{work}/data", "--steps", 1,
-                           "--out", f"{work}/out", "--restart", "--batch", batch, "--micro_batch", batch,
-                           "--lora_vision", case["vision"], *more])]
-    same = words(folder, case["rows"], "--bits", case["bits"], "--max_new_tokens", case["new"], "--slice", case["slice"])
-    with redirect_stdout(io.StringIO()):
-        distill.main(distill.parse_args(words(common.TINY, 2, "--max_new_tokens", 2)))
-        before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM anew
-        distill.main(distill.parse_args(same))
-        measured = resident("VmHWM") - before
-        student, teacher = widths[-2:]
-        held, moments, predicted = distill.main(distill.parse_args(
-            [*same, "--estimate", "cpu", "--prompt_tokens", str(student), str(teacher)]))
-    print(json.dumps(dict(measured=measured, predicted=predicted, prompts=(student, teacher),
-                          worst=max(moments, key=lambda name: sum(moments[name].values())))))
+    def step(model, rows, batch, new, *more):
+        return [*same, "--model", model, "--micro_batch", str(rows), "--batch", str(batch),
+                "--rollout_batch", str(min(batch, case["rollout"])), "--max_new_tokens", str(new),
+                *more]
+    words = step(folder, case["rows"], max(case["rows"], case["rollout"]), case["new"],
+                 "--bits", str(case["bits"]))
+    cut = ["--slice", str(case["slice"])]
+    stage.main(stage.parse_args([*step(common.TINY, 2, 2, 2), *files]))
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM anew
+    stage.main(stage.parse_args([*words, *files, *(cut if stage is distill else [])]))
+    measured = resident("VmHWM") - before
+    prompts = widths["encode"][-2:] if stage is distill else widths["encode"][-1:] * 2
+    answer = widths["encode_responses"][-1:] or [1]
+    args = estimate.parse_args([
+        *words, *cut, "--device", "cpu", "--prompt_tokens", *map(str, prompts),
+        "--answer_tokens", str(answer[0])])
+    resident_rows, phases, _ = estimate.main(args)
+    need = {name: sum(rows.values()) for name, rows in phases.items()
+            if (name == "cold start") == (stage is coldstart)}
+    worst = max(need, key=need.get)
+    return dict(measured=measured, predicted=sum(resident_rows.values()) + need[worst], worst=worst,
+                prompts=", ".join(map(str, prompts)))
 
 
 def main(args):
-    environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536", OMP_NUM_THREADS="2")
-    columns = [*FIELDS, "prompts", "at its worst", "predicted GB", "measured GB", "predicted / measured"]
-    print("| " + " | ".join(columns) + " |")
-    print("|" + "---|" * len(columns))
+    environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+    columns = [*FIELDS, "prompts", "at its worst", "predicted GB", "measured GB", "ratio"]
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     with tempfile.TemporaryDirectory() as work:
-        subprocess.run([sys.executable, ROOT / "gen_data.py", "--preset", "tiny", "--out", f"{work}/data", "--image_size", "256",
-                        "--train", "16", "--val", "2", "--test", "2"], check=True, capture_output=True)
-        for case in [CASES[i] for i in args.cases]:
-            folder = f"{work}/model"
-            build(folder, case[1], case[2], case[7])
-            run = subprocess.run([sys.executable, __file__, "--child", folder, work, *map(str, case)], env=environment,
-                                 capture_output=True, text=True)
+        subprocess.run(
+            [sys.executable, ROOT / "gen_data.py", "--preset", "tiny", "--out", f"{work}/data",
+             "--tasks", "frozenlake:4", "--image_size", "256", "--train", "48", "--val", "2", "--test", "2"],
+            check=True, capture_output=True)
+        for number in args.cases:
+            case = CASES[number]
+            build(f"{work}/model", case[2], case[3], case[-1])
+            run = subprocess.run(
+                [sys.executable, __file__, "--measure", work, "--cases", str(number)],
+                env=environment, capture_output=True, text=True)
             if run.returncode:
                 sys.exit(run.stderr[-3000:])
-            out = json.loads(run.stdout.splitlines()[-1])
-            print("| " + " | ".join(map(str, [
-                *case, "{}, {}".format(*out["prompts"]), out["worst"], f"{out['predicted'] / 1e9:.2f}",
-                f"{out['measured'] / 1e9:.2f}", f"{out['predicted'] / out['measured']:.2f}"])) + " |", flush=True)
+            out = json.loads(run.stdout)
+            line = [*case, out["prompts"], out["worst"], f"{out['predicted'] / 1e9:.2f}",
+                    f"{out['measured'] / 1e9:.2f}", f"{out['predicted'] / out['measured']:.2f}"]
+            print("| " + " | ".join(map(str, line)) + " |", flush=True)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--cases", type=int, nargs="+", default=range(len(CASES)), help="these lines, from 0")
+    add("--measure", help=argparse.SUPPRESS)  # the fresh process, in this folder
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2], sys.argv[3], [*map(int, sys.argv[4:])])
+    arguments = parse_args()
+    if arguments.measure:
+        with redirect_stdout(io.StringIO()):
+            found = measure(f"{arguments.measure}/model", arguments.measure,
+                            CASES[arguments.cases[0]])
+        print(json.dumps(found))
     else:
-        parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-        parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)), help="only these lines, from 0")
-        main(parser.parse_args())
+        main(arguments)

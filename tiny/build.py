@@ -568,7 +568,7 @@ def pretrain(args):
 def greedy(model, processor, prompts, images=None):
     """Greedy answers, one per prompt."""
     batch = common.encode(processor, prompts, images)
-    return common.decode(processor, *common.sample(model, processor, batch, 140, temperature=0))
+    return common.decode(processor, *common.sample(model, processor, batch, 140))
 
 
 def report(model, processor, count, split):

@@ -61,7 +61,6 @@ CONFIGS = {
 CARDS = (8, 12, 16, 24, 48)  # GB as they are sold, 2^30 bytes each
 CUDA_BYTES = 1e9             # assumed, not measured: CUDA's context, kernels, allocator's waste
 IMAGE_TOKENS = 64            # a 256x256 picture: patches of 16x16 pixels, merged 2x2
-ANSWER_TOKENS = 120          # a little over the longest map of the cold start (--lengths)
 NOT_MEASURED = """\
 No GPU was measured. On the CPU the same count is within 15% of the measured peak
 (python tests/bench_memory.py); what CUDA itself takes is a guess, and a desktop on the same card
@@ -86,6 +85,7 @@ def parse_args(argv=None):
         help="cuda: with checkpointing and an optimizer in 8 bits; cpu: without")
     add("--prompt_tokens", type=int, nargs=2, default=(250, 330), metavar=("STUDENT", "TEACHER"),
         help="prompt lengths (default: a little over the longest that --lengths shows)")
+    add("--answer_tokens", type=int, default=120, help="length of the cold start's answers")
     add("--table", action="store_true", help="what to set for each backbone on each card")
     add("--lengths", action="store_true", help="lengths in Qwen's tokens, by task and level")
     own, words = parser.parse_known_args(argv)
@@ -281,7 +281,7 @@ def count_network(model, args, rows):
             hidden.backward(torch.empty_like(hidden))
             count["backward"] = live.peak
         with LiveBytes() as live:
-            hidden, _features = run_student(net, rows, prompt + ANSWER_TOKENS)
+            hidden, _features = run_student(net, rows, prompt + args.answer_tokens)
             count["cold start kept"] = live.now
     return count
 
@@ -319,7 +319,7 @@ def phase_bytes(model, args, count):
         "cold start": {
             kept: scoring["cold start kept"],
             "logits of its answers, and their gradient":
-                answer_bytes(net, args.micro_batch * ANSWER_TOKENS)},
+                answer_bytes(net, args.micro_batch * args.answer_tokens)},
         "rollout, prompt": {
             "KV cache": short, "one layer at a time": rollout["prompt"] - short, **matrix},
         "rollout, last token": {
@@ -391,7 +391,7 @@ def print_report(args):
 One step on {args.device}: {args.rollout_batch} rollouts at once, micro-batch {args.micro_batch},
 LoRA rank {args.lora_rank}, slices of {args.slice}, prompts of {student} (student, {IMAGE_TOKENS}
 of them the picture) and {teacher} tokens (teacher), every response {args.max_new_tokens} tokens
-long (the cold start's: {ANSWER_TOKENS}). GB = 10^9 bytes.
+long (the cold start's: {args.answer_tokens}). GB = 10^9 bytes.
 """)
     for title, rows in [("throughout", resident), *phases.items()]:
         head = f"at its worst: {title}" if title == worst else title
