@@ -23,6 +23,7 @@ import sys
 import time
 import warnings
 import zlib
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -217,6 +218,22 @@ def encode_responses(processor, texts, device="cpu"):
         ids[i, :len(row) + 1] = torch.tensor([*row, tokenizer.eos_token_id])
         mask[i, :len(row) + 1] = 1
     return ids.to(device), mask.to(device)
+
+
+def check_lengths(model, processor, texts, new_tokens=0, picture=300):
+    """Fails if a text of {name: text} leaves no room in the context for the rest.
+
+    picture: tokens of one of 512x512 and of the frame around a chat.
+    """
+    context = network(model).config.text_config.max_position_embeddings
+    room = context - new_tokens - picture
+    for name, text in texts.items():
+        if len(text.encode()) > room:  # a token has a byte at least: most texts need no counting
+            length = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+            if length > room:
+                fail(f"{name}: what the model reads and writes has {length} tokens of text; with a "
+                     f"picture ({picture}) and a response ({new_tokens}) it exceeds the context "
+                     f"of {context}")
 
 
 def take_rows(prompt, rows):
@@ -423,13 +440,16 @@ def adamw(weights, lr):
     return torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
 
 
+def mean(values):
+    """The mean as a float; None if there is nothing to take it of."""
+    return sum(values) / len(values) if values else None
+
+
 def versions():
     """What a result depends on besides the arguments."""
-    import peft
-    import transformers
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "peft": peft.__version__, "device": device}
+    packages = {name: version(name) for name in ("torch", "transformers", "peft")}
+    return {"python": platform.python_version(), **packages, "device": device}
 
 
 def peak_gb():

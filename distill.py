@@ -170,8 +170,10 @@ def log_rollouts(run, model, processor, step, rows, ids, mask, scores):
     for k, name in enumerate(PARTS):
         metrics[f"kl_{name}"] = float(all_kl[part == k].mean()) if k in part else None
     metrics["entropy"] = float(np.concatenate([line["entropy"] for line in lines]).mean())
-    metrics["success"] = float(np.mean([line["outcome"] == "success" for line in lines]))
-    metrics["optimal"] = float(np.mean([line["optimal"] for line in lines]))
+    metrics["success"] = common.mean([
+        line["outcome"] == "success" for line in lines if line["outcome"] != "not judged"])
+    metrics["optimal"] = common.mean([
+        line["optimal"] for line in lines if line["optimal"] is not None])
     metrics["length"] = len(all_kl) / len(lines)
     metrics["cut"] = float(np.mean([line["cut"] for line in lines]))
     if metrics["cut"] == 1:
@@ -207,6 +209,8 @@ def main(args):
         trained_on |= common.read_trained_rows(args.init)
     run = common.Run(args, __file__, inputs, trained_on)
     model, processor = common.load(args.model, args.bits)
+    common.check_lengths(model, processor, {
+        row["id"]: teacher_prompt(row) for row in rows}, args.max_new_tokens)
     torch.manual_seed(args.seed)
     model = common.add_lora(model, args.lora_rank, args.lora_vision, run.adapter or init)
     model.print_trainable_parameters()

@@ -17,11 +17,9 @@ def test_the_line_counts_are_true():
 
 
 def test_the_five_steps_are_where_the_readme_says():
-    places = re.findall(r"^(\d)\. [^(]*(?:\([^)]*\)[^(]*)*\(distill\.py:(\d+)\)", README,
-                        re.MULTILINE)
-    assert [step for step, _ in places] == list("12345")
-    for step, line in places:
-        assert lines_of("distill.py")[int(line) - 1].strip().startswith(f"# {step}. ")
+    lines = re.findall(r"\(distill\.py:(\d+)\)", README)
+    found = [lines_of("distill.py")[int(line) - 1].strip()[:4] for line in lines]
+    assert found == ["# 1.", "# 2.", "# 3.", "# 4.", "# 5."]
 
 
 def test_it_ends_before_the_reader_does():
