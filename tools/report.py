@@ -245,7 +245,8 @@ def make_page(rows, tables, summaries, verdicts, runs):
         answers[name] = [on_the_page(row, first[row["id"]]) for row in shown]
     curves = {run.name: read_lines(run / "metrics.jsonl") for run in runs}
     data = {"tables": tables, "levels": level_points(summaries), "total": len(rows),
-            "conditions": list(summaries), "rows": list(map(row_on_the_page, shown)), "answers": answers,
+            "conditions": list(summaries), "answers": answers,
+            "rows": [row_on_the_page(row) for row in shown],
             "curves": {name: lines for name, lines in curves.items() if lines},
             "rollouts": {run.name: read_lines(run / "rollouts.jsonl") for run in runs},
             "parts": gen_data.PARTS}
