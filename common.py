@@ -718,8 +718,9 @@ def take_folder(folder, lock, restart):
 
 
 def digests(paths):
-    """{path: sha256 of the file}"""
-    return {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
+    """{path: sha256} of those that are there."""
+    return {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            for path in paths if Path(path).is_file()}
 
 
 def read_state(checkpoint, record, may_differ):
@@ -755,7 +756,8 @@ def read_trained_rows(folder):
     try:
         return set(json.loads((Path(folder) / "trained_rows.json").read_text()))
     except (OSError, ValueError) as error:
-        fail(f"cannot read which rows {folder} was trained on ({error}); train it again")
+        fail(f"no run in {folder}: cannot read its trained_rows.json ({error}); "
+             "python coldstart.py makes one")
 
 
 def start_wandb(args):

@@ -145,14 +145,14 @@ def encode_roles(processor, rows, teacher_context, device):
     return student, common.encode(processor, symbols, None, device)
 
 
-def log_rollouts(run, model, processor, step, rows, ids, mask, kl, entropy):
+def log_rollouts(run, model, processor, step, rows, ids, mask, scores):
     """({name: mean} for metrics.jsonl, one line per row for rollouts.jsonl). Only for the log.
 
-    rows, ids and mask [rows, T], kl and entropy [mask.sum()] in nats, row after row, are those of
-    this process; what is returned is that of all of them.
+    rows, ids and mask [rows, T] and scores [3, mask.sum()], as from `sliced_divergence`, are those
+    of this process; what is returned is that of all of them.
     """
     lengths = mask.sum(1).tolist()
-    kl, entropy = kl.cpu().split(lengths), entropy.cpu().split(lengths)
+    _, kl, entropy = (score.split(lengths) for score in scores.cpu())
     texts, cut = common.decode(processor, ids, mask), common.was_cut(model, processor, ids, mask)
     lines = []
     for i, row in enumerate(rows):
@@ -235,7 +235,7 @@ def main(args):
             uniforms = rng.random((args.batch, args.max_new_tokens))[share]  # one per token
             model.eval()
             with as_student() if on_policy else as_teacher():
-                responses, masks = common.sample(                                      # [batch, T]
+                rollouts, masks = common.sample(                                      # [batch, T]
                     model, processor, prompts if on_policy else contexts, args.max_new_tokens,
                     uniforms, rollout_batch=args.rollout_batch)
             tokens = sum(common.gather(int(masks.sum())))  # one denominator for the whole step
@@ -244,16 +244,14 @@ def main(args):
             model.train()
             scores = []
             for ids, mask, prompt, context in common.micro_batches(
-                    args.micro_batch, responses, masks, prompts, contexts):
+                    args.micro_batch, rollouts, masks, prompts, contexts):
                 # 2. The teacher scores the same tokens from the symbols, adapters off, no gradient.
                 with torch.no_grad(), as_teacher():
                     teacher_hidden = common.response_hidden(model, context, ids, mask)
                 timer("teacher")
-
                 # 3. The student scores them again, with gradient.
                 hidden = common.response_hidden(model, prompt, ids, mask)             # [N, hidden]
                 timer("student")
-
                 # 4. The divergence, slice by slice; then its gradient once through the network.
                 gradient, score = sliced_divergence(                          # [N, hidden], [3, N]
                     hidden, teacher_hidden, ids[mask.bool()], lm_head, divergence, args.slice)
@@ -261,15 +259,14 @@ def main(args):
                 timer("loss")
                 hidden.backward(gradient / tokens)
                 timer("backward")
-            losses, kl, entropy = torch.cat(scores, 1)                                   # [tokens]
-            metrics, lines = log_rollouts(
-                run, model, processor, step, batch, responses, masks, kl, entropy)
+            scores = torch.cat(scores, 1)                                    # [3, tokens of masks]
+            means, lines = log_rollouts(run, model, processor, step, batch, rollouts, masks, scores)
             timer("rest")
 
             # 5. One optimizer step on the adapters.
-            loss = common.sum_gradients(weights, float(losses.sum()) / tokens)
+            loss = common.sum_gradients(weights, float(scores[0].sum()) / tokens)
             grad_norm = float(torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm))
-            if step == 0 and grad_norm == 0:
+            if step == 0 and grad_norm < 1e-5:  # autograd leaves rounding where all is equal
                 common.fail("the first gradient is zero: nothing connects the loss to the adapters")
             lr = common.learning_rate(step, args.steps, args.lr)
             if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -281,8 +278,7 @@ def main(args):
             optimizer.zero_grad()
             timer("optimizer")
 
-            run.log(timer, loss=loss, **metrics, sampler="student" if on_policy else "teacher",
-                    grad_norm=grad_norm, lr=lr)
+            run.log(timer, loss=loss, **means, on_policy=on_policy, grad_norm=grad_norm, lr=lr)
             if run.should_save():
                 run.save(model, optimizer)
             if run.stopping and run.step < args.steps:

@@ -1,5 +1,6 @@
 """Distillation's parts: divergences, the sliced loss, its alignment, the options; by references."""
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -109,8 +110,7 @@ def test_jsd_symmetric_and_its_limits():
     torch.testing.assert_close(jsd(log_p, log_q), jsd(log_q, log_p))
     for beta, kl in ((1e-6, by_torch(log_q, log_p)), (1 - 1e-6, by_torch(log_p, log_q))):
         torch.testing.assert_close(jsd(log_p, log_q, beta=beta) / 1e-6, kl, atol=0, rtol=1e-4)
-    assert choose_divergence("jsd", 0.0) is forward_kl
-    assert choose_divergence("jsd", 1.0) is reverse_kl
+    assert [choose_divergence("jsd", beta) for beta in (0.0, 1.0)] == [forward_kl, reverse_kl]
 
 
 def test_sampled_has_the_gradient_of_reverse_kl_in_expectation():
@@ -143,7 +143,7 @@ def student(backbone):
 
 
 def a_batch(processor, count=3):
-    """(student's prompt, teacher's prompt, ids, mask): 13 tokens with the end, one, ten cut."""
+    """(student's prompt, teacher's, ids, mask): 13 tokens with the end, one, ten that were cut."""
     rows, images = make_rows(count)
     ids, mask = common.encode_responses(processor, [response(row) for row in rows])
     ids[0, 12] = processor.tokenizer.eos_token_id
@@ -369,13 +369,13 @@ def test_the_teacher_samples_off_policy(toy_data, tmp_path):
     by_teacher, rollouts = train(toy_data, tmp_path / "a", "--on_policy", "0",
                                  "--divergence", "forward_kl")
     by_student, _ = train(toy_data, tmp_path / "b")
-    assert (by_teacher["sampler"], by_student["sampler"]) == ("teacher", "student")
+    assert (by_teacher["on_policy"], by_student["on_policy"]) == (False, True)
     assert by_teacher["success"] > 0.7 > 0.3 > by_student["success"]
     assert by_student["loss"] == pytest.approx(by_student["kl"], rel=1e-5) != by_teacher["loss"]
     assert by_teacher["loss"] != pytest.approx(by_teacher["kl"], rel=1e-2)
     assert by_teacher["seconds"].keys() == {
         "encode", "sample", "teacher", "student", "loss", "backward", "rest", "optimizer"}
-    assert len(rollouts) == 6 and len({row["task"] for row in rollouts}) > 1
+    assert len(rollouts) == 6 and {row["task"] for row in rollouts} == set(gen_data.TASKS)
     for row in rollouts:
         assert row.keys() == {"step", "id", "task", "response", "outcome", "optimal", "cut",
                               "tokens", "part", "kl", "entropy"}
@@ -399,14 +399,14 @@ def test_what_is_logged_of_rollouts(tiny, tmp_path):
     args = distill.parse_args(["--preset", "tiny", "--out", str(tmp_path), "--show_every", "2"])
     run = common.Run(args, distill.__file__)
     metrics, lines = distill.log_rollouts(
-        run, model, processor, 1, [row] * 3, ids[:, :width], mask[:, :width], kl, entropy)
+        run, model, processor, 1, [row] * 3, ids[:, :width], mask[:, :width],
+        torch.stack([kl, kl, entropy]))
     run.close()
     assert [line["outcome"] for line in lines] == ["success"] * 3
-    assert [line["optimal"] for line in lines] == [True, False, True]  # not executed: free
+    assert [line["optimal"] for line in lines] == [True, False, True]   # executed steps count
     assert [line["cut"] for line in lines] == [False, False, True]
     assert [line["response"] for line in lines] == texts
-    assert metrics["success"] == 1
-    assert metrics["optimal"] == metrics["cut"] * 2 == pytest.approx(2 / 3)
+    assert metrics["success"] == 1 and metrics["optimal"] == 2 / 3 and metrics["cut"] == 1 / 3
     assert metrics["length"] == tokens / 3 and metrics["entropy"] == 0.25
     assert metrics["kl"] == pytest.approx((tokens - 1) / 2)
     part = np.concatenate([line["part"] for line in lines])
@@ -429,11 +429,10 @@ def test_who_the_teacher_is_and_what_it_reads(toy_data, tmp_path, monkeypatch):
     for context in ("state+plan", "state", "none"):
         for weights in ("base", "live"):
             seen.clear()
-            line, _ = train(toy_data, tmp_path / f"{context}-{weights}",
-                            "--teacher_context", context, "--teacher_weights", weights,
-                            "--tasks", "maze:3", "--max_new_tokens", "4")
-            # With one prompt, a fresh adapter makes both roles equal.
-            assert (line["kl"] < 1e-6) == (context == "none")
+            # With one prompt, a fresh adapter makes the roles equal: no gradient, and main says so.
+            with pytest.raises(SystemExit) if context == "none" else nullcontext():
+                train(toy_data, tmp_path / f"{context}-{weights}", "--teacher_context", context,
+                      "--teacher_weights", weights, "--tasks", "maze:3", "--max_new_tokens", "4")
             assert len(seen) == 2 * 3
             assert {one[:2] for one in seen} == {(True, True), (False, weights == "live")}
             assert all(picture == (grad or context == "none") for grad, _, picture, _ in seen)
@@ -447,8 +446,8 @@ def test_tasks_filter_the_rows_and_bad_options_are_refused(toy_data, tmp_path, c
     kinds = {row["id"].rsplit("_", 1)[0] for row in rollouts}
     assert kinds == {"train_maze_4", "train_minibehaviour_5"}
     rows = gen_data.load_rows(toy_data, "train")
-    kept = [row for row in rows if row["task"] != "frozenlake" and row["level"] > 3]
-    kept = [gen_data.key_of(row) for row in kept]
+    kept = [gen_data.key_of(row) for row in rows
+            if row["task"] != "frozenlake" and row["level"] > 3]
     assert json.loads((tmp_path / "a/trained_rows.json").read_text()) == sorted(kept)
     for words, message in (("--tasks maze:6", "maze:6"), ("--beta 2", "--beta 2.0"),
                            ("--on_policy -1", "--on_policy"), ("--slice 0", "--slice 0"),
