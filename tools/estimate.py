@@ -83,7 +83,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--device", default="cuda", choices=("cuda", "cpu"),
         help="cuda: with checkpointing and an optimizer in 8 bits; cpu: without")
-    add("--prompt_tokens", type=int, nargs=2, default=(250, 330), metavar=("STUDENT", "TEACHER"),
+    add("--prompt_tokens", type=int, nargs=2, default=(360, 410), metavar=("STUDENT", "TEACHER"),
         help="prompt lengths (default: a little over the longest that --lengths shows)")
     add("--answer_tokens", type=int, default=120, help="length of the cold start's answers")
     add("--table", action="store_true", help="what to set for each backbone on each card")
