@@ -2,10 +2,12 @@
 
     python coldstart.py                     # tiny backbone on the CPU; with CUDA, Qwen3-VL-4B
     python coldstart.py --preset 8b --steps 2000 --out out/coldstart-8b
+    python coldstart.py --target response --init out/coldstart --out out/sft   # SFT, to compare
 
 Each row of a step is a picture with either the "map" question, whose answer is word for word the
 state part of a planning response, or one to three of the task's other questions. The loss is on the
-answer and its end token only. One update:
+answer and its end token only. Fine-tuning to compare distillation with: --target response learns
+the whole reference response to the planning prompt, --target answer its <answer> alone. One update:
     1. rows and questions are drawn
     2. the cross-entropy of the answers' tokens, micro-batch by micro-batch, and its gradient
     3. one optimizer step on the adapters
@@ -24,38 +26,56 @@ import common
 import gen_data
 from gen_data import key_of, open_picture, perception_prompt, perception_target, questions
 
+TARGETS = ("perception", "response", "answer")
+
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     common.add_flags(parser, "coldstart")
     add = parser.add_argument
     add("--out", default="out/coldstart", help="output folder")
+    add("--init", default="none", help="run to continue, or none for a fresh adapter")
+    add("--target", default="perception", choices=TARGETS, help="what is learned")
     add("--max_new_tokens", type=int, help="length limit of answers on held-out pictures, tokens")
     add("--map_share", type=float, default=0.6, help="share of rows that ask for the whole map")
     add("--eval_every", type=int, default=50, help="steps between looks at held-out pictures")
     return common.resolve(parser.parse_args(argv), "coldstart")
 
 
-def draw_questions(rows, count, rng, map_share):
-    """`count` (row, question names) pairs, those of similar length together: less padding."""
+def draw_questions(rows, count, rng, map_share, target="perception"):
+    """`count` (row, question names) pairs, those of similar length together: less padding.
+
+    The names are those of perception questions, or ("response",) or ("answer",).
+    """
     pairs = []
     for i in rng.integers(len(rows), size=count):
         names = questions(rows[i])
-        if len(names) == 1 or rng.random() < map_share:
-            pairs.append((rows[i], names[:1]))
+        others = [name for name in names if name != "map"]
+        if target != "perception":
+            pairs.append((rows[i], (target,)))
+        elif "map" in names and (not others or rng.random() < map_share):
+            pairs.append((rows[i], ("map",)))
         else:
-            some = rng.choice(names[1:], rng.integers(1, min(4, len(names))), replace=False)
+            some = rng.choice(others, rng.integers(1, min(3, len(others)) + 1), replace=False)
             pairs.append((rows[i], tuple(some.tolist())))
     return sorted(pairs, key=lambda pair: (
         pair[1] != ("map",), pair[0]["task"], pair[0]["level"]))
 
 
+def prompt_and_target(row, names):
+    """The texts of a (row, names) pair: what stands beside the picture, what is learned."""
+    if names == ("response",):
+        return gen_data.student_prompt(row), gen_data.response(row)
+    if names == ("answer",):
+        return gen_data.student_prompt(row), gen_data.response(row).splitlines()[-1]
+    return perception_prompt(row, names), perception_target(row, names)
+
+
 def encode(processor, pairs, device):
     """(row, names) pairs -> the prompt batch and the target tokens (ids, mask) [B, T]."""
-    prompt = common.encode(
-        processor, [perception_prompt(row, names) for row, names in pairs],
-        [open_picture(row["path"]) for row, _ in pairs], device)
-    targets = [perception_target(row, names) for row, names in pairs]
+    prompts, targets = zip(*[prompt_and_target(*pair) for pair in pairs], strict=True)
+    pictures = [open_picture(row["path"]) for row, _ in pairs]
+    prompt = common.encode(processor, prompts, pictures, device)
     return prompt, *common.encode_responses(processor, targets, device)
 
 
@@ -68,8 +88,8 @@ def answer_loss(model, prompt, ids, mask):
 
 @torch.no_grad()
 def look(model, processor, pairs, args):
-    """On held-out pairs: loss per token, shares of exact greedy answers (maps, other questions)."""
-    loss, right_maps, right_questions = 0.0, [], []
+    """On held-out pairs: loss per token, shares of right greedy answers: maps, questions, plans."""
+    loss, verdicts = 0.0, []
     model.eval()
     prompts, targets, masks = encode(processor, pairs, model.device)
     for ids, mask, prompt in common.micro_batches(args.micro_batch, targets, masks, prompts):
@@ -77,12 +97,16 @@ def look(model, processor, pairs, args):
     answers = common.decode(processor, *common.sample(
         model, processor, prompts, args.max_new_tokens, rollout_batch=args.rollout_batch))
     for (row, names), text in zip(pairs, answers, strict=True):
-        right = all(gen_data.score_perception(row, names, text).values())
-        (right_maps if names == ("map",) else right_questions).append(right)
-    losses, tokens, maps, others = zip(*common.gather(
-        (loss, int(masks.sum()), right_maps, right_questions)), strict=True)
-    return {"val_loss": sum(losses) / sum(tokens), "val_map": float(np.mean(sum(maps, []))),
-            "val_questions": float(np.mean(sum(others, [])))}
+        if args.target == "perception":
+            right = all(gen_data.score_perception(row, names, text).values())
+            verdicts.append(("map" if names == ("map",) else "questions", right))
+        else:
+            verdicts.append(("success", gen_data.judge(row, text)["outcome"] == "success"))
+    losses, tokens, shares = zip(*common.gather((loss, int(masks.sum()), verdicts)), strict=True)
+    verdicts, metrics = sum(shares, []), {"val_loss": sum(losses) / sum(tokens)}
+    for name in sorted(dict(verdicts)):
+        metrics[f"val_{name}"] = float(np.mean([right for kind, right in verdicts if kind == name]))
+    return metrics
 
 
 def main(args):
@@ -91,15 +115,22 @@ def main(args):
         gen_data.ensure(args.data, args.preset, args.seed)
     common.gather(None)  # the others wait for the data
     train, val = gen_data.load_rows(args.data, "train"), gen_data.load_rows(args.data, "val")
-    run = common.Run(args, __file__, [f"{args.data}/train/metadata.jsonl"], map(key_of, train))
+    inputs, trained_on = [f"{args.data}/train/metadata.jsonl"], {key_of(row) for row in train}
+    init = None if args.init == "none" else f"{args.init}/adapter"
+    if init:
+        inputs.append(f"{init}/adapter_model.safetensors")
+        trained_on |= common.read_trained_rows(args.init)
+    run = common.Run(args, __file__, inputs, trained_on)
     torch.manual_seed(args.seed)
     model, processor = common.load(args.model, args.bits)
-    model = common.add_lora(model, args.lora_rank, args.lora_vision, run.adapter)
+    common.check_lengths(model, processor, {
+        row["id"]: f"{perception_prompt(row)}\n{perception_target(row)}" for row in train + val})
+    model = common.add_lora(model, args.lora_rank, args.lora_vision, run.adapter or init)
     model.print_trainable_parameters()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = common.adamw(weights, args.lr)
     share = slice(rank, None, processes)  # of the rows of a step: those of this process
-    held_out = draw_questions(val, 96, np.random.default_rng(args.seed), 0.5)
+    held_out = draw_questions(val, 96, np.random.default_rng(args.seed), 0.5, args.target)
 
     try:
         for step in run.steps(optimizer):
@@ -107,7 +138,7 @@ def main(args):
 
             # 1. Rows and questions are drawn.
             rng = np.random.default_rng([args.seed, step])  # depends on nothing before this step
-            pairs = draw_questions(train, args.batch, rng, args.map_share)
+            pairs = draw_questions(train, args.batch, rng, args.map_share, args.target)
             prompts, targets, masks = encode(                     # [P], [T] of this process's rows
                 processor, pairs[share], model.device)
             tokens = sum(common.gather(int(masks.sum())))  # one denominator for the whole step

@@ -119,10 +119,11 @@ def sliced_divergence(hidden, teacher_hidden, token, lm_head, divergence, width)
         log_p = lm_head(leaf).float().log_softmax(-1)                          # [width, vocabulary]
         value = divergence(log_p, log_q, token[i:i + width])                   # [width]
         with torch.no_grad():
-            kl = value if divergence is reverse_kl else reverse_kl(log_p, log_q)
-            entropy = -torch.linalg.vecdot(log_p.exp(), log_p)
+            p = log_p.exp()
+            entropy = -torch.linalg.vecdot(p, log_p)
+            kl = value if divergence is reverse_kl else -torch.linalg.vecdot(p, log_q) - entropy
             scores.append(torch.stack([value, kl, entropy]))
-        del log_q, log_p       # what the gradient needs of them is in the graph, and goes with it:
+        del log_p, log_q, p    # what the gradient needs of them is in the graph, and goes with it:
         value.sum().backward()                                                  # as far as the leaf
         gradients.append(leaf.grad)
     return torch.cat(gradients), torch.cat(scores, 1)
@@ -144,14 +145,14 @@ def encode_roles(processor, rows, teacher_context, device):
     return student, common.encode(processor, symbols, None, device)
 
 
-def log_rollouts(run, model, processor, step, rows, ids, mask, kl, entropy):
+def log_rollouts(run, model, processor, step, rows, ids, mask, scores):
     """({name: mean} for metrics.jsonl, one line per row for rollouts.jsonl). Only for the log.
 
-    rows, ids and mask [rows, T], kl and entropy [mask.sum()] in nats, row after row, are those of
-    this process; what is returned is that of all of them.
+    rows, ids and mask [rows, T] and scores [3, mask.sum()], as from `sliced_divergence`, are those
+    of this process; what is returned is that of all of them.
     """
     lengths = mask.sum(1).tolist()
-    kl, entropy = kl.cpu().split(lengths), entropy.cpu().split(lengths)
+    _, kl, entropy = (score.split(lengths) for score in scores.cpu())
     texts, cut = common.decode(processor, ids, mask), common.was_cut(model, processor, ids, mask)
     lines = []
     for i, row in enumerate(rows):
@@ -169,8 +170,10 @@ def log_rollouts(run, model, processor, step, rows, ids, mask, kl, entropy):
     for k, name in enumerate(PARTS):
         metrics[f"kl_{name}"] = float(all_kl[part == k].mean()) if k in part else None
     metrics["entropy"] = float(np.concatenate([line["entropy"] for line in lines]).mean())
-    metrics["success"] = float(np.mean([line["outcome"] == "success" for line in lines]))
-    metrics["optimal"] = float(np.mean([line["optimal"] for line in lines]))
+    metrics["success"] = common.mean([
+        line["outcome"] == "success" for line in lines if line["outcome"] != "not judged"])
+    metrics["optimal"] = common.mean([
+        line["optimal"] for line in lines if line["optimal"] is not None])
     metrics["length"] = len(all_kl) / len(lines)
     metrics["cut"] = float(np.mean([line["cut"] for line in lines]))
     if metrics["cut"] == 1:
@@ -206,6 +209,8 @@ def main(args):
         trained_on |= common.read_trained_rows(args.init)
     run = common.Run(args, __file__, inputs, trained_on)
     model, processor = common.load(args.model, args.bits)
+    common.check_lengths(model, processor, {
+        row["id"]: teacher_prompt(row) for row in rows}, args.max_new_tokens)
     torch.manual_seed(args.seed)
     model = common.add_lora(model, args.lora_rank, args.lora_vision, run.adapter or init)
     model.print_trainable_parameters()
@@ -230,7 +235,7 @@ def main(args):
             uniforms = rng.random((args.batch, args.max_new_tokens))[share]  # one per token
             model.eval()
             with as_student() if on_policy else as_teacher():
-                responses, masks = common.sample(                                      # [batch, T]
+                rollouts, masks = common.sample(                                      # [batch, T]
                     model, processor, prompts if on_policy else contexts, args.max_new_tokens,
                     uniforms, rollout_batch=args.rollout_batch)
             tokens = sum(common.gather(int(masks.sum())))  # one denominator for the whole step
@@ -239,16 +244,14 @@ def main(args):
             model.train()
             scores = []
             for ids, mask, prompt, context in common.micro_batches(
-                    args.micro_batch, responses, masks, prompts, contexts):
+                    args.micro_batch, rollouts, masks, prompts, contexts):
                 # 2. The teacher scores the same tokens from the symbols, adapters off, no gradient.
                 with torch.no_grad(), as_teacher():
                     teacher_hidden = common.response_hidden(model, context, ids, mask)
                 timer("teacher")
-
                 # 3. The student scores them again, with gradient.
                 hidden = common.response_hidden(model, prompt, ids, mask)             # [N, hidden]
                 timer("student")
-
                 # 4. The divergence, slice by slice; then its gradient once through the network.
                 gradient, score = sliced_divergence(                          # [N, hidden], [3, N]
                     hidden, teacher_hidden, ids[mask.bool()], lm_head, divergence, args.slice)
@@ -256,15 +259,14 @@ def main(args):
                 timer("loss")
                 hidden.backward(gradient / tokens)
                 timer("backward")
-            losses, kl, entropy = torch.cat(scores, 1)                                   # [tokens]
-            metrics, lines = log_rollouts(
-                run, model, processor, step, batch, responses, masks, kl, entropy)
+            scores = torch.cat(scores, 1)                                    # [3, tokens of masks]
+            means, lines = log_rollouts(run, model, processor, step, batch, rollouts, masks, scores)
             timer("rest")
 
             # 5. One optimizer step on the adapters.
-            loss = common.sum_gradients(weights, float(losses.sum()) / tokens)
+            loss = common.sum_gradients(weights, float(scores[0].sum()) / tokens)
             grad_norm = float(torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm))
-            if step == 0 and grad_norm == 0:
+            if step == 0 and grad_norm < 1e-5:  # autograd leaves rounding where all is equal
                 common.fail("the first gradient is zero: nothing connects the loss to the adapters")
             lr = common.learning_rate(step, args.steps, args.lr)
             if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -276,8 +278,7 @@ def main(args):
             optimizer.zero_grad()
             timer("optimizer")
 
-            run.log(timer, loss=loss, **metrics, sampler="student" if on_policy else "teacher",
-                    grad_norm=grad_norm, lr=lr)
+            run.log(timer, loss=loss, **means, on_policy=on_policy, grad_norm=grad_norm, lr=lr)
             if run.should_save():
                 run.save(model, optimizer)
             if run.stopping and run.step < args.steps:

@@ -47,6 +47,7 @@ def parse_args(argv=None):
     common.add_flags(parser)
     add = parser.add_argument
     add("--out", default="out/eval", help="output folder")
+    add("--split", default="test", choices=("test", "val"), help="rows that are asked about")
     add("--adapter", nargs="+", metavar="RUN", help="runs to evaluate, base for none (default: "
         "base, out/coldstart, out/distill)")
     add("--input", default="both", choices=("both", *responses.INPUTS), help="the picture, the "
@@ -61,6 +62,8 @@ def parse_args(argv=None):
     add("--responses", metavar="FILE", help='score {"id", "response"} lines; loads no model')
     add("--allow_missing", action="store_true", help="rows without a response are failures")
     add("--lenient", action="store_true", help="also read plans that are written in other forms")
+    add("--tolerance", type=float, default=0.0,
+        help="how far an answer of a pair that is a number may be off")
     add("--name", help="name of the condition (default: the run's folder, the file's stem)")
     add("--reference", metavar="CONDITION", help="what differences are taken against (default: "
         "base-image, else the first)")
@@ -68,6 +71,8 @@ def parse_args(argv=None):
     for name in ("limit", "samples"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name} {getattr(args, name)}: wanted at least 1")
+    if not 0 <= args.tolerance < float("inf"):
+        fail(f"--tolerance {args.tolerance}: wanted a number from 0 on")
     if args.temperature < 0 or (args.samples > 1 and args.temperature == 0):
         fail(f"--samples {args.samples} --temperature {args.temperature}: several answers need "
              "a --temperature above 0")
@@ -162,12 +167,14 @@ def ask_model(args, rows, test):
     sources = ("image", "text") if args.input == "both" else (args.input,)
     asked = {source: responses.planning_prompts(rows, source, test, args.samples)
              for source in sources}
-    looks = responses.perception_prompts(rows) if args.perception and "image" in sources else []
+    looks = responses.perception_prompts(rows)
     settings = {"model": args.model, "weights": weight_files(args.model), "bits": args.bits,
                 "max_new_tokens": args.max_new_tokens, "versions": common.versions()}
     conditions = [(stage, source) for stage in adapters for source in sources]
+    with_looks = [names for names in conditions if names[1] == "image" and (    # or asked before
+        args.perception or Path(args.out, "-".join(names), "perception.jsonl").is_file())]
     print(f"{len(rows)} rows; conditions: {', '.join('-'.join(names) for names in conditions)}")
-    total = len(adapters) * (sum(map(len, asked.values())) + len(looks))
+    total = len(adapters) * sum(map(len, asked.values())) + len(with_looks) * len(looks)
     with tqdm(total=total, desc="answers", unit="row") as bar:
 
         def answers(folder, name, adapter, questions, temperature):
@@ -181,25 +188,25 @@ def ask_model(args, rows, test):
             folder, adapter, seen = Path(args.out, f"{stage}-{source}"), adapters[stage], []
             (folder / "summary.json").unlink(missing_ok=True)  # it may tell of other answers
             lines = answers(folder, "predictions.jsonl", adapter, asked[source], args.temperature)
-            if looks and source == "image":
+            if (stage, source) in with_looks:
                 seen = answers(folder, "perception.jsonl", adapter, looks, 0)
             conclude(folder, rows, lines, seen, args, trained[stage])
 
 
 # ---------------------------------------------------------------- verdicts
 
-def judge(row, line, parse=gen_data.parse, trained=None):
+def judge(row, line, parse=gen_data.parse, trained=None, tolerance=0):
     """An answer with its verdict: gen_data.judge's, who failed, and if the puzzle was trained on.
 
     A failure is perception's if the plan works in the world that the response describes,
-    planning's if it fails there too or there is no plan, unclear if no map could be read.
-    trained: keys of puzzles, None if they are not known.
+    planning's if it fails there too or there is no plan, unclear if no map could be read. Rows
+    that are no puzzles have neither. trained: keys of puzzles, None if they are not known.
     """
-    verdict = gen_data.judge(row, line["response"], parse)
+    verdict = gen_data.judge(row, line["response"], parse, tolerance)
     if "error" in line:
         verdict["outcome"] = "error"
     failure = None
-    if verdict["outcome"] != "success":
+    if verdict["outcome"] != "success" and verdict["state_right"] is not None:
         failure = "unclear"
         if verdict["state"] is not None:
             described = {**row, "state": verdict["state"]}
@@ -214,14 +221,15 @@ def conclude(folder, rows, lines, looks, args, trained=None):
     """Judge a condition's answers: predictions.jsonl, perception.jsonl, summary.json."""
     by_id, seen = {row["id"]: row for row in rows}, []
     parse = lenient.parse if args.lenient else gen_data.parse
-    verdicts = [judge(by_id[line["id"]], line, parse, trained) for line in lines]
+    verdicts = [judge(by_id[line["id"]], line, parse, trained, args.tolerance) for line in lines]
     for line in looks:
         row, name = by_id[line["id"]], line["question"]
         right = gen_data.score_perception(row, (name,), line["response"])[name]
         seen.append({**line, "task": row["task"], "level": row["level"], "right": right})
     table = summarise(verdicts)
     whole = next(cell for cell in table if cell["task"] == "macro")
-    words = f"{folder.name}: success {whole['success']:.0%}"
+    success = "not judged" if whole["success"] is None else f"{whole['success']:.0%}"
+    words = f"{folder.name}: success {success}"
     if whole["trained_on"] is not None:
         words += f"; {whole['trained_on']} of its {whole['n']} rows are puzzles it was trained on"
     tqdm.write(words)
@@ -269,12 +277,16 @@ def rate(name, groups):
 
 
 def answer_frame(verdicts):
-    """One line per answer: id, task, level, bucket, outcome, tokens, trained_on, and RATES."""
+    """One line per answer: id, task, level, bucket, outcome, tokens, trained_on, and RATES.
+
+    What does not apply to a row is NaN: it counts in no rate.
+    """
     frame = pd.DataFrame(verdicts, columns=[
         "id", "task", "level", "bucket", "outcome", "plan", "optimal", "state_right", "cut",
         "tokens", "trained_on"])
-    frame["success"] = frame["outcome"] == "success"
-    frame["parsed"] = frame["plan"].notna()
+    frame["success"] = frame["outcome"].eq("success").astype(float)
+    frame["parsed"] = frame["plan"].notna().astype(float)
+    frame.loc[frame["outcome"] == "not judged", ["success", "parsed"]] = None
     frame["cut"] = frame["cut"].eq(True)                                 # it may not be said
     frame["tokens"] = pd.to_numeric(frame["tokens"], errors="coerce")
     return frame.astype({name: float for name in RATES})
@@ -288,8 +300,9 @@ def by_row(answers):
 
 
 def by_task(rows, column):
-    """A column as a list of arrays, one per task."""
-    return [group[column].to_numpy() for _, group in rows.groupby("task", sort=False)]
+    """A column as a list of arrays, one per task that has it."""
+    known = rows.dropna(subset=column)
+    return [group[column].to_numpy() for _, group in known.groupby("task", sort=False)]
 
 
 def cell(answers):
@@ -313,7 +326,7 @@ def summarise(verdicts):
     """The table: a dict per task and level, per task, for all tasks, for all tasks by bucket."""
     answers, table = answer_frame(verdicts), []
     for task, of_task in answers.groupby("task", sort=False):
-        for level, of_level in of_task.groupby("level"):
+        for level, of_level in of_task[of_task["level"] > 0].groupby("level"):  # pairs have none
             table.append({"task": task, "level": int(level), "bucket": None, **cell(of_level)})
         table.append({"task": task, "level": None, "bucket": None, **cell(of_task)})
     table.append({"task": "macro", "level": None, "bucket": None, **cell(answers)})
@@ -331,7 +344,7 @@ def summarise_perception(looks):
     """
     frame, numbers = pd.DataFrame(looks, columns=["id", "task", "level", "question", "right"]), []
     for task, of_task in frame.groupby("task", sort=False):
-        for level in [None, *sorted(set(of_task["level"]))]:
+        for level in [None, *sorted(set(of_task["level"]) - {0})]:
             some = of_task if level is None else of_task[of_task["level"] == level]
             groups = dict(list(some.groupby("question", sort=False)["right"]))
             groups["all"] = some.groupby("id", sort=False)["right"].all()
@@ -343,7 +356,7 @@ def summarise_perception(looks):
 
 def diagnose(verdicts):
     """Counts: the map described (right, wrong) against the plan (PLANS), and who failed."""
-    counts = Counter()
+    counts, verdicts = Counter(), [v for v in verdicts if v["state_right"] is not None]
     for v in verdicts:
         plan = "shortest" if v["optimal"] else "longer" if v["outcome"] == "success" else "failed"
         counts["right" if v["state_right"] else "wrong", plan] += 1
@@ -361,6 +374,8 @@ def difference(a, b):
     rows["gain"] = rows["success"] - by_row(b)["success"]
     groups = {task: [group["gain"].to_numpy()] for task, group in
               rows.dropna(subset="gain").groupby("task", sort=False)}
+    if not groups:  # nothing was judged
+        return {}
     groups["macro"] = [values for group in groups.values() for values in group]
     return {task: {"mean": float(np.mean([values.mean() for values in group])),
                    "ci": interval(*group)} for task, group in groups.items()}
@@ -383,6 +398,8 @@ def compare(verdicts, reference=None):
             gaps[name] = difference(frames[text], frames[name])
     differences = {name: difference(frame, frames[reference])
                    for name, frame in frames.items() if name != reference}
+    gaps, differences = [{name: numbers for name, numbers in found.items() if numbers}
+                         for found in (gaps, differences)]
     if reference in gaps:
         for name, gain in differences.items():
             if not name.endswith("-text"):
@@ -410,7 +427,7 @@ def finished_conditions(out, rows):
 
 def main(args):
     gen_data.ensure(args.data, args.preset, args.seed)
-    test, out = gen_data.load_rows(args.data, "test"), Path(args.out)
+    test, out = gen_data.load_rows(args.data, args.split), Path(args.out)
     rows = responses.choose_rows(test, args.tasks, args.limit)
     if args.responses:
         folder = out / (args.name or Path(args.responses).stem)

@@ -16,6 +16,7 @@ Rows go to data/<split>/metadata.jsonl beside their PNGs (the "imagefolder" layo
 `bucket` is the difficulty (easy, medium, hard), by the length of the shortest plan. A row holds
 facts only. Prompts are functions of a row, so changing one needs no new data.
 Coordinates are (row, column), counted from 0 at the top left.
+A row of a user's own is a pair (see `Pair`): "prompt" and "symbols" in place of task, state, plan.
 """
 import argparse
 import hashlib
@@ -27,8 +28,9 @@ import shutil
 import subprocess
 import sys
 from collections import deque
-from contextlib import nullcontext
-from functools import lru_cache, partial
+from contextlib import nullcontext, suppress
+from decimal import Decimal
+from functools import lru_cache, partial, wraps
 from itertools import combinations_with_replacement, count, islice
 from pathlib import Path
 
@@ -52,6 +54,7 @@ PRESETS = {
     "tiny": {"tasks": {"frozenlake": (3, 4), "maze": (3, 4), "minibehaviour": (5,)},
              "cell_size": 32, "image_size": 0, "train": 2000, "val": 40, "test": 100},
     "2b": PAPER, "4b": PAPER, "8b": PAPER}
+PRESETS["tiny-small"] = {**PRESETS["tiny"], "train": 40}
 
 
 def fail(message):
@@ -478,6 +481,111 @@ def check(task, state, plan):
     return outcome, len(path) - 1
 
 
+# ---------------------------------------------------------------- pairs
+
+class Pair:
+    """A user's own row: a picture and what it shows as symbols. It answers every row function.
+
+        {"file_name", "id", "prompt", "symbols"} and optionally
+        "hint"       what only the teacher may read, with the context "state+plan"
+        "answer"     what a response is compared with
+        "questions"  [{"question", "answer"}] of the cold start, else it asks for the symbols
+        "group"      rows that are counted together
+    Texts reach the model as they stand. "task" is the group, and "level" 0: there are none.
+    """
+    ASK_SYMBOLS = "Write down what the picture shows, in symbols and completely."
+
+    def fault(row):
+        """What is wrong with a row, or None."""
+        asked = row.get("questions", [])
+        if not isinstance(asked, list) or not all(isinstance(q, dict) for q in asked):
+            return '"questions": wanted a list of {"question", "answer"}'
+        texts = [(name, row.get(name)) for name in ("id", "prompt", "symbols")]
+        texts += [(name, row[name]) for name in ("hint", "answer", "group") if name in row]
+        texts += [(f"{name} {i}", q.get(name)) for i, q in enumerate(asked, 1)
+                  for name in ("question", "answer")]
+        for name, text in texts:
+            if not isinstance(text, str) or not text.strip():
+                return f'"{name}": wanted a text, got {json.dumps(text)[:40]}'
+            if special := re.search(r"<\|\w+\|>", text):
+                return f'"{name}" holds {special[0]}, which the model would not read as text'
+            text.encode()  # half a surrogate pair is no text either: ValueError
+        group = row.get("group", "pairs")
+        if group in TASKS or group == "macro" or not re.fullmatch(r"\w[\w .+-]{0,40}", group):
+            return f'"group": wanted a short name of its own, got {group[:40]!r}'
+        mixed = [name for name in ("task", "state", "plan") if name in row]
+        return f"half a pair, half a puzzle: symbols and {', '.join(mixed)}" if mixed else None
+
+    def student_prompt(row):
+        return row["prompt"]
+
+    def symbols(row):
+        return row["symbols"]
+
+    def teacher_prompt(row, context="state+plan"):
+        hint = [row["hint"]] if context == "state+plan" and "hint" in row else []
+        return "\n\n".join([row["symbols"], *hint, row["prompt"]])
+
+    def response(row):
+        return f"<answer>{row.get('answer', '')}</answer>"
+
+    def asked(row):
+        """{name: (question, answer)}"""
+        pairs = [(q["question"], q["answer"]) for q in row.get("questions", [])]
+        return ({f"question {i}": pair for i, pair in enumerate(pairs, 1)}
+                or {"map": (Pair.ASK_SYMBOLS, row["symbols"])})
+
+    def questions(row):
+        return tuple(Pair.asked(row))
+
+    def perception_prompt(row, names=None, context=None):
+        asked = Pair.asked(row)
+        text = numbered([asked[name][0] for name in names or asked])
+        return f"{context}\n{text}" if context else text
+
+    def perception_target(row, names=None):
+        asked = Pair.asked(row)
+        return numbered([asked[name][1] for name in names or asked])
+
+    def score_perception(row, names, text):
+        asked = Pair.asked(row)
+        whole = Pair.same(text, Pair.perception_target(row, names))  # symbols may hold "1." too
+        answers = split_answers(names or asked, text)
+        return {name: whole or Pair.same(said, asked[name][1]) for name, said in answers.items()}
+
+    def same(said, wanted, tolerance=0):
+        """Equal but for case, blanks and a full stop; numbers: up to the tolerance."""
+        number = re.compile(r"[+-]?[0-9]{1,30}(\.[0-9]{1,30})?")
+        said, wanted = said.strip().rstrip("."), wanted.strip().rstrip(".")
+        if number.fullmatch(wanted):
+            return bool(number.fullmatch(said)) and (
+                abs(Decimal(said) - Decimal(wanted)) <= Decimal(str(tolerance)))
+        return "".join(said.casefold().split()) == "".join(wanted.casefold().split())
+
+    def judge(row, text, parse=None, tolerance=0):
+        """"plan" is the answer given: the last complete <answer>…</answer>, else the last line."""
+        said, outcome = last_answer(text), "not judged"
+        if said is None:
+            said = text.strip().rpartition("\n")[2]
+        if "answer" in row:
+            right = Pair.same(said, row["answer"], tolerance)
+            outcome = "success" if right else "wrong" if said.strip() else "no answer"
+        return {"plan": said.strip() or None, "outcome": outcome, "optimal": None, "state": None,
+                "state_right": None}
+
+    def key_of(row):
+        return digest([row["symbols"], row["prompt"]])
+
+
+def row_function(function):
+    """What a function of a row does for puzzles; a pair has its own in `Pair`, of the same name."""
+    @wraps(function)
+    def answer(row, *arguments, **options):
+        chosen = getattr(Pair, function.__name__) if "symbols" in row else function
+        return chosen(row, *arguments, **options)
+    return answer
+
+
 # ---------------------------------------------------------------- reading responses
 
 WORDS = {"UP": "U", "DOWN": "D", "LEFT": "L", "RIGHT": "R",
@@ -490,15 +598,19 @@ def parse(task, text):
     Actions are separated by commas, blanks or nothing ("UUR"), in either case. What other models
     write is read by `tools.lenient.parse`.
     """
+    answer = last_answer(text)
+    return None if answer is None else read_actions(answer, names_of(TASKS[task].actions))
+
+
+def last_answer(text):
+    """What the last complete <answer>…</answer> holds, or None."""
     begin, answer = None, None
     for tag in re.finditer("<(/?)answer>", text):
         if not tag[1]:
             begin = tag.end()
         elif begin is not None:
             answer = text[begin:tag.start()]
-    if answer is None:
-        return None
-    return read_actions(answer, names_of(TASKS[task].actions))
+    return answer
 
 
 def names_of(actions, others=()):
@@ -537,11 +649,13 @@ def read_state(task, text):
     return TASKS[task].read(cells)
 
 
-def judge(row, text, parse=parse):
+@row_function
+def judge(row, text, parse=parse, tolerance=0):
     """What a response is worth: its plan, how it ends, the state it describes and if that is right.
 
     optimal: it succeeds, and as many steps were executed as the shortest plan has. What is written
     after the goal was reached is not executed and does not count. parse(task, text): the reader.
+    tolerance: for answers of pairs that are numbers.
     """
     plan, state = parse(row["task"], text), read_state(row["task"], text)
     outcome, executed = check(row["task"], row["state"], plan)
@@ -573,23 +687,31 @@ def read_fact(name, text, actions):
     return found
 
 
-def score_perception(row, names, text):
-    """Read a free-form answer to `perception_prompt(row, names)`: {question: is it exactly right?}
+def split_answers(names, text):
+    """{name: its answer, "" without one} in a free-form answer to these questions.
 
     Several questions are told apart by their numbers ("1." or "1)" at the beginning of a line; the
-    last of equal numbers counts). What cannot be read is wrong; no text raises.
+    last of equal numbers counts).
     """
-    task, names = row["task"], names or questions(row)
     answers = {1: text}
     if len(names) > 1:
         pieces = re.split(r"^[ *]{0,4}([0-9]{1,2})[.):]", text, flags=re.MULTILINE)
         answers = {int(n): piece for n, piece in zip(pieces[1::2], pieces[2::2], strict=True)}
-    right = {}
-    for i, name in enumerate(names, 1):
+    return {name: answers.get(i, "") for i, name in enumerate(names, 1)}
+
+
+@row_function
+def score_perception(row, names, text):
+    """Read a free-form answer to `perception_prompt(row, names)`: {question: is it exactly right?}
+
+    What cannot be read is wrong; no text raises.
+    """
+    task, right = row["task"], {}
+    for name, answer in split_answers(names or questions(row), text).items():
         read = partial(read_fact, name, actions=TASKS[task].actions)
         if name == "map":
             read = partial(read_state, task)
-        said = read(text=answers.get(i, ""))
+        said = read(text=answer)
         right[name] = said is not None and said == read(text=perception_target(row, (name,)))
     return right
 
@@ -655,16 +777,19 @@ def legend(row):
     return f"{PICTURE} {TASKS[row['task']].legend}"
 
 
+@row_function
 def symbols(row):
     """What the teacher reads in the picture's place."""
     return f"{SYMBOLS}\n{describe(row['task'], row['state'])}"
 
 
+@row_function
 def student_prompt(row):
     """What the student reads beside the picture: rules and answer format, no fact of the state."""
     return "\n".join([TASKS[row["task"]].rules, legend(row), ask_plan(row)])
 
 
+@row_function
 def teacher_prompt(row, context="state+plan"):
     """The student's prompt with symbols in the picture's place. context: "state+plan" | "state"."""
     lines = [TASKS[row["task"]].rules, symbols(row)]
@@ -673,6 +798,7 @@ def teacher_prompt(row, context="state+plan"):
     return "\n".join([*lines, ask_plan(row)])
 
 
+@row_function
 def response(row):
     """The model response of three parts: the state, the route with its positions, the answer."""
     plan, path = row["plan"], trace(row["task"], row["state"], row["plan"])
@@ -683,11 +809,13 @@ def response(row):
     return f"{describe(row['task'], row['state'])}\n{route}.\n{answer}"
 
 
+@row_function
 def questions(row):
     """The names of a row's perception questions; "map" asks for the state part of a response."""
     return ("map", *TASKS[row["task"]].questions)
 
 
+@row_function
 def perception_prompt(row, names=None, context=None):
     """Ask about the picture (or about the text `context`): one question plainly, several numbered.
 
@@ -701,6 +829,7 @@ def perception_prompt(row, names=None, context=None):
     return "\n".join([*lines, numbered([texts[name] for name in names])])
 
 
+@row_function
 def perception_target(row, names=None):
     """The exact answer to `perception_prompt(row, names)`."""
     answers = {"map": describe(row["task"], row["state"]),
@@ -730,10 +859,15 @@ def part_of(pieces):
 
 # ---------------------------------------------------------------- splits and sampling
 
+@row_function
 def key_of(row):
     """16 hex digits, the same for the same task and state."""
-    text = json.dumps([row["task"], row["state"]], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest([row["task"], row["state"]])
+
+
+def digest(thing):
+    """16 hex digits, the same for the same thing."""
+    return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def split_of(task, state):
@@ -872,10 +1006,10 @@ def may_write(out, overwrite):
 
 
 def load_rows(data, split="*"):
-    """Rows of data/<split> (default: of every split), each executed once.
+    """Rows of data/<split> (default: of every split), each checked: a puzzle's plan is executed.
 
     A row that is broken stops here, with its line. Each gets "path", the file of its picture,
-    which must lie beside the metadata.
+    which must lie beside the metadata; a pair gets "task" and "level" too.
     """
     files = sorted(Path(data).glob(f"{split}/metadata.jsonl"))
     if not files:
@@ -888,16 +1022,38 @@ def load_rows(data, split="*"):
             try:
                 row = json.loads(line)
                 path = file.parent / row["file_name"]
-                outcome = check(row["task"], row["state"], row["plan"])[0]
-                row["id"], row["level"]
+                pair, outcome = "prompt" in row or "symbols" in row, "success"
+                fault = Pair.fault(row) if pair else None
+                if not pair:
+                    outcome = check(row["task"], row["state"], row["plan"])[0]
+                    row["id"], row["level"]
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 fail(f"{where}: not a row ({type(error).__name__}: {error}); make the data again")
+            if fault:
+                fail(f"{where}: {fault}")
             if outcome != "success":
                 fail(f"{where}: the plan of {row['id']} does not solve its puzzle: {outcome}")
             if path.name != row["file_name"] or path.name == ".." or path.is_symlink():
                 fail(f"{where}: the picture {row['file_name']!r} is not a file in {file.parent}")
-            rows.append(row | {"path": str(path)})
+            if pair and not path.is_file():
+                fail(f"{where}: there is no picture {path}")
+            facts = {"task": row.get("group", "pairs"), "level": 0} if pair else {}
+            rows.append(row | facts | {"path": str(path)})
+    if any("symbols" in row for row in rows):  # gen_data.py's own ids are distinct
+        check_ids(data)
     return rows
+
+
+def check_ids(data):
+    """Fails where two rows of a folder, whatever their splits, have the same id."""
+    places = {}
+    for file in sorted(Path(data).glob("*/metadata.jsonl")):
+        for number, line in enumerate(file.read_bytes().splitlines(), 1):
+            with suppress(ValueError, LookupError, TypeError, RecursionError):  # load_rows tells
+                row_id, where = json.loads(line)["id"], f"{file}, line {number}"
+                first = places.setdefault(row_id, where)
+                if first != where:
+                    fail(f"{where}: the id {row_id!r} is that of {first} too")
 
 
 def open_picture(path):

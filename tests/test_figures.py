@@ -7,8 +7,6 @@ from PIL import Image
 import gen_data
 from tools import figures
 
-pytest.importorskip("matplotlib", reason="matplotlib is not installed (requirements-dev.txt)")
-
 
 def test_both_pictures_from_files(tmp_path, capsys):
     """A success, a fault, no answer; the puzzle of each task is the one with the longest plan."""

@@ -1,6 +1,6 @@
 """The pin of every prompt: docs/prompts.md, to read, and its hash.
 
-    python tests/test_prompts.py > docs/prompts.md      # after a change of the wording that is meant
+    python tests/test_prompts.py > docs/prompts.md      # after a change of wording that is meant
 """
 import hashlib
 import sys

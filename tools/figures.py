@@ -1,6 +1,5 @@
 """The README's two pictures, from an evaluation and the log of a distillation.
 
-    pip install matplotlib
     python -m tools.figures --eval out/eval --distill out/distill --out docs
 
 docs/answers.png:  the same held-out puzzles as different models answer them, one row per task: the
@@ -14,12 +13,15 @@ import io
 from itertools import pairwise
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 from PIL import Image
 
 import gen_data
 from gen_data import PARTS, fail, open_picture
 from tools.report import read_lines, walk
 
+matplotlib.use("Agg")  # no window
 GOOD, BAD, INK, SOFT = "#109a55", "#d92c26", "#1c2330", "#5b6575"
 COLOURS = ("#0072b2", "#e69f00", "#009e73")
 COLUMNS = {"base-image": "base model", "coldstart-image": "after the cold start",
@@ -94,7 +96,7 @@ def draw_answer(axes, row, verdict):
         spine.set(color=colour, linewidth=1.5)
 
 
-def draw_answers(plt, rows, verdicts, titles):
+def draw_answers(rows, verdicts, titles):
     """rows: the puzzles, one per line; verdicts: {condition: {id: verdict}}, one per column."""
     size, gaps = (2.9 * len(verdicts), 3.3 * len(rows)), {"hspace": 0.2, "wspace": 0.06}
     figure, grid = plt.subplots(len(rows), len(verdicts), squeeze=False, figsize=size,
@@ -115,7 +117,7 @@ def smooth(values):
     return [sum(window) / len(window) for window in windows]
 
 
-def draw_training(plt, lines):
+def draw_training(lines):
     """lines: metrics.jsonl of a distillation."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     curves = [(left, "success", "success", COLOURS[0]),
@@ -145,12 +147,6 @@ def draw_training(plt, lines):
 
 
 def main(args):
-    try:
-        import matplotlib
-    except ImportError:
-        fail("the pictures are drawn by matplotlib: pip install matplotlib")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     verdicts = {}
     for name in args.conditions:
         file = Path(args.eval, name, "predictions.jsonl")
@@ -167,8 +163,8 @@ def main(args):
         fail(f"{args.data}/test has no row that all of {', '.join(args.conditions)} answered")
     titles = [COLUMNS.get(name, name) for name in args.conditions]
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    for name, figure in (("answers", draw_answers(plt, rows, verdicts, titles)),
-                         ("training", draw_training(plt, metrics))):
+    for name, figure in (("answers", draw_answers(rows, verdicts, titles)),
+                         ("training", draw_training(metrics))):
         file = Path(args.out, f"{name}.png")
         drawn = io.BytesIO()
         figure.savefig(drawn, dpi=120, bbox_inches="tight")

@@ -73,7 +73,7 @@ def macro_table(summaries):
         "title": "All tasks",
         "about": "In % with 95% intervals; the tasks weigh the same and every row counts. image: "
                  "the picture; text: the symbols, without a reference plan; swapped: the picture "
-                 "of another puzzle. answer: a plan could be read; map: the one described is "
+                 "of another puzzle. answer: one could be read; map: the one described is "
                  "right; cut: no end within the limit. Answers in other forms were read too "
                  f"(--lenient) from: {', '.join(lenient) or 'none'}.",
         "head": ["condition", *rates.values(), "answer", "map", "cut", "tokens", "failures"],
@@ -124,6 +124,8 @@ def diagnosis_table(summaries):
     lines = []
     for key, text in kinds:
         lines.append([text, *(summary["diagnosis"][key] for summary in summaries.values())])
+    if not any(any(summary["diagnosis"].values()) for summary in summaries.values()):
+        lines = []  # no puzzles
     return {
         "title": "Perception or planning?",
         "about": "Counts of responses, by the map they describe and what their plan is worth. A "
@@ -204,12 +206,20 @@ def walk(row, plan):
 
 def on_the_page(row, verdict):
     """What the gallery shows of one answer."""
-    path, fault_at = walk(row, verdict["plan"])
-    task, state = gen_data.TASKS[row["task"]], verdict["state"]
-    return {"response": verdict["response"], "outcome": verdict["outcome"],
-            "optimal": verdict["optimal"], "state_right": verdict["state_right"],
-            "described": None if state is None else task.cells(state),
-            "path": path, "fault_at": fault_at}
+    shown = {name: verdict[name] for name in ("response", "outcome", "optimal", "state_right")}
+    if row["task"] in gen_data.TASKS:
+        task, state = gen_data.TASKS[row["task"]], verdict["state"]
+        shown["described"] = None if state is None else task.cells(state)
+        shown["path"], shown["fault_at"] = walk(row, verdict["plan"])
+    return shown
+
+
+def row_on_the_page(row):
+    """What the gallery shows of a row: its picture and its cells, or the texts of a pair."""
+    shown = {name: row.get(name) for name in ("id", "task", "level", "prompt", "symbols", "answer")}
+    if row["task"] in gen_data.TASKS:
+        shown["cells"] = gen_data.TASKS[row["task"]].cells(row["state"])
+    return shown | {"picture": small_picture(row)}
 
 
 def level_points(summaries):
@@ -233,12 +243,10 @@ def make_page(rows, tables, summaries, verdicts, runs):
     for name, lines in verdicts.items():
         first = {line["id"]: line for line in reversed(lines)}
         answers[name] = [on_the_page(row, first[row["id"]]) for row in shown]
-    puzzles = [{"id": row["id"], "task": row["task"], "level": row["level"],
-                "picture": small_picture(row),
-                "cells": gen_data.TASKS[row["task"]].cells(row["state"])} for row in shown]
     curves = {run.name: read_lines(run / "metrics.jsonl") for run in runs}
     data = {"tables": tables, "levels": level_points(summaries), "total": len(rows),
-            "conditions": list(summaries), "rows": puzzles, "answers": answers,
+            "conditions": list(summaries), "answers": answers,
+            "rows": [row_on_the_page(row) for row in shown],
             "curves": {name: lines for name, lines in curves.items() if lines},
             "rollouts": {run.name: read_lines(run / "rollouts.jsonl") for run in runs},
             "parts": gen_data.PARTS}

@@ -21,28 +21,28 @@ KEYS = (*RESPONSE, "sample", "question")
 
 def choose_rows(rows, tasks, limit):
     """The rows of these tasks ("maze", "maze:3-4"; default all), at most `limit` of a level."""
-    levels, groups = gen_data.parse_tasks(tasks or gen_data.TASKS), {}
+    levels, groups = tasks and gen_data.parse_tasks(tasks), {}
     for row in rows:
-        if row["level"] in levels.get(row["task"], ()):
+        if not tasks or row["level"] in levels.get(row["task"], ()):
             groups.setdefault((row["task"], row["level"]), []).append(row)
     if not groups:
-        fail("no row of the test split is left: choose other --tasks")
+        fail("no row is left: choose other --tasks")
     return [row for group in groups.values() for row in group[:limit]]
 
 
 def other_pictures(rows, pool):
     """{id: picture of the next puzzle in `pool` of the same task and level}, never a row's own."""
-    groups, pictures = {}, {}                                    # (task, level): {key: picture}
+    groups, pictures = {}, {}                                # (task, level): {symbols: picture}
     for row in pool:
         group = groups.setdefault((row["task"], row["level"]), {})
-        group[gen_data.key_of(row)] = row["path"]
+        group[gen_data.symbols(row)] = row["path"]
     for row in rows:
         group = groups[row["task"], row["level"]]
         keys, paths = list(group), list(group.values())
         if len(keys) == 1:
             fail(f"--input swapped: {row['task']}, level {row['level']}, has a single puzzle; "
                  "choose other --tasks or make more rows")
-        pictures[row["id"]] = paths[(keys.index(gen_data.key_of(row)) + 1) % len(paths)]
+        pictures[row["id"]] = paths[(keys.index(gen_data.symbols(row)) + 1) % len(paths)]
     return pictures
 
 
@@ -135,7 +135,7 @@ def read(file, rows, test, allow_missing):
         if line["id"] in lines:
             fail(f"{file}, line {number}: id {line['id']!r} is doubled")
         if line["id"] not in known:
-            fail(f"{file}, line {number}: id {line['id']!r} is not in the test split of --data")
+            fail(f"{file}, line {number}: id {line['id']!r} is not among the rows of --data")
         lines[line["id"]] = {key: line[key] for key in RESPONSE if key in line}
     missing = [row["id"] for row in rows if row["id"] not in lines]
     if missing and not allow_missing:

@@ -1,0 +1,54 @@
+"""What several test files share: the bundled backbone, an adapted student, rows, a toy data set."""
+import numpy as np
+import pytest
+import torch
+
+import common
+import gen_data
+from gen_data import TASKS, solve
+
+
+def make_rows(count=4, seed=0):
+    """Rows of mixed tasks and levels, and their pictures."""
+    rng, rows = np.random.default_rng(seed), []
+    boards = [("frozenlake", 3), ("maze", 4), ("minibehaviour", 5), ("maze", 3), ("frozenlake", 4)]
+    while len(rows) < count:
+        task, level = boards[len(rows) % len(boards)]
+        state = TASKS[task].sample(rng, level)
+        plan = solve(task, state)
+        if plan:
+            rows.append({"task": task, "level": level, "state": state, "plan": plan})
+    return rows, [TASKS[row["task"]].render(row["state"], 32) for row in rows]
+
+
+def adapted(model, vision=True):
+    """A fresh adapter whose B matrices are not zero: it does something."""
+    torch.manual_seed(0)
+    model = common.add_lora(model, 4, vision=vision)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """(model, processor) of the bundled backbone in 32 bits; a test leaves it as it was."""
+    return common.load(common.TINY, 32)
+
+
+@pytest.fixture
+def student(tiny):
+    """The bundled backbone, adapted."""
+    model = adapted(tiny[0])
+    yield model
+    model.unload()
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory):
+    """A folder with a few rows of every task and level of the preset tiny."""
+    folder = tmp_path_factory.mktemp("toy") / "data"
+    words = ["--preset", "tiny", "--train", "12", "--val", "8", "--test", "4", "--workers", "1"]
+    gen_data.main(gen_data.parse_args([*words, "--out", str(folder)]))
+    return folder

@@ -1,0 +1,260 @@
+"""Pairs: a user's own pictures and symbols go through the same two stages and the evaluation."""
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from bench_distill import qwen_checkpoint
+from PIL import Image
+
+import coldstart
+import common
+import distill
+import evaluate
+import gen_data
+from tools import charts, responses
+
+ROW = {"file_name": "a.png", "id": "a", "prompt": "Which is larger?", "symbols": "A,3\nB,5"}
+HINT = "The answer is B; do not mention it."
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """40 charts, and a puzzle in the same files of every split."""
+    folder = tmp_path_factory.mktemp("pairs")
+    charts.main(["--out", str(folder / "charts"), "--train", "24", "--val", "8", "--test", "8"])
+    words = "--preset tiny --tasks frozenlake:3 --train 3 --val 3 --test 3 --workers 1".split()
+    gen_data.main(gen_data.parse_args([*words, "--out", str(folder / "puzzles")]))
+    shutil.copytree(folder / "charts", folder / "mixed")
+    for split in gen_data.SPLITS:
+        for file in (folder / "puzzles" / split).glob("*.png"):
+            shutil.copy(file, folder / "mixed" / split)
+        with open(folder / "mixed" / split / "metadata.jsonl", "a") as file:
+            file.write((folder / "puzzles" / split / "metadata.jsonl").read_text())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A folder: Qwen's tokenizer, with its template where the package trl is, and random weights.
+
+    trl's file carries what Qwen3-VL's chat_template.jinja says; it is not ours to copy.
+    """
+    folder = qwen_checkpoint(tmp_path_factory.mktemp("qwen"), hidden=64, layers=2)
+    if trl := importlib.util.find_spec("trl"):
+        template = Path(trl.submodule_search_locations[0], "chat_templates/qwen3_vl.jinja")
+        shutil.copy(template, folder / "chat_template.jinja")
+    return str(folder)
+
+
+def write(tmp_path, **splits):
+    """A data folder with these rows of each split, and a picture for all of them."""
+    for split, rows in splits.items():
+        (tmp_path / split).mkdir(exist_ok=True)
+        Image.new("RGB", (64, 64), "white").save(tmp_path / split / "a.png")
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (tmp_path / split / "metadata.jsonl").write_text("".join(lines))
+    return str(tmp_path)
+
+
+def stops(capsys, function, *words):
+    """The one line on stderr with which `function` ends, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        function(*words)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert stop.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+def run_all(data, out, model, steps):
+    """Both stages and the evaluation of what comes out -> results.json and the page."""
+    shared = ["--preset", "tiny", "--model", model, "--data", str(data)]
+    toy = [*shared, "--steps", str(steps), "--batch", "4", "--micro_batch", "2", "--lr", "0.01"]
+    coldstart.main(coldstart.parse_args(
+        [*toy, "--max_new_tokens", "4", "--out", str(out / "coldstart")]))
+    distill.main(distill.parse_args(
+        [*toy, "--max_new_tokens", "8", "--init", str(out / "coldstart"),
+         "--out", str(out / "distill")]))
+    evaluate.main(evaluate.parse_args(
+        [*shared, "--max_new_tokens", "8", "--adapter", str(out / "distill"), "--tolerance", "0.5",
+         "--out", str(out / "eval")]))
+    return (json.loads((out / "eval/results.json").read_text()),
+            (out / "eval/report.html").read_text())
+
+
+def metrics(out, stage):
+    return [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_forty_charts_on_qwens_tokenizer(folder, qwen, tmp_path):
+    results, page = run_all(folder / "charts", tmp_path, qwen, 4)
+    lines = metrics(tmp_path, "coldstart")
+    assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["val_map"] is None
+    assert lines[-1]["val_questions"] is not None
+    lines = metrics(tmp_path, "distill")
+    assert len(lines) == 4 and lines[-1]["optimal"] is None and lines[-1]["success"] == 0
+    assert list(results["conditions"]) == ["distill-image", "distill-text"]
+    table = results["conditions"]["distill-image"]["table"]
+    groups = {row["group"]: None for row in gen_data.load_rows(folder / "charts", "test")}
+    assert [line["task"] for line in table] == [*groups, "macro"]
+    macro = table[-1]
+    assert macro["n"] == 8 and macro["trained_on"] == 0 and macro["success"] is not None
+    assert macro["optimal"] is None and macro["state_right"] is None
+    assert not any(results["conditions"]["distill-image"]["diagnosis"].values())
+    text = (tmp_path / "eval/results.md").read_text()
+    assert "| distill-image | " in text and "Perception or planning" not in text
+    assert "label,A,B" in page and "gaps" in results
+
+
+def test_charts_and_puzzles_in_one_folder(folder, tmp_path):
+    results, page = run_all(folder / "mixed", tmp_path, common.TINY, 2)
+    table = {line["task"]: line for line in results["conditions"]["distill-text"]["table"]
+             if line["level"] is None and line["bucket"] is None}
+    lake, macro = table["frozenlake"], table["macro"]
+    assert lake["n"] == 3 and macro["n"] == 11
+    assert macro["optimal"] == lake["optimal"] and macro["state_right"] == lake["state_right"]
+    successes = [line["success"] for name, line in table.items() if name != "macro"]
+    assert macro["success"] == pytest.approx(sum(successes) / len(successes))
+    kinds = results["conditions"]["distill-text"]["diagnosis"]
+    assert sum(number for name, number in kinds.items() if "_" in name) == 3
+    assert '"cells"' in page and "label,A,B" in page
+
+
+def test_what_student_and_teacher_read(tmp_path, qwen, monkeypatch):
+    """On Qwen's tokenizer: the tokens of both prompts, word for word, whatever the script."""
+    hinted = {**ROW, "hint": HINT, "answer": "B",
+              "questions": [{"question": "What is A?", "answer": "3"}]}
+    data = write(tmp_path, train=[hinted], val=[{**hinted, "id": "b"}],
+                 test=[{**hinted, "id": "c"}])
+    rows, asked = gen_data.load_rows(data, "train"), []
+    encode = common.encode
+
+    def recorded(processor, prompts, images=None, device="cpu"):
+        batch = encode(processor, prompts, images, device)
+        asked.append((processor.tokenizer.batch_decode(batch["input_ids"]), batch))
+        return batch
+    monkeypatch.setattr(common, "encode", recorded)
+    _, processor = common.load(qwen, 32)
+    start, end = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+
+    def read(prompt):
+        """The user's turn of a recorded prompt, pictures as [picture]."""
+        text = prompt.replace("<|image_pad|>", "")
+        assert text.count(start) == 1 and text.endswith(end)
+        turn = text.split(start)[1].removesuffix(end)
+        return turn.replace("<|vision_start|><|vision_end|>", "[picture]")
+
+    distill.encode_roles(processor, rows, "state+plan", "cpu")
+    distill.encode_roles(processor, rows, "state", "cpu")
+    turns = [read(texts[0]) for texts, _ in asked]
+    bare = f"[picture]{ROW['prompt']}"
+    assert turns == [bare, f"{ROW['symbols']}\n\n{HINT}\n\n{ROW['prompt']}",
+                     bare, f"{ROW['symbols']}\n\n{ROW['prompt']}"]
+    for i, (_, batch) in enumerate(asked):
+        assert ("pixel_values" in batch) == (i in (0, 2))
+    asked.clear()
+    coldstart.encode(processor, [(rows[0], ("question 1",))], "cpu")
+    assert read(asked[0][0][0]) == "[picture]What is A?"
+
+    for source, picture in (("image", True), ("text", False)):
+        (_, prompt, path), = responses.planning_prompts(rows, source, rows)
+        assert bool(path) == picture and HINT not in prompt
+        assert (ROW["symbols"] in prompt) != picture and ROW["prompt"] in prompt
+    assert gen_data.perception_prompt({**ROW}) == gen_data.Pair.ASK_SYMBOLS
+    assert gen_data.perception_target({**ROW}) == ROW["symbols"]
+
+
+@pytest.mark.parametrize("response, outcome", [
+    ("so <answer> New  York.</answer>", "success"), ("Paris?\nnew york\n\n", "success"),
+    ("<answer>Paris</answer> no: <answer>NEW YORK</answer> <answer>", "success"),
+    ("new york\nI think", "wrong"), ("<answer>york</answer>\nNew York", "wrong"),
+    (" \n", "no answer"), ("<answer></answer>", "no answer")])
+def test_answers_in_words(response, outcome):
+    verdict = gen_data.judge({**ROW, "answer": "New York"}, response)
+    assert verdict["outcome"] == outcome
+    assert verdict["optimal"] is None and verdict["state_right"] is None
+
+
+@pytest.mark.parametrize("wanted, said, tolerance, outcome", [
+    ("12", "12.0", 0, "success"), ("12", "1 2", 0, "wrong"), ("12", "13", 0, "wrong"),
+    ("1.0", "1.1", 0.1, "success"), ("1.0", "1.11", 0.1, "wrong"), ("-3", "3", 5.9, "wrong"),
+    ("7", "nan", 1e9, "wrong"), ("7", "9" * 5000, 1e9, "wrong"), ("7", "٧", 0, "wrong"),
+    ("7", "seven", 0, "wrong"), ("+7.", "7", 0, "success")])
+def test_answers_that_are_numbers(wanted, said, tolerance, outcome):
+    verdict = gen_data.judge({**ROW, "answer": wanted}, f"<answer>{said}</answer>", None, tolerance)
+    assert verdict["outcome"] == outcome
+
+
+def test_without_answers_nothing_is_judged(tmp_path):
+    """Lengths and responses are there, rates are not; a script in a response stays text."""
+    rows = [{**ROW, "id": f"row {i}"} for i in range(3)]
+    data, answers = write(tmp_path, test=rows), tmp_path / "answers.jsonl"
+    lines = [{"id": row["id"], "response": "</script><b>", "tokens": 7} for row in rows]
+    answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluate.main(evaluate.parse_args(["--preset", "tiny", "--data", data, "--out",
+                                       str(tmp_path / "eval"), "--responses", str(answers)]))
+    results = json.loads((tmp_path / "eval/results.json").read_text())
+    macro = results["conditions"]["answers"]["table"][-1]
+    for name in ("success", "optimal", "parsed", "state_right", "success_unseen"):
+        assert macro[name] is None
+    assert macro["tokens"] == 7 and macro["n"] == 3 and macro["faults"] == {"not judged": 3}
+    assert "</script><b>" not in (tmp_path / "eval/report.html").read_text()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"prompt": None}, '"prompt": wanted a text, got null'), ({"symbols": ""}, '"symbols": wanted'),
+    ({"prompt": "  "}, '"prompt": wanted a text'), ({"answer": 5}, '"answer": wanted a text'),
+    ({"hint": ["x"]}, '"hint": wanted a text'), ({"id": 3}, '"id": wanted a text'),
+    ({"questions": "x"}, '"questions": wanted a list'), ({"questions": ["x"]}, "wanted a list"),
+    ({"questions": [{"question": "x"}]}, '"answer 1": wanted a text, got null'),
+    ({"task": "maze"}, "half a pair, half a puzzle: symbols and task"),
+    ({"plan": ["U"]}, "half a pair, half a puzzle: symbols and plan"),
+    ({"group": "maze"}, '"group": wanted a short name'), ({"group": "a|b"}, '"group": wanted'),
+    ({"symbols": "<|image_pad|>"}, '"symbols" holds <|image_pad|>'),
+    ({"prompt": "\ud800"}, "UnicodeEncodeError"), ({"file_name": "b.png"}, "there is no picture"),
+    ({"file_name": "../test/a.png"}, "is not a file in"), ({"id": "first"}, "the id 'first' is")])
+def test_bad_rows(tmp_path, capsys, change, message):
+    data = write(tmp_path, test=[{**ROW, "id": "first"}, {**ROW, **change}])
+    line = stops(capsys, gen_data.load_rows, data, "test")
+    assert "metadata.jsonl, line 2: " in line and message in line
+
+
+def test_missing_fields_and_doubled_ids(tmp_path, capsys):
+    for name in ("prompt", "symbols"):
+        row = {key: ROW[key] for key in ROW if key != name}
+        line = stops(capsys, gen_data.load_rows, write(tmp_path, test=[row]))
+        assert f'line 1: "{name}": wanted a text, got null' in line
+    data = write(tmp_path, train=[ROW], test=[ROW])
+    line = stops(capsys, gen_data.load_rows, data, "train")
+    assert f"train/metadata.jsonl, line 1: the id 'a' is that of {data}/test" in line
+
+
+def test_symbols_that_exceed_the_context(tmp_path, capsys):
+    long = {**ROW, "symbols": "A,3\n" * 5000}
+    data = write(tmp_path, train=[long], val=[{**ROW, "id": "b"}])
+    words = ["--preset", "tiny", "--data", data, "--out", str(tmp_path / "out")]
+    line = stops(capsys, lambda: coldstart.main(coldstart.parse_args(words)))
+    assert line.startswith("error: a: ") and "exceeds the context of 4096" in line
+    line = stops(capsys, lambda: distill.main(distill.parse_args(
+        [*words, "--init", "none", "--out", str(tmp_path / "other")])))
+    assert "exceeds the context of 4096" in line
+    assert not (tmp_path / "out/metrics.jsonl").exists()
+
+
+def test_charts_are_the_same_every_time(tmp_path, folder):
+    charts.main(["--out", str(tmp_path / "b"), "--train", "24", "--val", "8", "--test", "8"])
+    for file in (tmp_path / "b").glob("*/*"):
+        assert file.read_bytes() == (folder / "charts" / file.parent.name / file.name).read_bytes()
+
+
+def test_symbols_that_look_like_numbered_answers():
+    questions = [{"question": "Table?", "answer": "1.5,2\n2.5,3"},
+                 {"question": "A?", "answer": "3"}]
+    row = {**ROW, "questions": questions}
+    names = gen_data.questions(row)
+    target = gen_data.perception_target(row, names)
+    assert gen_data.score_perception(row, names, target.upper()) == dict.fromkeys(names, True)
+    assert not any(gen_data.score_perception(row, names, "3").values())
+    assert gen_data.score_perception(row, names[1:], " 3.") == {"question 2": True}

@@ -1,0 +1,231 @@
+"""The study's tables and plots, from the files that its commands left (tools/study.py).
+
+A measure of a run is one value per test row. Means weigh tasks alike, then average over seeds;
+intervals (95%, percentile bootstrap) draw seeds and rows again, both at once; a difference to MGSD
+is taken row by row and seed by seed. Three seeds say little about the spread over seeds: such an
+interval is too narrow rather than too wide.
+"""
+import json
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from common import write_aside
+from evaluate import answer_frame
+from gen_data import PARTS
+
+matplotlib.use("Agg")  # no window
+REFERENCE = "mgsd"
+# measure: (folder of the evaluation, what was read, column); heads of the table's columns
+MEASURES = {
+    "success": ("test", "image", "success"), "optimal": ("test", "image", "optimal"),
+    "map right": ("test", "image", "state_right"),
+    "failed: perception": ("test", "image", "perception"),
+    "failed: planning": ("test", "image", "planning"),
+    "tokens": ("test", "image", "tokens"), "questions": ("seen", "image", "questions"),
+    "mean at T=1": ("sampled", "image", "success"), "pass@8": ("sampled", "image", "solved"),
+    "new levels": ("unseen", "image", "success"), "swapped": ("swapped", "swapped", "success"),
+    "symbols": ("test", "text", "success"), "other pictures": ("retention", "", "pictures"),
+    "other symbols": ("retention", "", "symbols"),
+}
+TASK_COLUMNS = ("frozenlake", "maze", "minibehaviour")  # success of each, beside the mean
+PLAIN = ("tokens", "seconds")                           # not in %
+
+
+def name_of(arm, rows, seed, lr=None):
+    """The folder of a run."""
+    return arm if arm == "base" else f"{arm}-{rows}-{seed}" + (f"-lr{lr:g}" if lr else "")
+
+
+def read_lines(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+def success_on_val(out, run):
+    """Success from pictures of the val split, all tasks alike; None if it was not measured."""
+    path = Path(out, "eval", run, "val/model-image/summary.json")
+    if not path.is_file():
+        return None
+    table = json.loads(path.read_text())["table"]
+    return next(line["success"] for line in table if line["task"] == "macro")
+
+
+def values_of(out, run, measure):
+    """A measure of a run -> a Series of numbers by (task, row); None if it was not measured."""
+    kind, source, column = MEASURES[measure]
+    name = "base" if run == "base" else "model"
+    folder = Path(out, "eval", run, kind)
+    if kind == "retention":
+        file = folder / "retention.json"
+        if not file.is_file():
+            return None
+        right = json.loads(file.read_text())[name][column]["right"]
+        return pd.Series(right, [("all", i) for i in range(len(right))], dtype=float)
+    folder = folder / f"{name}-{source}"
+    if not (folder / "summary.json").is_file():
+        return None
+    if column == "questions":
+        frame = pd.DataFrame(read_lines(folder / "perception.jsonl"))
+        return frame.groupby(["task", "id"])["right"].mean().astype(float)
+    lines = read_lines(folder / "predictions.jsonl")
+    frame = answer_frame(lines)
+    if column in ("perception", "planning"):
+        frame[column] = [float(line["failure"] == column) for line in lines]
+    by_row = frame.groupby(["task", "id"])["success" if column == "solved" else column]
+    return (by_row.max() if column == "solved" else by_row.mean()).astype(float)
+
+
+def seconds_of(out, run, rows, seed):
+    """Seconds of training: the sum over the steps of the run and of the cold start it continues."""
+    folder = Path(out, "runs", run)
+    if not (folder / "metrics.jsonl").is_file():
+        return None
+    init = json.loads((folder / "args.json").read_text())["args"].get("init", "none")
+    folders = [folder] if init == "none" else [folder, Path(init)]
+    return sum(line["step_seconds"] for part in folders
+               for line in read_lines(part / "metrics.jsonl"))
+
+
+def estimate(values, resamples=2000):
+    """(mean, [low, high]) of {seed: Series by (task, row)}: tasks alike, then seeds."""
+    frame = pd.DataFrame(values).dropna()                                     # [rows, seeds]
+    rng, seeds = np.random.default_rng(0), frame.shape[1]
+    drawn_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds
+    means, samples = [], []
+    for _, group in frame.groupby(level=0):
+        rows = len(group)
+        drawn = rng.multinomial(rows, np.full(rows, 1 / rows), resamples) / rows  # [resamples, R]
+        samples.append(((drawn @ group.to_numpy()) * drawn_seeds).sum(1))
+        means.append(group.to_numpy().mean())
+    ends = np.quantile(np.mean(samples, 0), (.025, .975))
+    return float(np.mean(means)), [float(end) for end in ends]
+
+
+def collect(out, runs):
+    """[{arm, rows, measure, n, seeds, mean, ci, difference, difference_ci}] of all that is there.
+
+    runs: [(arm, rows, seed, lr)]. The difference is to MGSD's runs of the same data size.
+    """
+    found, lines = {}, []
+    for arm, rows, seed, lr in runs:
+        run = name_of(arm, rows, seed, lr)
+        for measure in MEASURES:
+            values = values_of(out, run, measure)
+            if values is None:
+                continue
+            found.setdefault((arm, rows, measure), {})[seed] = values
+            if measure == "success":
+                for task in TASK_COLUMNS:
+                    if task in values.index.get_level_values(0):
+                        found.setdefault((arm, rows, task), {})[seed] = values.loc[[task]]
+        seconds = seconds_of(out, run, rows, seed)
+        if seconds is not None:
+            found.setdefault((arm, rows, "seconds"), {})[seed] = pd.Series(
+                [seconds], pd.MultiIndex.from_tuples([("all", 0)]))
+    for (arm, rows, measure), values in found.items():
+        mean, ci = estimate(values)
+        line = {"arm": arm, "rows": rows, "measure": measure, "seeds": sorted(values),
+                "n": len(next(iter(values.values()))), "mean": mean, "ci": ci}
+        reference = found.get((REFERENCE, rows, measure), {})
+        if arm == "base":                                 # the same answers for every seed
+            values = dict.fromkeys(reference, next(iter(values.values())))
+        paired = {seed: values[seed] - reference[seed] for seed in values if seed in reference}
+        if paired and arm != REFERENCE and measure != "seconds":
+            line["difference"], line["difference_ci"] = estimate(paired)
+        lines.append(line)
+    return lines
+
+
+# ---------------------------------------------------------------- tables and plots
+
+def show(measure, mean, ci):
+    """"74 [70, 78]": in %, but for tokens and seconds."""
+    scale = 1 if measure in PLAIN else 100
+    return f"{scale * mean:.0f} [{scale * ci[0]:.0f}, {scale * ci[1]:.0f}]"
+
+
+def make_table(lines, key="mean"):
+    """Measures down, arms across, of lines of one data size. key: "mean" or "difference"."""
+    cells = {(line["measure"], line["arm"]): show(line["measure"], line[key], line[
+        "ci" if key == "mean" else "difference_ci"]) for line in lines if key in line}
+    arms = list(dict.fromkeys(line["arm"] for line in lines if key in line))
+    text = ["| | " + " | ".join(arms) + " |", "|---|" + "---|" * len(arms)]
+    for measure in ("success", *TASK_COLUMNS, *list(MEASURES)[1:], "seconds"):
+        texts = [cells.get((measure, arm), "") for arm in arms]
+        if any(texts):
+            text.append(f"| {measure} | {' | '.join(texts)} |")
+    return "\n".join(text)
+
+
+def plot_sizes(lines, path):
+    """Success from pictures against training rows, of the arms with several sizes."""
+    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    some = [line for line in lines if line["measure"] == "success" and line["arm"] != "base"]
+    for arm in dict.fromkeys(line["arm"] for line in some):
+        points = sorted((line["rows"], line["mean"], *line["ci"]) for line in some
+                        if line["arm"] == arm)
+        rows, mean, low, high = 100 * np.array(points).T
+        if len(points) > 1:
+            errors = [mean - low, high - mean]
+            axes.errorbar(rows / 100, mean, np.maximum(errors, 0), label=arm, marker="o", capsize=3)
+    axes.set(xscale="log", xlabel="training rows per task and level", ylabel="success, %")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_retention(lines, path):
+    """What is kept of planning from symbols against success from pictures, one point an arm."""
+    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
+    means = {(line["arm"], line["measure"]): 100 * line["mean"] for line in lines}
+    for arm in dict.fromkeys(line["arm"] for line in lines):
+        if (arm, "success") in means and (arm, "symbols") in means:
+            point = means[arm, "success"], means[arm, "symbols"]
+            axes.plot(*point, "o")
+            axes.annotate(arm, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="success from pictures, %", ylabel="success from symbols, %")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_kl(out, runs, path, window=9):
+    """KL of the parts of a response over MGSD's training, mean over seeds, smoothed."""
+    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    logs = [pd.DataFrame(read_lines(Path(out, "runs", name_of(*run), "metrics.jsonl")))
+            for run in runs if Path(out, "runs", name_of(*run), "metrics.jsonl").is_file()]
+    for part in PARTS if logs else ():
+        column = pd.DataFrame([log[f"kl_{part}"].astype(float) for log in logs]).mean()
+        axes.plot(column.rolling(window, 1, center=True).mean(), label=part)
+    axes.set(xlabel="step", ylabel="KL, nats per token", yscale="log")
+    if logs:
+        axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def write(args, runs, lrs):
+    """results.md, results.json and three plots in args.out. lrs: {arm: (lr, {lr: success})}."""
+    lines, smallest = collect(args.out, runs), args.rows[0]
+    small = [line for line in lines if line["rows"] == smallest]
+    text = [f"# {smallest} rows per task and level: mean over seeds [95% interval], %", "",
+            make_table(small), "", "# Differences to mgsd, paired", "",
+            make_table(small, "difference")]
+    for rows in args.rows[1:]:
+        some = [line for line in lines if line["rows"] == rows]
+        text += ["", f"# {rows} rows", "", make_table(some), "", make_table(some, "difference")]
+    text += ["", "# Learning rates, chosen by success on val", "", "| arm | chosen | success |",
+             "|---|---|---|"]
+    for arm, (lr, found) in sorted(lrs.items()):
+        values = ", ".join(f"{100 * value:.0f} at {rate:g}" for rate, value in found.items())
+        text.append(f"| {arm} | {lr:g} | {values or 'not compared'} |")
+    out = Path(args.out)
+    write_aside(out / "results.json", json.dumps({"lines": lines, "lrs": lrs}, indent=1))
+    plot_sizes(lines, out / "success_by_rows.png")
+    plot_retention(small, out / "retention.png")
+    plot_kl(out, [run for run in runs if run[:2] == (REFERENCE, smallest)], out / "kl.png")
+    write_aside(out / "results.md", "\n".join(text) + "\n")
+    print("\n".join(text[:3]) + f"\nmore in {out}/results.md")
