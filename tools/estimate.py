@@ -306,8 +306,8 @@ def phase_bytes(model, args, count):
     short = args.rollout_batch * args.prompt_tokens[0] * per_token
     full = short + args.rollout_batch * args.max_new_tokens * per_token
     layer = max(0, rollout["token"] - full) + full / text.num_hidden_layers
-    # in the network's precision, then float32, its softmax, its sums in float64
-    logits = args.rollout_batch * text.vocab_size * (size + 4 + 4 + 8)
+    # float32, their softmax in float32, its running sum in float64
+    logits = args.rollout_batch * text.vocab_size * (4 + 4 + 8)
     N = args.micro_batch * args.max_new_tokens
     # student, teacher, gradient, its copy as it enters the network
     states = {"hidden states and gradient": 4 * N * text.hidden_size * size}
