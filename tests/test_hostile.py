@@ -4,7 +4,6 @@ import json
 import shutil
 import struct
 import zlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -99,7 +98,8 @@ def test_broken_pictures(tmp_path, capsys):
 
 def checkpoint(tmp_path, change):
     """A copy of the bundled backbone with its weights changed."""
-    folder = shutil.copytree(common.TINY, tmp_path / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    folder = shutil.copytree(common.TINY, tmp_path / "model",
+                             ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -120,7 +120,8 @@ def shrink(weights):
 
 @pytest.mark.parametrize("change, message", [
     (lose, "1 weights missing ['model.language_model.layers.1.mlp.up_proj.weight']"),
-    (gain, "1 foreign ['model.language_model.layers.1.mlp.side_proj.weight']"), (shrink, "cannot load --model")])
+    (gain, "1 foreign ['model.language_model.layers.1.mlp.side_proj.weight']"),
+    (shrink, "cannot load --model")])
 def test_a_checkpoint_with_wrong_weights(tmp_path, capsys, change, message):
     assert message in stops(capsys, common.load, str(checkpoint(tmp_path, change)), 32)
 
@@ -139,11 +140,18 @@ def test_a_checkpoint_with_broken_files(tmp_path, capsys):
     assert "has no chat template" in stops(capsys, common.load, str(folder), 32)
 
 
-def test_no_code_from_checkpoints_and_no_pickles():
-    for script in Path(gen_data.__file__).parent.glob("*.py"):
-        text = script.read_text()
-        assert "trust_remote_code" not in text and "weights_only=False" not in text and "pickle.load" not in text
-        assert text.count("torch.load(") == text.count("weights_only=True")
+def test_no_code_from_a_checkpoint_is_run(tmp_path):
+    """A checkpoint that brings its own classes is loaded without them."""
+    folder = checkpoint(tmp_path, lambda weights: None)
+    evil = f"open({str(tmp_path / 'executed')!r}, 'w')"
+    for name in ("config.json", "processor_config.json"):
+        config = json.loads((folder / name).read_text())
+        config["auto_map"] = {"AutoConfig": "evil.Config", "AutoProcessor": "evil.Processor",
+                              "AutoModel": "evil.Model"}
+        (folder / name).write_text(json.dumps(config))
+    (folder / "evil.py").write_text(evil)
+    common.load(str(folder), 32)
+    assert not (tmp_path / "executed").exists()
 
 
 # Responses: anything, and scraps of what a response is made of, some of them very long.
