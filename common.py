@@ -546,8 +546,6 @@ class Run:
     by the loop before it changes the weights; until `log` they are ahead of the log. Nothing random
     is stored: a step draws from (seed, step). Of several processes the first one writes.
     """
-    may_differ = ("steps", "rollout_batch", "micro_batch", "slice", "save_every", "show_every",
-                  "eval_every", "restart", "wandb")  # they change no step that is done
 
     def __init__(self, args, script, inputs=(), trained_rows=()):
         """Refuses a second writer and other arguments than those of the run to go on with.
@@ -558,22 +556,14 @@ class Run:
         self.args, self.out, self.wandb, self.handlers = args, Path(args.out), None, {}
         self.signal, self.stopping, self.updating = 0, None, False
         self.lock = FileLock(self.out / "lock")  # let go when the process ends, however it ends
-        state, self.checkpoint = {"step": 0, "skipped": []}, None
+        state = None
         if first_process():
             take_folder(self.out, self.lock, args.restart)
-            record = {"args": vars(args), "inputs": digests(inputs), "versions": versions()}
-            self.checkpoint = max(self.out.glob("checkpoint-*"), default=None)
-            if self.checkpoint:
-                state = read_state(self.checkpoint, record, self.may_differ)
-                print(f"{self.out}: {state['step']} of {args.steps} steps are done")
-            for file in self.out.glob("*.jsonl"):  # lines of steps that will be done again
-                os.truncate(file, state.get("sizes", {}).get(file.name, 0))
-            write_aside(self.out / "args.json", json.dumps(record, indent=1))
+            state = go_on(self.out, args, inputs)
             write_aside(self.out / "trained_rows.json", json.dumps(sorted(trained_rows)))
             shutil.copy(script, self.out)
             self.wandb = start_wandb(args) if args.wandb else None
-        state, self.checkpoint = gather((state, self.checkpoint))[0]
-        self.step, self.skipped = state["step"], state["skipped"]
+        self.step, self.skipped, self.checkpoint = gather(state)[0]
         self.adapter = self.checkpoint and str(self.checkpoint / "adapter")
 
     def steps(self, optimizer):
@@ -608,15 +598,13 @@ class Run:
         """A step is done: a line to the eye, one to metrics.jsonl, where nan and inf are null."""
         self.step, self.updating = self.step + 1, False
         line = {"step": self.step, **values, "step_seconds": sum(timer.seconds.values()),
-                "peak_gb": peak_gb(), "seconds": timer.seconds}
-        shown = []
-        for name, value in line.items():
-            if isinstance(value, float):
-                shown.append(f"{name} {value:.4g}")
-                line[name] = value if math.isfinite(value) else None
-            elif name != "seconds":
-                shown.append(f"{name} {value}")
-        tqdm.write("  ".join(shown))
+                "peak_gb": peak_gb()}
+        tqdm.write("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else
+                             f"{name} {value}" for name, value in line.items()))
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                line[name] = None
+        line["seconds"] = timer.seconds
         self.append("metrics.jsonl", [line])
         if self.wandb:
             self.wandb.log(line, step=self.step)
@@ -641,31 +629,15 @@ class Run:
                    if weight.requires_grad]
         if len(set(gather(zlib.crc32(torch.cat(weights).cpu().numpy())))) > 1:
             self.end(f"the processes' adapters differ after step {self.step}")
-        if first_process():
-            self.write_checkpoint(model, optimizer)
+        self.save_here(model, optimizer)
 
-    def write_checkpoint(self, model, optimizer):
-        """Write it aside, flush it, rename it; only then remove the one before."""
-        aside, folder = self.out / "checkpoint.partial", self.out / f"checkpoint-{self.step:07d}"
-        logs = list(self.out.glob("*.jsonl"))
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            model.save_pretrained(aside / "adapter")
-            torch.save(optimizer.state_dict(), aside / "optimizer.pt")
-            (aside / "state.json").write_text(json.dumps({
-                "step": self.step, "skipped": self.skipped,
-                "sizes": {file.name: file.stat().st_size for file in logs}}))
-            for path in (*logs, *aside.rglob("*"), aside):
-                flush(path)
-            shutil.rmtree(folder, ignore_errors=True)
-            aside.rename(folder)
-            flush(self.out)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            self.end(f"cannot write {folder}: {str(error).splitlines()[0]}; free some space")
-        for other in set(self.out.glob("checkpoint-*")) - {folder}:
-            shutil.rmtree(other)
-        self.checkpoint = folder
+    def save_here(self, model, optimizer):
+        if first_process():
+            try:
+                self.checkpoint = write_checkpoint(
+                    self.out, self.step, self.skipped, model, optimizer)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                self.end(f"cannot write a checkpoint ({str(error).splitlines()[0]}): free space")
 
     def end(self, message):
         """Fail, and say where the same command goes on."""
@@ -680,8 +652,8 @@ class Run:
 
     def out_of_memory(self, error, model, optimizer):
         """Save, unless the weights are ahead of the log, and end with one line."""
-        if first_process() and not self.updating:
-            self.write_checkpoint(model, optimizer)
+        if not self.updating:
+            self.save_here(model, optimizer)
         self.end(f"the GPU's memory does not suffice ({str(error).splitlines()[0]}): lower "
                  "--rollout_batch, --micro_batch or --slice, or --max_new_tokens with --restart")
 
@@ -703,6 +675,11 @@ class Run:
             self.wandb.finish()
 
 
+# What may differ when a run goes on: it changes no step that is done.
+MAY_DIFFER = ("steps", "rollout_batch", "micro_batch", "slice", "save_every", "show_every",
+              "eval_every", "restart", "wandb")
+
+
 def take_folder(folder, lock, restart):
     """Become the only run that writes to the folder; restart: remove what a run left in it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -717,30 +694,59 @@ def take_folder(folder, lock, restart):
             path.unlink()
 
 
-def digests(paths):
-    """{path: sha256} of those that are there."""
-    return {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest()
-            for path in paths if Path(path).is_file()}
+def go_on(out, args, inputs):
+    """(steps done, steps skipped, checkpoint or None) of the run in `out`; its logs are cut back.
+
+    Fails if its arguments or inputs were others than now.
+    """
+    hashes = {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest()
+              for path in inputs if Path(path).is_file()}
+    record = {"args": vars(args), "inputs": hashes, "versions": versions()}
+    checkpoint = max(out.glob("checkpoint-*"), default=None)
+    state = {"step": 0, "skipped": [], "sizes": {}}
+    if checkpoint:
+        try:
+            old = json.loads((out / "args.json").read_text())
+            state = json.loads((checkpoint / "state.json").read_text())
+        except (OSError, ValueError) as error:
+            fail(f"cannot go on from {checkpoint}: {error}; begin anew with --restart")
+        other = [f"--{name} was {old['args'].get(name)!r} and is {value!r}"
+                 for name, value in vars(args).items()
+                 if name not in MAY_DIFFER and old["args"].get(name) != value]
+        other += [f"{path} has changed" for path, digest in hashes.items()
+                  if old["inputs"].get(path, digest) != digest]
+        if state["step"] > args.steps:
+            other.append(f"--steps {args.steps}, but {state['step']} are done")
+        if other:
+            fail(f"{out} holds a run that cannot go on like this: {'; '.join(other)}. Give its "
+                 "arguments again, --restart to begin anew, or another --out")
+        print(f"{out}: {state['step']} of {args.steps} steps are done")
+    for file in out.glob("*.jsonl"):  # lines of steps that will be done again
+        os.truncate(file, state["sizes"].get(file.name, 0))
+    write_aside(out / "args.json", json.dumps(record, indent=1))
+    return state["step"], state["skipped"], checkpoint
 
 
-def read_state(checkpoint, record, may_differ):
-    """state.json of a checkpoint. Fails if its run had other arguments or inputs than `record`."""
+def write_checkpoint(out, step, skipped, model, optimizer):
+    """Write it aside, flush it, rename it; only then remove the one before -> its folder."""
+    aside, folder = out / "checkpoint.partial", out / f"checkpoint-{step:07d}"
+    shutil.rmtree(aside, ignore_errors=True)
     try:
-        old = json.loads((checkpoint.parent / "args.json").read_text())
-        state = json.loads((checkpoint / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        fail(f"cannot go on from {checkpoint}: {error}; begin anew with --restart")
-    other = [f"--{name} was {old['args'].get(name)!r} and is {value!r}"
-             for name, value in record["args"].items()
-             if name not in may_differ and old["args"].get(name) != value]
-    other += [f"{path} has changed" for path, digest in record["inputs"].items()
-              if old["inputs"].get(path, digest) != digest]
-    if state["step"] > record["args"]["steps"]:
-        other.append(f"--steps {record['args']['steps']}, but {state['step']} are done")
-    if other:
-        fail(f"{checkpoint.parent} holds a run that cannot go on like this: {'; '.join(other)}. "
-             "Give its arguments again, --restart to begin anew, or another --out")
-    return state
+        model.save_pretrained(aside / "adapter")
+        torch.save(optimizer.state_dict(), aside / "optimizer.pt")
+        sizes = {file.name: file.stat().st_size for file in out.glob("*.jsonl")}
+        (aside / "state.json").write_text(json.dumps(
+            {"step": step, "skipped": skipped, "sizes": sizes}))
+        for path in (*out.glob("*.jsonl"), *aside.rglob("*"), aside):
+            flush(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    flush(out)
+    for other in set(out.glob("checkpoint-*")) - {folder}:
+        shutil.rmtree(other)
+    return folder
 
 
 def load_optimizer(path):

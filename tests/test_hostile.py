@@ -1,11 +1,9 @@
-"""Broken and hostile files: each ends with one line, exit code 2; nothing in them is executed."""
-
+"""Broken and hostile files: each ends with one line and exit code 2; nothing in them is executed."""
 import io
 import json
 import shutil
 import struct
 import zlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,14 +16,8 @@ import common
 import gen_data
 from tools import lenient
 
-ROW = {
-    "file_name": "a.png",
-    "id": "test_a",
-    "task": "frozenlake",
-    "level": 3,
-    "state": LAKE,
-    "plan": ["D", "R", "R", "D"],
-}
+ROW = {"file_name": "a.png", "id": "test_a", "task": "frozenlake", "level": 3, "state": LAKE,
+       "plan": ["D", "R", "R", "D"]}
 
 
 def stops(capsys, function, *words):
@@ -46,36 +38,30 @@ def folder_with(tmp_path, *lines):
     return tmp_path / "data"
 
 
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        (json.dumps(ROW)[:-9], "line 2: not a row (JSONDecodeError"),
-        ({key: ROW[key] for key in ROW if key != "plan"}, "line 2: not a row (KeyError: 'plan')"),
-        ({**ROW, "task": "chess"}, "line 2: not a row (KeyError: 'chess')"),
-        ({**ROW, "state": {"grid": ["FF", "FF"]}}, "line 2: not a row (IndexError"),
-        ({**ROW, "state": {"grid": 5}}, "line 2: not a row (TypeError"),
-        ({**ROW, "state": None}, "line 2: not a row (TypeError"),
-        ({**ROW, "plan": 4}, "line 2: not a row (TypeError"),
-        ({**ROW, "file_name": 4}, "line 2: not a row (TypeError"),
-        ({key: ROW[key] for key in ROW if key != "id"}, "line 2: not a row (KeyError: 'id')"),
-        ([1, 2], "line 2: not a row (TypeError"),
-        ("", "line 2: not a row (JSONDecodeError"),
-        ("[" * 100_000, "line 2: not a row (RecursionError"),
-        ("9" * 5000, "line 2: not a row (ValueError"),
-        ({**ROW, "plan": ["R", "R"]}, "line 2: the plan of test_a does not solve its puzzle: hole"),
-        (
-            {**ROW, "plan": ["D"]},
-            "line 2: the plan of test_a does not solve its puzzle: unfinished",
-        ),
-        ({**ROW, "plan": None}, "does not solve its puzzle: no answer"),
-        ({**ROW, "plan": ["D", "PICK"]}, "does not solve its puzzle: no such action"),
-        ({**ROW, "plan": [["D"]]}, "does not solve its puzzle: no such action"),
-        ({**ROW, "file_name": "../a.png"}, "line 2: the picture '../a.png' is not a file in"),
-        ({**ROW, "file_name": "/etc/passwd"}, "line 2: the picture '/etc/passwd' is not a file in"),
-        ({**ROW, "file_name": ".."}, "line 2: the picture '..' is not a file in"),
-        ({**ROW, "file_name": "link.png"}, "line 2: the picture 'link.png' is not a file in"),
-    ],
-)
+@pytest.mark.parametrize("line, message", [
+    (json.dumps(ROW)[:-9], "line 2: not a row (JSONDecodeError"),
+    ({key: ROW[key] for key in ROW if key != "plan"}, "line 2: not a row (KeyError: 'plan')"),
+    ({**ROW, "task": "chess"}, "line 2: not a row (KeyError: 'chess')"),
+    ({**ROW, "state": {"grid": ["FF", "FF"]}}, "line 2: not a row (IndexError"),
+    ({**ROW, "state": {"grid": 5}}, "line 2: not a row (TypeError"),
+    ({**ROW, "state": None}, "line 2: not a row (TypeError"),
+    ({**ROW, "plan": 4}, "line 2: not a row (TypeError"),
+    ({**ROW, "file_name": 4}, "line 2: not a row (TypeError"),
+    ({key: ROW[key] for key in ROW if key != "id"}, "line 2: not a row (KeyError: 'id')"),
+    ([1, 2], "line 2: not a row (TypeError"),
+    ("", "line 2: not a row (JSONDecodeError"),
+    ("[" * 100_000, "line 2: not a row (RecursionError"),
+    ("9" * 5000, "line 2: not a row (ValueError"),
+    ({**ROW, "plan": ["R", "R"]}, "line 2: the plan of test_a does not solve its puzzle: hole"),
+    ({**ROW, "plan": ["D"]}, "line 2: the plan of test_a does not solve its puzzle: unfinished"),
+    ({**ROW, "plan": None}, "does not solve its puzzle: no answer"),
+    ({**ROW, "plan": ["D", "PICK"]}, "does not solve its puzzle: no such action"),
+    ({**ROW, "plan": [["D"]]}, "does not solve its puzzle: no such action"),
+    ({**ROW, "file_name": "../a.png"}, "line 2: the picture '../a.png' is not a file in"),
+    ({**ROW, "file_name": "/etc/passwd"}, "line 2: the picture '/etc/passwd' is not a file in"),
+    ({**ROW, "file_name": ".."}, "line 2: the picture '..' is not a file in"),
+    ({**ROW, "file_name": "link.png"}, "line 2: the picture 'link.png' is not a file in"),
+])
 def test_a_broken_row(tmp_path, capsys, line, message):
     data = folder_with(tmp_path, ROW, line, ROW)
     (data / "test/link.png").symlink_to("/etc/passwd")
@@ -84,16 +70,13 @@ def test_a_broken_row(tmp_path, capsys, line, message):
 
 def png(width, height):
     """A valid PNG of one colour, far smaller than its pixels."""
-
     def chunk(name, body):
         checksum = struct.pack(">I", zlib.crc32(name + body))
         return struct.pack(">I", len(body)) + name + body + checksum
-
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     rows = zlib.compress(bytes((width + 1) * min(height, 1000)), 9)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-    )
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows)
+            + chunk(b"IEND", b""))
 
 
 def test_broken_pictures(tmp_path, capsys):
@@ -101,11 +84,8 @@ def test_broken_pictures(tmp_path, capsys):
     gen_data.TASKS["frozenlake"].render(LAKE, 64).save(whole, "PNG")
     (tmp_path / "whole.png").write_bytes(whole.getvalue())
     assert gen_data.open_picture(tmp_path / "whole.png").size == (192, 192)
-    for name, content in (
-        ("cut.png", whole.getvalue()[:-2000]),
-        ("text.png", b"no picture"),
-        ("empty.png", b""),
-    ):
+    for name, content in (("cut.png", whole.getvalue()[:-2000]), ("text.png", b"no picture"),
+                          ("empty.png", b"")):
         (tmp_path / name).write_bytes(content)
         message = stops(capsys, gen_data.open_picture, tmp_path / name)
         assert f"{name}: cannot be read as a picture" in message
@@ -118,9 +98,8 @@ def test_broken_pictures(tmp_path, capsys):
 
 def checkpoint(tmp_path, change):
     """A copy of the bundled backbone with its weights changed."""
-    folder = shutil.copytree(
-        common.TINY, tmp_path / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__")
-    )
+    folder = shutil.copytree(common.TINY, tmp_path / "model",
+                             ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -139,14 +118,10 @@ def shrink(weights):
     weights["model.language_model.layers.1.mlp.up_proj.weight"] = torch.zeros(2, 2)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lose, "1 weights missing ['model.language_model.layers.1.mlp.up_proj.weight']"),
-        (gain, "1 foreign ['model.language_model.layers.1.mlp.side_proj.weight']"),
-        (shrink, "cannot load --model"),
-    ],
-)
+@pytest.mark.parametrize("change, message", [
+    (lose, "1 weights missing ['model.language_model.layers.1.mlp.up_proj.weight']"),
+    (gain, "1 foreign ['model.language_model.layers.1.mlp.side_proj.weight']"),
+    (shrink, "cannot load --model")])
 def test_a_checkpoint_with_wrong_weights(tmp_path, capsys, change, message):
     assert message in stops(capsys, common.load, str(checkpoint(tmp_path, change)), 32)
 
@@ -165,78 +140,31 @@ def test_a_checkpoint_with_broken_files(tmp_path, capsys):
     assert "has no chat template" in stops(capsys, common.load, str(folder), 32)
 
 
-def test_no_code_from_checkpoints_and_no_pickles():
-    for script in Path(gen_data.__file__).parent.glob("*.py"):
-        text = script.read_text()
-        assert (
-            "trust_remote_code" not in text
-            and "weights_only=False" not in text
-            and "pickle.load" not in text
-        )
-        assert text.count("torch.load(") == text.count("weights_only=True")
+def test_no_code_from_a_checkpoint_is_run(tmp_path):
+    """A checkpoint that brings its own classes is loaded without them."""
+    folder = checkpoint(tmp_path, lambda weights: None)
+    evil = f"open({str(tmp_path / 'executed')!r}, 'w')"
+    for name in ("config.json", "processor_config.json"):
+        config = json.loads((folder / name).read_text())
+        config["auto_map"] = {"AutoConfig": "evil.Config", "AutoProcessor": "evil.Processor",
+                              "AutoModel": "evil.Model"}
+        (folder / name).write_text(json.dumps(config))
+    (folder / "evil.py").write_text(evil)
+    common.load(str(folder), 32)
+    assert not (tmp_path / "executed").exists()
 
 
 # Responses: anything, and scraps of what a response is made of, some of them very long.
-scraps = st.sampled_from(
-    [
-        "<answer>",
-        "</answer>",
-        "U,U",
-        "PICK",
-        "DROP",
-        ",",
-        "\n",
-        "1. ",
-        "2)",
-        "Map: 3x3\n",
-        "row 0: S F H\n",
-        "row 1: F F F\n",
-        "row 2: H F G\n",
-        "row 0: SR .LR",
-        "Map:",
-        "(0,1)",
-        "[",
-        "((",
-        "none",
-        "row 1 col 2",
-        "Route: from",
-        "**LLRU**",
-        "**",
-        "\\boxed{",
-        "}",
-        "→",
-        "->",
-        "up",
-        "Action plan: ",
-        "</script><script>alert(1)</script>",
-        "<!--",
-        "\x00\x1b[2J",
-        "\ud800",
-        "\u202e",
-        "9" * 5000,
-        " " * 5000,
-        "\n" * 2000,
-        "<answer>" * 500,
-        "map " * 500,
-        "(" * 500,
-        "row 1" * 500,
-        "1." * 500,
-        "\u0663",
-    ]
-)
+scraps = st.sampled_from([
+    "<answer>", "</answer>", "U,U", "PICK", "DROP", ",", "\n", "1. ", "2)", "Map: 3x3\n",
+    "row 0: S F H\n", "row 1: F F F\n", "row 2: H F G\n", "row 0: SR .LR", "Map:", "(0,1)", "[",
+    "((", "none", "row 1 col 2", "Route: from", "**LLRU**", "**", "\\boxed{", "}", "→", "->", "up",
+    "Action plan: ", "</script><script>alert(1)</script>", "<!--", "\x00\x1b[2J", "\ud800",
+    "\u202e", "9" * 5000, " " * 5000, "\n" * 2000, "<answer>" * 500, "map " * 500, "(" * 500,
+    "row 1" * 500, "1." * 500, "\u0663"])
 responses = st.lists(scraps | st.text(max_size=20), max_size=12).map("".join) | st.text()
-OUTCOMES = {
-    "success",
-    "unfinished",
-    "no answer",
-    "hole",
-    "wall",
-    "edge",
-    "table",
-    "printer",
-    "pick",
-    "drop",
-}
+OUTCOMES = {"success", "unfinished", "no answer", "hole", "wall", "edge", "table", "printer",
+            "pick", "drop"}
 
 
 def read_everywhere(task, text):
@@ -275,42 +203,15 @@ def test_a_hundred_thousand_responses_are_read():
     def each(text, task):
         read_everywhere(task, text)
         count.append(len(text))
-
     each()
     print(f"\n{len(count)} responses read, {sum(count):,} characters, the longest {max(count):,}")
     assert len(count) >= 90_000
 
 
-@pytest.mark.parametrize(
-    "unit",
-    [
-        "9",
-        " ",
-        "\n",
-        "*",
-        "**a",
-        "**A",
-        "<answer>",
-        "<answer>U</answer>",
-        "</answer>",
-        "map: ",
-        "Map: 3x3\nrow 0: ",
-        "(9",
-        "1.\n",
-        "U,",
-        "up ",
-        "→",
-        "->",
-        "\\boxed{",
-        "\\boxed{{",
-        "the answer ",
-        "so the\n",
-        "plan:\n",
-        "plan: U\n",
-        ">>#",
-        "**U,U**\n",
-    ],
-)
+@pytest.mark.parametrize("unit", [
+    "9", " ", "\n", "*", "**a", "**A", "<answer>", "<answer>U</answer>", "</answer>", "map: ",
+    "Map: 3x3\nrow 0: ", "(9", "1.\n", "U,", "up ", "→", "->", "\\boxed{", "\\boxed{{",
+    "the answer ", "so the\n", "plan:\n", "plan: U\n", ">>#", "**U,U**\n"])
 def test_a_megabyte_of_one_thing(unit):
     """An expression that backtracks would take a million times a million steps: without end."""
     read_everywhere("maze", unit * (1_000_000 // len(unit)))

@@ -25,12 +25,13 @@ SHARED = ["--preset", "tiny", "--steps", STEPS, "--lr", LR, "--max_grad_norm", C
 
 @pytest.fixture
 def watched(monkeypatch):
-    """What a run samples, {"tokens": [(ids, mask)]}, and its adapters after each step."""
-    seen = {"tokens": [], "adapters": []}
+    """Of each step: the sampled (ids, mask), the numbers they were drawn by, the new adapters."""
+    seen = {"tokens": [], "uniforms": [], "adapters": []}
     sample, save = common.sample, common.Run.save
 
     def sample_and_keep(model, processor, *words, **more):
         ids, mask = sample(model, processor, *words, **more)
+        seen["uniforms"].append(words[2])
         for i in range(0, len(ids), 2):  # every other row ends: ragged, whatever the backbone says
             ids[i, 3 + 5 * i] = processor.tokenizer.eos_token_id
             ids[i, 4 + 5 * i:] = processor.tokenizer.pad_token_id
@@ -112,9 +113,11 @@ def take_steps(model, losses_of_step, lines, adapters):
 
 
 def rows_of_step(rows, step):
-    """The rows that (seed, step) gives, as documented: drawn without repetition, sorted."""
-    chosen = np.random.default_rng([3, step]).choice(len(rows), 5, replace=False)
-    return sorted([rows[i] for i in chosen], key=lambda row: (row["task"], row["level"]))
+    """What (seed, step) gives: rows, none twice, sorted, and a number for every token."""
+    rng = np.random.default_rng([3, step])
+    batch = [rows[i] for i in rng.choice(len(rows), 5, replace=False)]
+    rng.random()  # on policy?
+    return sorted(batch, key=lambda row: (row["task"], row["level"])), rng.random((5, 24))
 
 
 def textbook(name, log_p, log_q, token):
@@ -142,7 +145,8 @@ def test_two_steps_of_distillation(toy_data, tmp_path, watched, name):
 
     def losses_of_step(step):
         losses, kls, entropies = [], [], []
-        batch = rows_of_step(rows, step)
+        batch, uniforms = rows_of_step(rows, step)
+        assert np.array_equal(watched["uniforms"][step], uniforms)
         assert [row["id"] for row in batch] == logged_ids[step]
         ids, mask = watched["tokens"][step]
         assert len(set(mask.sum(1).tolist())) > 2
