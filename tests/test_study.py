@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from conftest import make_rows
 
@@ -158,6 +159,28 @@ def test_other_settings_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         study.is_done(args, job._replace(command="y.py --steps 2"))
     assert "another --out" in capsys.readouterr().err
+
+
+def test_what_a_killed_study_leaves_is_stopped(tmp_path):
+    """Killed at once, its command goes on alone; the next study stops it before it begins."""
+    (tmp_path / "sleep.py").write_text("import time; time.sleep(100)")
+    code = ("import sys; from tools import study; args = study.parse_args(['--out', sys.argv[1]])\n"
+            "study.work_off(args, [[study.Job('x', f'{sys.argv[1]}/sleep.py', 1)]])")
+    killed = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
+    while not (tmp_path / "running.json").is_file():
+        assert killed.poll() is None
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    [[pid, created]] = json.loads((tmp_path / "running.json").read_text())
+    other = tmp_path / "other.json"                       # a process that only has its number
+    other.write_text(json.dumps([[pid, created - 1000]]))
+    study.stop_leftovers(other)
+    assert psutil.Process(pid).create_time() == created
+    study.stop_leftovers(tmp_path / "running.json")
+    assert not psutil.pid_exists(pid)
+    study.stop_leftovers(tmp_path / "running.json")       # nothing is left: no error
+    assert not list((tmp_path / "done").iterdir())
 
 
 @pytest.mark.slow

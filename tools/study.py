@@ -25,6 +25,7 @@ from collections import namedtuple
 from itertools import product
 from pathlib import Path
 
+import psutil
 from filelock import FileLock
 
 from common import PRESETS, fail, take_folder, write_aside
@@ -177,6 +178,18 @@ def is_done(args, job):
     return True
 
 
+def stop_leftovers(file):
+    """Stop the commands of a study that was killed: they go on alone, and hold their folders."""
+    for pid, created in json.loads(file.read_text()) if file.is_file() else ():
+        try:
+            process = psutil.Process(pid)
+            if process.create_time() == created:          # not another with the same number
+                process.terminate()                       # a training saves a checkpoint first
+                psutil.wait_procs([process], timeout=120)
+        except psutil.NoSuchProcess:
+            pass
+
+
 def start(args, job):
     """The job as a process of one thread; what it prints goes to log/."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
@@ -199,6 +212,9 @@ def work_off(args, chains):
                 chain = [job for job in waiting.pop(0) if not is_done(args, job)]
                 if chain:
                     running.append((chain, start(args, chain[0]), time.time()))
+                    pids = [process.pid for _, process, _ in running]
+                    write_aside(Path(args.out, "running.json"), json.dumps(
+                        [(pid, psutil.Process(pid).create_time()) for pid in pids]))
             time.sleep(0.2)
             for entry in [entry for entry in running if entry[1].poll() is not None]:
                 running.remove(entry)
@@ -228,6 +244,7 @@ def main(args):
     lock = FileLock(Path(args.out, "lock"))
     if not args.dry_run:
         take_folder(Path(args.out), lock, restart=False)
+        stop_leftovers(Path(args.out, "running.json"))
     todo, failed = {}, []
 
     def phase(chains):
