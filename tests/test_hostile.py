@@ -1,4 +1,4 @@
-"""Broken and hostile files: each ends with one line and exit code 2; nothing in them is executed."""
+"""Broken and hostile files: each ends with one line, exit code 2; nothing in them is executed."""
 import io
 import json
 import shutil
