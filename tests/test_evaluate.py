@@ -228,7 +228,7 @@ def test_responses_from_elsewhere(data, tmp_path, capsys):
     for broken, message in (
             (lines[:-1], f"no response for 1 rows, the first '{rows[-1]['id']}'"),
             ([*lines, lines[0]], f"'{rows[0]['id']}' is doubled"),
-            ([*lines, {"id": "x", "response": ""}], "'x' is not in"),
+            ([*lines, {"id": "x", "response": ""}], "'x' is not among"),
             ([{"id": "x"}], "line 1: wanted an object"), ([[1]], "line 1: wanted an object")):
         write(broken)
         with pytest.raises(SystemExit) as stop:

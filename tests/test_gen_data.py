@@ -604,7 +604,7 @@ def test_same_seed_same_bytes_and_no_state_in_two_splits(tmp_path):
 
 
 def test_presets_name_what_can_be_made():
-    assert list(gen_data.PRESETS) == ["tiny", "2b", "4b", "8b"]
+    assert list(gen_data.PRESETS) == ["tiny", "2b", "4b", "8b", "tiny-small"]
     for preset in gen_data.PRESETS.values():
         for task, levels in preset["tasks"].items():
             assert set(levels) <= set(TASKS[task].levels)
