@@ -124,7 +124,7 @@ def main(args):
     torch.manual_seed(args.seed)
     model, processor = common.load(args.model, args.bits)
     common.check_lengths(model, processor, {
-        row["id"]: f"{perception_prompt(row)}\n{perception_target(row)}" for row in train + val})
+        row["where"]: f"{perception_prompt(row)}\n{perception_target(row)}" for row in train + val})
     model = common.add_lora(model, args.lora_rank, args.lora_vision, run.adapter or init)
     model.print_trainable_parameters()
     weights = [weight for weight in model.parameters() if weight.requires_grad]

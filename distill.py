@@ -210,7 +210,7 @@ def main(args):
     run = common.Run(args, __file__, inputs, trained_on)
     model, processor = common.load(args.model, args.bits)
     common.check_lengths(model, processor, {
-        row["id"]: teacher_prompt(row) for row in rows}, args.max_new_tokens)
+        row["where"]: teacher_prompt(row) for row in rows}, args.max_new_tokens)
     torch.manual_seed(args.seed)
     model = common.add_lora(model, args.lora_rank, args.lora_vision, run.adapter or init)
     model.print_trainable_parameters()

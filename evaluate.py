@@ -84,8 +84,9 @@ def parse_args(argv=None):
 
 
 def digest_rows(rows):
-    """What two conditions must share to stand in one table: their puzzles."""
-    return responses.digest([(row["id"], gen_data.key_of(row), row.get("bucket")) for row in rows])
+    """What two conditions must share to stand in one table: their puzzles, their pairs' answers."""
+    return responses.digest([(row["id"], gen_data.key_of(row),
+                              row.get("bucket", row.get("answer"))) for row in rows])
 
 
 def weight_files(folder):
@@ -203,7 +204,7 @@ def judge(row, line, parse=gen_data.parse, trained=None, tolerance=0):
     that are no puzzles have neither. trained: keys of puzzles, None if they are not known.
     """
     verdict = gen_data.judge(row, line["response"], parse, tolerance)
-    if "error" in line:
+    if "error" in line and verdict["outcome"] != "not judged":
         verdict["outcome"] = "error"
     failure = None
     if verdict["outcome"] != "success" and verdict["state_right"] is not None:
@@ -212,7 +213,7 @@ def judge(row, line, parse=gen_data.parse, trained=None, tolerance=0):
             described = {**row, "state": verdict["state"]}
             works = gen_data.judge(described, line["response"], parse)["outcome"] == "success"
             failure = "perception" if works else "planning"
-    return {**line, "task": row["task"], "level": row["level"], "bucket": row.get("bucket"),
+    return {**line, "task": row["task"], "level": row["level"] or None, "bucket": row.get("bucket"),
             **verdict, "failure": failure,
             "trained_on": None if trained is None else gen_data.key_of(row) in trained}
 
@@ -225,7 +226,8 @@ def conclude(folder, rows, lines, looks, args, trained=None):
     for line in looks:
         row, name = by_id[line["id"]], line["question"]
         right = gen_data.score_perception(row, (name,), line["response"])[name]
-        seen.append({**line, "task": row["task"], "level": row["level"], "right": right})
+        seen.append({**line, "task": row["task"], "level": row["level"] or None,
+                     "right": right})
     table = summarise(verdicts)
     whole = next(cell for cell in table if cell["task"] == "macro")
     success = "not judged" if whole["success"] is None else f"{whole['success']:.0%}"
@@ -326,7 +328,7 @@ def summarise(verdicts):
     """The table: a dict per task and level, per task, for all tasks, for all tasks by bucket."""
     answers, table = answer_frame(verdicts), []
     for task, of_task in answers.groupby("task", sort=False):
-        for level, of_level in of_task[of_task["level"] > 0].groupby("level"):  # pairs have none
+        for level, of_level in of_task.groupby("level"):  # pairs have none
             table.append({"task": task, "level": int(level), "bucket": None, **cell(of_level)})
         table.append({"task": task, "level": None, "bucket": None, **cell(of_task)})
     table.append({"task": "macro", "level": None, "bucket": None, **cell(answers)})
@@ -344,7 +346,7 @@ def summarise_perception(looks):
     """
     frame, numbers = pd.DataFrame(looks, columns=["id", "task", "level", "question", "right"]), []
     for task, of_task in frame.groupby("task", sort=False):
-        for level in [None, *sorted(set(of_task["level"]) - {0})]:
+        for level in [None, *sorted(map(int, of_task["level"].dropna().unique()))]:
             some = of_task if level is None else of_task[of_task["level"] == level]
             groups = dict(list(some.groupby("question", sort=False)["right"]))
             groups["all"] = some.groupby("id", sort=False)["right"].all()

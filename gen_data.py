@@ -555,11 +555,13 @@ class Pair:
 
     def same(said, wanted, tolerance=0):
         """Equal but for case, blanks and a full stop; numbers: up to the tolerance."""
-        number = re.compile(r"[+-]?[0-9]{1,30}(\.[0-9]{1,30})?")
-        said, wanted = said.strip().rstrip("."), wanted.strip().rstrip(".")
-        if number.fullmatch(wanted):
-            return bool(number.fullmatch(said)) and (
-                abs(Decimal(said) - Decimal(wanted)) <= Decimal(str(tolerance)))
+        number = re.compile(r"[+-]?([0-9]{1,30}|[0-9]{1,3}(,[0-9]{3}){1,9})?(\.[0-9]{1,30})?")
+        said, wanted = (text.strip().rstrip(".").replace("\u2212", "-") for text in (said, wanted))
+        if number.fullmatch(wanted) and wanted[-1:].isdigit():
+            if not (number.fullmatch(said) and said[-1:].isdigit()):
+                return False
+            a, b = (Decimal(text.replace(",", "")) for text in (said, wanted))
+            return abs(a - b) <= Decimal(str(tolerance))
         return "".join(said.casefold().split()) == "".join(wanted.casefold().split())
 
     def judge(row, text, parse=None, tolerance=0):
@@ -1009,7 +1011,7 @@ def load_rows(data, split="*"):
     """Rows of data/<split> (default: of every split), each checked: a puzzle's plan is executed.
 
     A row that is broken stops here, with its line. Each gets "path", the file of its picture,
-    which must lie beside the metadata; a pair gets "task" and "level" too.
+    which must lie beside the metadata, and "where" its line is; a pair gets "task" and "level" too.
     """
     files = sorted(Path(data).glob(f"{split}/metadata.jsonl"))
     if not files:
@@ -1038,7 +1040,7 @@ def load_rows(data, split="*"):
             if pair and not path.is_file():
                 fail(f"{where}: there is no picture {path}")
             facts = {"task": row.get("group", "pairs"), "level": 0} if pair else {}
-            rows.append(row | facts | {"path": str(path)})
+            rows.append(row | facts | {"path": str(path), "where": where})
     if any("symbols" in row for row in rows):  # gen_data.py's own ids are distinct
         check_ids(data)
     return rows

@@ -181,7 +181,9 @@ def test_answers_in_words(response, outcome):
     ("12", "12.0", 0, "success"), ("12", "1 2", 0, "wrong"), ("12", "13", 0, "wrong"),
     ("1.0", "1.1", 0.1, "success"), ("1.0", "1.11", 0.1, "wrong"), ("-3", "3", 5.9, "wrong"),
     ("7", "nan", 1e9, "wrong"), ("7", "9" * 5000, 1e9, "wrong"), ("7", "٧", 0, "wrong"),
-    ("7", "seven", 0, "wrong"), ("+7.", "7", 0, "success")])
+    ("7", "seven", 0, "wrong"), ("+7.", "7", 0, "success"), ("1200", "1,200.0", 0, "success"),
+    ("1,200", "1200", 0, "success"), ("1200", "1,20,0", 0, "wrong"), ("0.5", ".5", 0, "success"),
+    ("-5", "\u22125", 0, "success"), ("7", "+", 9, "wrong"), ("7", "", 9, "no answer")])
 def test_answers_that_are_numbers(wanted, said, tolerance, outcome):
     verdict = gen_data.judge({**ROW, "answer": wanted}, f"<answer>{said}</answer>", None, tolerance)
     assert verdict["outcome"] == outcome
@@ -231,12 +233,36 @@ def test_missing_fields_and_doubled_ids(tmp_path, capsys):
     assert f"train/metadata.jsonl, line 1: the id 'a' is that of {data}/test" in line
 
 
+def test_only_what_was_judged_alike_stands_in_one_table(tmp_path, monkeypatch):
+    """Other answers are other rows; a tolerance is named; a failed request is no verdict."""
+    monkeypatch.setattr(evaluate, "RUNS", ())
+
+    def score(row, name, *words, **line):
+        data, answers = write(tmp_path, test=[row]), tmp_path / "answers.jsonl"
+        answers.write_text(json.dumps({"id": row["id"], "response": "3", **line}) + "\n")
+        evaluate.main(evaluate.parse_args([
+            "--preset", "tiny", "--data", data, "--out", str(tmp_path / "eval"), "--name", name,
+            "--responses", str(answers), *words]))
+        line, = map(json.loads, open(tmp_path / f"eval/{name}/predictions.jsonl"))
+        conditions = json.loads((tmp_path / "eval/results.json").read_text())["conditions"]
+        return line, list(conditions), (tmp_path / "eval/results.md").read_text()
+
+    assert score({**ROW, "answer": "3"}, "first")[1] == ["first"]
+    line, names, text = score({**ROW, "answer": "4"}, "second")
+    assert names == ["second"] and line["outcome"] == "wrong" and "--tolerance" not in text
+    assert line["level"] is None and "()" not in text
+    line, names, text = score({**ROW, "answer": "4"}, "third", "--tolerance", "1")
+    assert names == ["second", "third"] and line["outcome"] == "success"
+    assert "(--tolerance): third 1." in text
+    assert score(ROW, "fourth", error="time-out")[0]["outcome"] == "not judged"
+
+
 def test_symbols_that_exceed_the_context(tmp_path, capsys):
     long = {**ROW, "symbols": "A,3\n" * 5000}
     data = write(tmp_path, train=[long], val=[{**ROW, "id": "b"}])
     words = ["--preset", "tiny", "--data", data, "--out", str(tmp_path / "out")]
     line = stops(capsys, lambda: coldstart.main(coldstart.parse_args(words)))
-    assert line.startswith("error: a: ") and "exceeds the context of 4096" in line
+    assert "train/metadata.jsonl, line 1: " in line and "exceeds the context of 4096" in line
     line = stops(capsys, lambda: distill.main(distill.parse_args(
         [*words, "--init", "none", "--out", str(tmp_path / "other")])))
     assert "exceeds the context of 4096" in line

@@ -11,6 +11,7 @@ that got no answer has an "error" and is a failure of the evaluation, never a ro
 import argparse
 import base64
 import json
+import mimetypes
 import os
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -70,7 +71,8 @@ def asker(args):
         (key, prompt, picture), = batch
         content = [{"type": "text", "text": prompt}]
         if picture:
-            url = f"data:image/png;base64,{base64.b64encode(Path(picture).read_bytes()).decode()}"
+            kind = mimetypes.guess_type(picture)[0] or "image/png"
+            url = f"data:{kind};base64,{base64.b64encode(Path(picture).read_bytes()).decode()}"
             content.insert(0, {"type": "image_url", "image_url": {"url": url}})
         seed = int(responses.digest(args.seed, key), 16) % 2**31
         sampling = {"temperature": args.temperature, **({"seed": seed} if args.temperature else {})}

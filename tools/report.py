@@ -69,13 +69,16 @@ def macro_table(summaries):
         faults = [f"{fault} {count}" for fault, count in cell["faults"].items()]
         lines.append([*line, ", ".join(faults) or "none"])
     lenient = [name for name, summary in summaries.items() if summary["args"]["lenient"]]
+    near = [f"{name} {summary['args']['tolerance']:g}" for name, summary in summaries.items()
+            if summary["args"].get("tolerance")]
     return {
         "title": "All tasks",
         "about": "In % with 95% intervals; the tasks weigh the same and every row counts. image: "
                  "the picture; text: the symbols, without a reference plan; swapped: the picture "
                  "of another puzzle. answer: one could be read; map: the one described is "
                  "right; cut: no end within the limit. Answers in other forms were read too "
-                 f"(--lenient) from: {', '.join(lenient) or 'none'}.",
+                 f"(--lenient) from: {', '.join(lenient) or 'none'}."
+                 + (f" Numbers could be off (--tolerance): {', '.join(near)}." if near else ""),
         "head": ["condition", *rates.values(), "answer", "map", "cut", "tokens", "failures"],
         "lines": lines}
 
@@ -92,8 +95,10 @@ def level_table(summaries):
     """Success by task, level and difficulty."""
     lines = []
     for line, cells in table_rows(summaries):
-        lines.append([*line, *(f"{percent(cell['success'])} ({percent(cell['optimal'])})"
-                               for cell in cells)])
+        for cell in cells:
+            optimal = "" if cell["optimal"] is None else f" ({percent(cell['optimal'])})"
+            line.append(f"{percent(cell['success'])}{optimal}")
+        lines.append(line)
     return {
         "title": "By task and level",
         "about": "Success in %, in brackets with the shortest plan.",
