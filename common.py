@@ -63,11 +63,11 @@ PRESETS = {
         "lora_vision": 1,
         "max_new_tokens": 120,
         "rollout_batch": 96,
-        "coldstart_steps": 200,
+        "coldstart_steps": 150,
         "coldstart_lr": 2e-3,
         "coldstart_batch": 96,
         "coldstart_micro_batch": 48,
-        "distill_steps": 100,
+        "distill_steps": 80,
         "distill_lr": 5e-4,  # 1.5e-3 plans as well and forgets more perception answers
         "distill_batch": 96,
         "distill_micro_batch": 48,

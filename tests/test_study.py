@@ -144,7 +144,7 @@ def test_dry_run(tmp_path, capsys):
     study.main(study.parse_args(["--out", str(tmp_path / "study"), "--dry_run"]))
     printed = capsys.readouterr().out
     lines = [line for line in printed.splitlines() if "--lr " in line]
-    assert all("--steps 100 --batch 96" in line for line in lines)
+    assert all("--steps 60 --batch 96" in line for line in lines)
     assert len(lines) == len(set(lines)) == 4 * 3 + 10 * 3 + 3 * 2 * 3 - 4
     assert not (tmp_path / "study").exists() and "hours of one core" in printed
 

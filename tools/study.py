@@ -43,8 +43,8 @@ ARMS = {
     "mgsd": Arm("distill.py", "mgsd", "all"),
     "no_coldstart": Arm("distill.py --init none", "mgsd", "smallest"),
     "sft_response": Arm("coldstart.py --target response", "sft_response", "all"),
-    "sft_answer": Arm("coldstart.py --target answer", "sft_answer", "smallest"),
     "off_policy": Arm("distill.py --on_policy 0", "off_policy", "all"),
+    "sft_answer": Arm("coldstart.py --target answer", "sft_answer", "smallest"),
     "no_plan": Arm("distill.py --teacher_context state", "mgsd", "smallest"),
     "live_teacher": Arm("distill.py --teacher_weights live", "mgsd", "smallest"),
     "forward_kl": Arm("distill.py --divergence forward_kl", "mgsd", "smallest"),
@@ -54,10 +54,10 @@ ARMS = {
 # What is measured of a run: evaluate.py's flags; a * only where an arm has its smallest data size.
 EVALUATIONS = {
     "test": "--input both",
-    "seen*": "--input image --perception --limit 20",
-    "swapped*": "--input swapped",
+    "seen*": "--input image --perception --limit 10",
+    "swapped*": "--input swapped --limit 20",
     "unseen*": "--input image",                           # levels never trained on
-    "sampled*": "--input image --temperature 1 --samples 8 --limit 20",
+    "sampled*": "--input image --temperature 1 --samples 8 --limit 10",
 }
 UNSEEN = ("frozenlake:5", "minibehaviour:6")
 # Seconds on one core of an AMD EPYC, for --dry_run: a step of a script, a whole other command.
@@ -67,7 +67,7 @@ Job = namedtuple("Job", "name command seconds")
 
 
 def parse_args(argv=None):
-    tiny = PRESETS["tiny"]
+    small = PRESETS["tiny-small"]
     parser = argparse.ArgumentParser(prog="python -m tools.study",
                                      description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -76,10 +76,10 @@ def parse_args(argv=None):
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--rows", nargs="+", type=int, default=SIZES, help="training rows per task and level")
     add("--lrs", nargs="+", type=float, default=[5e-4, 1.5e-3, 4.5e-3], help="of stage 2")
-    add("--steps", type=int, default=tiny["distill_steps"], help="of stage 2, in every arm")
-    add("--coldstart_steps", type=int, default=tiny["coldstart_steps"])
-    add("--batch", type=int, default=tiny["distill_batch"], help="rows per step")
-    add("--test", type=int, default=100, help="test rows per task and level")
+    add("--steps", type=int, default=small["distill_steps"], help="of stage 2, in every arm")
+    add("--coldstart_steps", type=int, default=small["coldstart_steps"])
+    add("--batch", type=int, default=small["distill_batch"], help="rows per step")
+    add("--test", type=int, default=60, help="test rows per task and level")
     add("--cores", type=int, default=os.cpu_count(), help="processes at a time")
     add("--dry_run", action="store_true", help="only print the commands and the expected time")
     args = parser.parse_args(argv)
@@ -135,7 +135,7 @@ def measure_jobs(args, run, smallest):
     if smallest:
         model = "base" if run == "base" else f"{args.out}/runs/{run} --name model"
         jobs.append(Job(f"retention-{run}", f"-m tools.retention --preset tiny --adapter {model} "
-                        f"--out {args.out}/eval/{run}/retention", SECONDS["tools.retention"]))
+                        f"--count 140 --out {args.out}/eval/{run}/retention", SECONDS["tools.retention"]))
     return jobs
 
 
@@ -155,13 +155,13 @@ def choose_lrs(args):
 
 
 def all_runs(args, lrs):
-    """[(arm, rows, seed, lr)] of the arms asked for."""
+    """[(arm, rows, seed, lr)] of the arms asked for, the smallest data size first."""
     runs = []
-    for arm in args.arms:
-        sizes = args.rows if ARMS[arm].sizes == "all" else args.rows[:1]
-        lr = lrs[ARMS[arm].lr][0] if ARMS[arm].lr else None
-        seeds = args.seeds[:1] if arm == "base" else args.seeds
-        runs += [(arm, rows, seed, lr) for rows, seed in product(sizes, seeds)]
+    for rows, arm in product(args.rows, args.arms):
+        if rows == args.rows[0] or ARMS[arm].sizes == "all":
+            lr = lrs[ARMS[arm].lr][0] if ARMS[arm].lr else None
+            seeds = args.seeds[:1] if arm == "base" else args.seeds
+            runs += [(arm, rows, seed, lr) for seed in seeds]
     return runs
 
 
