@@ -68,7 +68,7 @@ PRESETS = {
         "coldstart_batch": 96,
         "coldstart_micro_batch": 48,
         "distill_steps": 80,
-        "distill_lr": 5e-4,  # 1.5e-3 plans as well and forgets more perception answers
+        "distill_lr": 3.5e-4,  # higher rates plan as well and forget more perception answers
         "distill_batch": 96,
         "distill_micro_batch": 48,
     },

@@ -1,5 +1,6 @@
 """The model's side, on the bundled backbone: encoding, alignment, sampling, adapters, NF4."""
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -265,15 +266,13 @@ def test_both_stages_change_only_the_adapter(toy_data, tmp_path, bits, monkeypat
     assert all(torch.equal(weight, frozen[name]) for name, weight in plain.state_dict().items())
 
 
-def test_an_adapter_merges_with_plain_peft(student, tiny, tmp_path):
-    """The README's lines: a checkpoint that needs neither PEFT nor this project."""
-    student.save_pretrained(tmp_path / "adapter")
-    from peft import PeftModel
-    from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
-    model = Qwen3VLForConditionalGeneration.from_pretrained(common.TINY)
-    model = PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
-    model.save_pretrained(tmp_path / "merged")
-    AutoProcessor.from_pretrained(common.TINY).save_pretrained(tmp_path / "merged")
+def test_an_adapter_merges_with_plain_peft(student, tiny, tmp_path, monkeypatch):
+    """The README's lines, in 32 bits: a checkpoint that needs neither PEFT nor this project."""
+    student.save_pretrained(tmp_path / "out/distill/adapter")
+    (tmp_path / "tiny").symlink_to(common.TINY)
+    monkeypatch.chdir(tmp_path)
+    lines = (Path(common.__file__).parent / "README.md").read_text().split("```python\n")[1]
+    exec(lines.split("```")[0].replace("bfloat16", "float32"), {})
 
     _, prompt, ids, mask = pictures_and_answers(tiny[1], 2)
     merged, _ = common.load(str(tmp_path / "merged"), 32)
