@@ -134,8 +134,9 @@ def measure_jobs(args, run, smallest):
                                      else "test"))
     if smallest:
         model = "base" if run == "base" else f"{args.out}/runs/{run} --name model"
-        jobs.append(Job(f"retention-{run}", f"-m tools.retention --preset tiny --adapter {model} "
-                        f"--count 140 --out {args.out}/eval/{run}/retention", SECONDS["tools.retention"]))
+        jobs.append(Job(
+            f"retention-{run}", f"-m tools.retention --preset tiny --adapter {model} --count 140 "
+            f"--out {args.out}/eval/{run}/retention", SECONDS["tools.retention"]))
     return jobs
 
 
