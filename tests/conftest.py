@@ -1,4 +1,9 @@
 """What several test files share: the bundled backbone, an adapted student, rows, a toy data set."""
+import os
+
+# Two processes (pytest-xdist), a thread each: more threads than cores would slow each other down.
+os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
+
 import numpy as np
 import pytest
 import torch

@@ -124,6 +124,10 @@ def test_numbers_of_the_tables(tmp_path):
     assert found["base", "success"]["difference"] == pytest.approx(-0.75)
     assert "difference" not in found["mgsd", "success"]
     assert "| success | 0 [0, 0] | 75" in study_results.make_table(lines)
+    study.main(study.parse_args(["--out", str(tmp_path), "--tables", "--lrs", "0.001",
+                                 "--seeds", "0", "1", "--rows", "40"]))
+    assert "| seeds | 1 | 2 | 2 |\n| success | 0 [0, 0] | 75" in (
+        tmp_path / "results.md").read_text()
 
 
 def test_intervals():

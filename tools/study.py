@@ -3,6 +3,7 @@
     python -m tools.study --dry_run                      # the commands and the expected time
     python -m tools.study                                # all of it; the same command goes on
     python -m tools.study --arms mgsd sft_response --seeds 0 --rows 40
+    python -m tools.study --tables                       # the tables of what is there
 
 An arm is one command beside the cold start that the arms of a seed and a data size share. Equal
 rows, equal optimizer steps. A seed draws its own training rows; all answer the same test rows.
@@ -82,6 +83,7 @@ def parse_args(argv=None):
     add("--test", type=int, default=60, help="test rows per task and level")
     add("--cores", type=int, default=os.cpu_count(), help="processes at a time")
     add("--dry_run", action="store_true", help="only print the commands and the expected time")
+    add("--tables", action="store_true", help="only write the tables, of what is there")
     args = parser.parse_args(argv)
     args.rows = sorted(args.rows)
     return args
@@ -240,6 +242,10 @@ def work_off(args, chains):
 
 
 def main(args):
+    if args.tables:
+        lrs = choose_lrs(args)
+        study_results.write(args, all_runs(args, lrs), lrs)
+        return
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     lock = FileLock(Path(args.out, "lock"))

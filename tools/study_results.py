@@ -152,7 +152,9 @@ def make_table(lines, key="mean"):
     cells = {(line["measure"], line["arm"]): show(line["measure"], line[key], line[
         "ci" if key == "mean" else "difference_ci"]) for line in lines if key in line}
     arms = list(dict.fromkeys(line["arm"] for line in lines if key in line))
-    text = ["| | " + " | ".join(arms) + " |", "|---|" + "---|" * len(arms)]
+    seeds = {line["arm"]: str(len(line["seeds"])) for line in lines}
+    text = ["| | " + " | ".join(arms) + " |", "|---|" + "---|" * len(arms),
+            "| seeds | " + " | ".join(seeds[arm] for arm in arms) + " |"]
     for measure in ("success", *TASK_COLUMNS, *list(MEASURES)[1:], "seconds"):
         texts = [cells.get((measure, arm), "") for arm in arms]
         if any(texts):
