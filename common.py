@@ -54,6 +54,7 @@ QWEN = {
     "distill_lr": 2e-5,
     "distill_batch": 32,
     "distill_micro_batch": 4,
+    "distill_slice": 48,  # 48 x 151,936 floats: the largest that malloc keeps on the CPU (32 MiB)
 }
 PRESETS = {
     "tiny": {
@@ -71,6 +72,7 @@ PRESETS = {
         "distill_lr": 3.5e-4,  # higher rates plan as well and forget more perception answers
         "distill_batch": 96,
         "distill_micro_batch": 48,
+        "distill_slice": 128,
     },
     "2b": {**QWEN, "model": "Qwen/Qwen3-VL-2B-Instruct"},  # for cards of 8 GB
     "4b": {**QWEN, "model": "Qwen/Qwen3-VL-4B-Instruct"},

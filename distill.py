@@ -48,7 +48,7 @@ def parse_args(argv=None):
         help="share of steps whose responses the student samples, else the teacher")
     add("--tasks", nargs="+", help="train on these only: task, task:level or task:low-high")
     add("--max_new_tokens", type=int, help="length limit of a rollout, tokens")
-    add("--slice", type=int, default=128, help="response positions whose logits exist at a time")
+    add("--slice", type=int, help="response positions whose logits exist at a time")
     add("--show_every", type=int, default=25,
         help="steps between sampled responses on the console and in rollouts.jsonl")
     args = common.resolve(parser.parse_args(argv), "distill")

@@ -69,7 +69,7 @@ def measured(work, repeat=1):
     return {"s": min(seconds), "gb": status("VmHWM") - base}
 
 
-def loss(how, positions, width=64, divergence="reverse_kl", hidden_size=2560):
+def loss(how, positions, width=48, divergence="reverse_kl", hidden_size=2560):
     """The loss and its gradient at the student's hidden states, bfloat16, as `how` computes them.
 
     All but `ours` with other divergences compute the reverse KL.
@@ -163,12 +163,13 @@ def step(how, folder, data, batch=8, tokens=128):
 
 
 def our_step(folder, data, batch, tokens):
+    import common
     import distill
     with tempfile.TemporaryDirectory() as out:
         args = distill.parse_args([str(word) for word in (
             "--preset", "tiny", "--model", folder, "--data", data, "--out", out, "--init", "none",
             "--lora_vision", 0, "--steps", 2, "--batch", batch, "--micro_batch", batch,
-            "--max_new_tokens", tokens)])
+            "--max_new_tokens", tokens, "--slice", common.PRESETS["4b"]["distill_slice"])])
         result = measured(lambda: distill.main(args))
         last = json.loads(Path(out, "metrics.jsonl").read_text().splitlines()[-1])
     return result | {"s": last["step_seconds"], "phases": last["seconds"]}
@@ -243,17 +244,19 @@ def line(*cells):
 
 
 def loss_table(sizes=(256, 1024, 2048), hidden_size=2560):
+    import common
     import distill
+    default = common.PRESETS["4b"]["distill_slice"]
     head(f"The loss and its gradient, hidden size {hidden_size}, 151,936 words, bfloat16; products:"
          " the matrix products alone", "positions", "how", "slice", "s", "peak GB", "time / dense",
          "dense memory / its")
     for positions in sizes:
         dense = run("loss", "dense", positions, hidden_size=hidden_size)
-        hows = [("products", 64, "")]
+        hows = [("products", default, "")]
         hows += [("trl", 0, ""), ("trl gold", 0, "")] if have("trl") else []
-        hows += [("liger", 64, "")] if have("liger_kernel") else []
+        hows += [("liger", default, "")] if have("liger_kernel") else []
+        hows += [("ours", default, name) for name in distill.DIVERGENCES]
         hows += [("ours", width, "reverse_kl") for width in (32, 64, 128)]
-        hows += [("ours", 64, name) for name in distill.DIVERGENCES if name != "reverse_kl"]
         line(positions, "dense", "", dense["s"], dense["gb"], 1.0, 1.0)
         for how, width, divergence in hows:
             settings = {"width": width} if width else {}
