@@ -130,6 +130,17 @@ def test_numbers_of_the_tables(tmp_path):
         tmp_path / "results.md").read_text()
 
 
+def test_retention_is_read_back(tmp_path):
+    """One value a question, so that an interval has rows to draw from."""
+    folder = tmp_path / "eval/mgsd-40-0-lr0.001/retention"
+    folder.mkdir(parents=True)
+    right = [True, False, False, True, True]
+    (folder / "retention.json").write_text(json.dumps({"model": {"symbols": {"right": right}}}))
+    values = study_results.values_of(tmp_path, "mgsd-40-0-lr0.001", "other symbols")
+    mean, (low, high) = study_results.estimate({0: values})
+    assert mean == pytest.approx(0.6) and low < 0.5 and high > 0.7
+
+
 def test_intervals():
     """No spread, no interval; with one seed about the normal interval of the mean."""
     same = pd.Series(1.0, pd.MultiIndex.from_product([["maze"], range(20)]))

@@ -266,9 +266,15 @@ def main(args):
         {run[1:3] for run in runs if run[0] != "base"})])
     if len(args.lrs) > 1:
         trials = product(sorted({ARMS[arm].lr for arm in args.arms} - {None}), args.lrs)
-        runs = [(arm, args.rows[0], args.seeds[0], lr) for arm, lr in trials]
-        phase([[train_job(args, *run), evaluate_job(args, name_of(*run), "val", "--input image",
-                                                    split="val")] for run in runs])
+        chains = []
+        for arm, lr in trials:
+            run = name_of(arm, args.rows[0], args.seeds[0], lr)
+            chains.append([train_job(args, arm, args.rows[0], args.seeds[0], lr)])
+            chains[-1].append(evaluate_job(args, run, "val", "--input image", split="val"))
+            for kind in ("test", "seen*"):                # what a rate costs
+                name = kind.removesuffix("*")
+                chains[-1].append(evaluate_job(args, run, name, EVALUATIONS[kind]))
+        phase(chains)
     lrs = choose_lrs(args)
     runs, chains = all_runs(args, lrs), []
     for run in runs:

@@ -31,6 +31,7 @@ MEASURES = {
     "symbols": ("test", "text", "success"), "other pictures": ("retention", "", "pictures"),
     "other symbols": ("retention", "", "symbols"),
 }
+SUMMARY = ("success", "map right", "symbols", "questions", "new levels", "pass@8", "seconds")
 TASK_COLUMNS = ("frozenlake", "maze", "minibehaviour")  # success of each, beside the mean
 PLAIN = ("tokens", "seconds")                           # not in %
 
@@ -63,7 +64,7 @@ def values_of(out, run, measure):
         if not file.is_file():
             return None
         right = json.loads(file.read_text())[name][column]["right"]
-        return pd.Series(right, [("all", i) for i in range(len(right))], dtype=float)
+        return pd.Series(right, pd.MultiIndex.from_product([["all"], range(len(right))]), float)
     folder = folder / f"{name}-{source}"
     if not (folder / "summary.json").is_file():
         return None
@@ -162,6 +163,17 @@ def make_table(lines, key="mean"):
     return "\n".join(text)
 
 
+def make_summary(lines, measures=SUMMARY):
+    """Arms down, a few measures across, of lines of one data size."""
+    cells = {(line["arm"], line["measure"]): show(line["measure"], line["mean"], line["ci"])
+             for line in lines}
+    text = ["| arm | " + " | ".join(measures) + " |", "|---|" + "---|" * len(measures)]
+    for arm in dict.fromkeys(line["arm"] for line in lines):
+        texts = [cells.get((arm, measure), "") for measure in measures]
+        text.append(f"| {arm} | {' | '.join(texts)} |")
+    return "\n".join(text)
+
+
 def plot_sizes(lines, path):
     """Success from pictures against training rows, of the arms with several sizes."""
     figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
@@ -180,16 +192,18 @@ def plot_sizes(lines, path):
     plt.close(figure)
 
 
-def plot_retention(lines, path):
-    """What is kept of planning from symbols against success from pictures, one point an arm."""
-    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
+def plot_retention(lines, path, kept=("symbols", "questions")):
+    """What is kept against success from pictures, one point an arm: planning, perception."""
+    figure, panels = plt.subplots(1, len(kept), figsize=(9, 3.5), layout="constrained")
     means = {(line["arm"], line["measure"]): 100 * line["mean"] for line in lines}
+    colours = iter(plt.get_cmap("tab20").colors)
     for arm in dict.fromkeys(line["arm"] for line in lines):
-        if (arm, "success") in means and (arm, "symbols") in means:
-            point = means[arm, "success"], means[arm, "symbols"]
-            axes.plot(*point, "o")
-            axes.annotate(arm, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="success from pictures, %", ylabel="success from symbols, %")
+        colour = next(colours)
+        for axes, measure in zip(panels, kept, strict=True):
+            if (arm, "success") in means and (arm, measure) in means:
+                axes.plot(means[arm, "success"], means[arm, measure], "o", color=colour, label=arm)
+            axes.set(xlabel="success from pictures, %", ylabel=f"{measure}, %")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -214,16 +228,22 @@ def write(args, runs, lrs):
     lines, smallest = collect(args.out, runs), args.rows[0]
     small = [line for line in lines if line["rows"] == smallest]
     text = [f"# {smallest} rows per task and level: mean over seeds [95% interval], %", "",
-            make_table(small), "", "# Differences to mgsd, paired", "",
+            make_summary(small), "", make_table(small), "", "# Differences to mgsd, paired", "",
             make_table(small, "difference")]
     for rows in args.rows[1:]:
         some = [line for line in lines if line["rows"] == rows]
         text += ["", f"# {rows} rows", "", make_table(some), "", make_table(some, "difference")]
-    text += ["", "# Learning rates, chosen by success on val", "", "| arm | chosen | success |",
-             "|---|---|---|"]
+    text += ["", "# Learning rates, chosen by success on val", "",
+             "| arm | rate | success on val | success | symbols | questions |", "|---" * 6 + "|"]
     for arm, (lr, found) in sorted(lrs.items()):
-        values = ", ".join(f"{100 * value:.0f} at {rate:g}" for rate, value in found.items())
-        text.append(f"| {arm} | {lr:g} | {values or 'not compared'} |")
+        for rate, value in found.items():
+            run = name_of(arm, smallest, args.seeds[0], rate)
+            cells = [f"{100 * value:.0f}"]
+            for measure in ("success", "symbols", "questions"):
+                values = values_of(args.out, run, measure)
+                cells.append("" if values is None else show(measure, *estimate({0: values})))
+            chosen = ", chosen" if rate == lr else ""
+            text.append(f"| {arm} | {rate:g}{chosen} | {' | '.join(cells)} |")
     out = Path(args.out)
     write_aside(out / "results.json", json.dumps({"lines": lines, "lrs": lrs}, indent=1))
     plot_sizes(lines, out / "success_by_rows.png")
