@@ -415,6 +415,20 @@ def test_what_is_logged_of_rollouts(tiny, tmp_path):
     assert not (tmp_path / "rollouts.jsonl").exists()                   # not at this step
 
 
+@pytest.mark.parametrize("share", (0, 1))
+def test_who_samples_and_what_it_reads(toy_data, tmp_path, monkeypatch, share):
+    """On policy the student, adapters on, from the picture; off policy the teacher."""
+    seen, original = [], common.sample
+
+    def spy(model, processor, prompt, *rest, **options):
+        layer = model.base_model.model.model.language_model.layers[0]
+        seen.append((not layer.mlp.up_proj.disable_adapters, "pixel_values" in prompt))
+        return original(model, processor, prompt, *rest, **options)
+    monkeypatch.setattr(common, "sample", spy)
+    train(toy_data, tmp_path, "--on_policy", str(share), "--max_new_tokens", "4")
+    assert set(seen) == {(bool(share), bool(share))}
+
+
 def test_who_the_teacher_is_and_what_it_reads(toy_data, tmp_path, monkeypatch):
     """Every scoring pass: are the adapters on, is there a picture, which text?"""
     seen, original = [], common.response_hidden
