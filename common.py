@@ -54,7 +54,7 @@ QWEN = {
     "distill_lr": 2e-5,
     "distill_batch": 32,
     "distill_micro_batch": 4,
-    "distill_slice": 48,  # 48 x 151,936 floats: the largest that malloc keeps on the CPU (32 MiB)
+    "distill_slice": 64,
 }
 PRESETS = {
     "tiny": {

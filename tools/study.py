@@ -62,8 +62,8 @@ EVALUATIONS = {
 }
 UNSEEN = ("frozenlake:5", "minibehaviour:6")
 # Seconds on one core of an AMD EPYC, for --dry_run: a step of a script, a whole other command.
-SECONDS = {"coldstart.py": 1.3, "distill.py": 3.4, "gen_data.py": 10, "val": 25, "test": 90,
-           "seen": 60, "swapped": 45, "unseen": 25, "sampled": 75, "tools.retention": 40}
+SECONDS = {"coldstart.py": 1.4, "distill.py": 3.4, "gen_data.py": 3, "val": 15, "test": 20,
+           "seen": 13, "swapped": 11, "unseen": 13, "sampled": 18, "tools.retention": 13}
 Job = namedtuple("Job", "name command seconds")
 
 
