@@ -298,6 +298,13 @@ def test_the_backbone_plans_from_symbols_and_not_from_pictures(tiny):
     assert min(wins["symbols"]) >= 0.85 and np.mean(wins["pictures"]) <= 0.3, wins
 
 
+def test_adapters_do_not_decay():
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.zeros(3)
+    common.adamw([weight], 0.1).step()
+    assert weight.tolist() == [1, 1, 1]
+
+
 def test_the_schedule():
     """A tenth of warm-up, then half a cosine; neither the first nor the last step is wasted."""
     rates = [common.learning_rate(step, 100, 2.0) for step in range(100)]
