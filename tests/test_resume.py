@@ -420,3 +420,17 @@ coldstart.answer_loss = starve""")
     assert f"{name}/checkpoint-000000{steps} is what there is" in text and "--micro_batch" in text
     finish(folder, "coldstart", name)
     assert contents(folder / name) == whole["coldstart"]
+
+
+def test_out_of_memory_in_the_loss_is_one_line(folder, whole):
+    text = finish(folder, "distill", "starved", code=2, patch="""
+real, seen = distill.sliced_divergence, []
+def starve(*words):
+    seen.append(1)
+    if len(seen) > 2:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\\nMore")
+    return real(*words)
+distill.sliced_divergence = starve""")
+    assert "is what there is" in text and "--slice" in text and "Traceback" not in text
+    finish(folder, "distill", "starved")
+    assert contents(folder / "starved") == whole["distill"]
