@@ -36,6 +36,16 @@ def adapted(model, vision=True):
     return model
 
 
+def stops(capsys, function, *words):
+    """The one line on stderr with which `function` ends, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        function(*words)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert stop.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """(model, processor) of the bundled backbone in 32 bits; a test leaves it as it was."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import networkx as nx
 import numpy as np
 import pytest
+from conftest import stops
 from PIL import Image
 
 import gen_data
@@ -57,12 +58,7 @@ def make(*words):
 
 def refused(capsys, *words):
     """The one line on stderr with which `make` ends, exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        make(*words)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert stop.value.code == 2 and len(lines) == 1
-    return lines[0]
+    return stops(capsys, make, *words)
 
 
 def test_importing_gen_data_does_not_import_torch_or_common():

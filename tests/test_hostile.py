@@ -7,6 +7,7 @@ import zlib
 
 import pytest
 import torch
+from conftest import stops
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -18,16 +19,6 @@ from tools import lenient
 
 ROW = {"file_name": "a.png", "id": "test_a", "task": "frozenlake", "level": 3, "state": LAKE,
        "plan": ["D", "R", "R", "D"]}
-
-
-def stops(capsys, function, *words):
-    """The one line on stderr with which `function` ends, exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        function(*words)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert stop.value.code == 2 and len(lines) == 1
-    return lines[0]
 
 
 def folder_with(tmp_path, *lines):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from bench_distill import qwen_checkpoint
+from conftest import stops
 from PIL import Image
 
 import coldstart
@@ -56,16 +57,6 @@ def write(tmp_path, **splits):
         lines = [json.dumps(row) + "\n" for row in rows]
         (tmp_path / split / "metadata.jsonl").write_text("".join(lines))
     return str(tmp_path)
-
-
-def stops(capsys, function, *words):
-    """The one line on stderr with which `function` ends, exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        function(*words)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert stop.value.code == 2 and len(lines) == 1
-    return lines[0]
 
 
 def run_all(data, out, model, steps):
