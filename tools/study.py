@@ -52,14 +52,18 @@ ARMS = {
     "jsd": Arm("distill.py --divergence jsd", "mgsd", "smallest"),
     "sampled": Arm("distill.py --divergence sampled", "mgsd", "smallest"),
 }
-# What is measured of a run: evaluate.py's flags; a * only where an arm has its smallest data size.
+# What can be measured of a run: evaluate.py's flags, the data, the split.
 EVALUATIONS = {
-    "test": "--input both",
-    "seen*": "--input image --perception --limit 10",
-    "swapped*": "--input swapped --limit 20",
-    "unseen*": "--input image",                           # levels never trained on
-    "sampled*": "--input image --temperature 1 --samples 8 --limit 10",
+    "val": ("--input image", "test", "val"),
+    "test": ("--input both", "test", "test"),
+    "seen": ("--input image --perception --limit 10", "test", "test"),
+    "swapped": ("--input swapped --limit 20", "test", "test"),
+    "unseen": ("--input image", "unseen", "test"),        # levels never trained on
+    "sampled": ("--input image --temperature 1 --samples 8 --limit 10", "test", "test"),
 }
+OF_A_RATE = ("val", "test", "seen")                       # which is chosen, and what it costs
+OF_A_RUN = ("test",)
+OF_THE_SMALLEST = ("test", "seen", "swapped", "unseen", "sampled")
 UNSEEN = ("frozenlake:5", "minibehaviour:6")
 # Seconds on one core of an AMD EPYC, for --dry_run: a step of a script, a whole other command.
 SECONDS = {"coldstart.py": 1.4, "distill.py": 3.4, "gen_data.py": 3, "val": 15, "test": 20,
@@ -119,7 +123,8 @@ def train_job(args, arm, rows, seed, lr=None):
     return Job(f"train-{name}", " ".join(words), steps * SECONDS[script])
 
 
-def evaluate_job(args, run, kind, flags, data="test", split="test"):
+def evaluate_job(args, run, kind):
+    flags, data, split = EVALUATIONS[kind]
     model = "--adapter base" if run == "base" else f"--adapter {args.out}/runs/{run} --name model"
     command = (f"evaluate.py --preset tiny {flags} {model} --data {args.out}/data/{data} "
                f"--split {split} --out {args.out}/eval/{run}/{kind}")
@@ -127,13 +132,8 @@ def evaluate_job(args, run, kind, flags, data="test", split="test"):
 
 
 def measure_jobs(args, run, smallest):
-    """What is measured of a run."""
-    jobs = []
-    for kind, flags in EVALUATIONS.items():
-        if smallest or not kind.endswith("*"):
-            kind = kind.removesuffix("*")
-            jobs.append(evaluate_job(args, run, kind, flags, "unseen" if kind == "unseen"
-                                     else "test"))
+    """What is measured of a run; most of it only where an arm has its smallest data size."""
+    jobs = [evaluate_job(args, run, kind) for kind in (OF_THE_SMALLEST if smallest else OF_A_RUN)]
     if smallest:
         model = "base" if run == "base" else f"{args.out}/runs/{run} --name model"
         jobs.append(Job(
@@ -270,10 +270,7 @@ def main(args):
         for arm, lr in trials:
             run = name_of(arm, args.rows[0], args.seeds[0], lr)
             chains.append([train_job(args, arm, args.rows[0], args.seeds[0], lr)])
-            chains[-1].append(evaluate_job(args, run, "val", "--input image", split="val"))
-            for kind in ("test", "seen*"):                # what a rate costs
-                name = kind.removesuffix("*")
-                chains[-1].append(evaluate_job(args, run, name, EVALUATIONS[kind]))
+            chains[-1] += [evaluate_job(args, run, kind) for kind in OF_A_RATE]
         phase(chains)
     lrs = choose_lrs(args)
     runs, chains = all_runs(args, lrs), []

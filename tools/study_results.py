@@ -16,6 +16,7 @@ import pandas as pd
 from common import write_aside
 from evaluate import answer_frame
 from gen_data import PARTS
+from tools.report import markdown
 
 matplotlib.use("Agg")  # no window
 REFERENCE = "mgsd"
@@ -32,6 +33,7 @@ MEASURES = {
     "other symbols": ("retention", "", "symbols"),
 }
 SUMMARY = ("success", "map right", "symbols", "questions", "new levels", "pass@8", "seconds")
+RATE_COLUMNS = ("success", "symbols", "questions")      # on test, for every learning rate
 TASK_COLUMNS = ("frozenlake", "maze", "minibehaviour")  # success of each, beside the mean
 PLAIN = ("tokens", "seconds")                           # not in %
 
@@ -148,30 +150,47 @@ def show(measure, mean, ci):
     return f"{scale * mean:.0f} [{scale * ci[0]:.0f}, {scale * ci[1]:.0f}]"
 
 
+def cells_of(lines, key="mean"):
+    """{(measure, arm): text}. key: "mean" or "difference"."""
+    ci = "ci" if key == "mean" else "difference_ci"
+    return {(line["measure"], line["arm"]): show(line["measure"], line[key], line[ci])
+            for line in lines if key in line}
+
+
 def make_table(lines, key="mean"):
     """Measures down, arms across, of lines of one data size. key: "mean" or "difference"."""
-    cells = {(line["measure"], line["arm"]): show(line["measure"], line[key], line[
-        "ci" if key == "mean" else "difference_ci"]) for line in lines if key in line}
-    arms = list(dict.fromkeys(line["arm"] for line in lines if key in line))
-    seeds = {line["arm"]: str(len(line["seeds"])) for line in lines}
-    text = ["| | " + " | ".join(arms) + " |", "|---|" + "---|" * len(arms),
-            "| seeds | " + " | ".join(seeds[arm] for arm in arms) + " |"]
+    cells = cells_of(lines, key)
+    arms = list(dict.fromkeys(arm for _, arm in cells))
+    seeds = {line["arm"]: len(line["seeds"]) for line in lines}
+    rows = [["seeds", *[seeds[arm] for arm in arms]]]
     for measure in ("success", *TASK_COLUMNS, *list(MEASURES)[1:], "seconds"):
         texts = [cells.get((measure, arm), "") for arm in arms]
         if any(texts):
-            text.append(f"| {measure} | {' | '.join(texts)} |")
-    return "\n".join(text)
+            rows.append([measure, *texts])
+    return markdown({"head": ["", *arms], "lines": rows})
 
 
 def make_summary(lines, measures=SUMMARY):
     """Arms down, a few measures across, of lines of one data size."""
-    cells = {(line["arm"], line["measure"]): show(line["measure"], line["mean"], line["ci"])
-             for line in lines}
-    text = ["| arm | " + " | ".join(measures) + " |", "|---|" + "---|" * len(measures)]
-    for arm in dict.fromkeys(line["arm"] for line in lines):
-        texts = [cells.get((arm, measure), "") for measure in measures]
-        text.append(f"| {arm} | {' | '.join(texts)} |")
-    return "\n".join(text)
+    cells = cells_of(lines)
+    rows = [[arm, *[cells.get((measure, arm), "") for measure in measures]]
+            for arm in dict.fromkeys(arm for _, arm in cells)]
+    return markdown({"head": ["arm", *measures], "lines": rows})
+
+
+def make_rate_table(args, lrs):
+    """What every learning rate was worth, and what it kept, on the first seed and fewest rows."""
+    rows = []
+    for arm, (lr, found) in sorted(lrs.items()):
+        for rate, value in (found or {lr: None}).items():
+            row = [arm, f"{rate:g}, chosen" if rate == lr else f"{rate:g}",
+                   "not compared" if value is None else f"{100 * value:.0f}"]
+            for measure in RATE_COLUMNS:
+                run = name_of(arm, args.rows[0], args.seeds[0], rate)
+                values = values_of(args.out, run, measure)
+                row.append("" if values is None else show(measure, *estimate({0: values})))
+            rows.append(row)
+    return markdown({"head": ["arm", "rate", "success on val", *RATE_COLUMNS], "lines": rows})
 
 
 def plot_sizes(lines, path):
@@ -196,13 +215,12 @@ def plot_retention(lines, path, kept=("symbols", "questions")):
     """What is kept against success from pictures, one point an arm: planning, perception."""
     figure, panels = plt.subplots(1, len(kept), figsize=(9, 3.5), layout="constrained")
     means = {(line["arm"], line["measure"]): 100 * line["mean"] for line in lines}
-    colours = iter(plt.get_cmap("tab20").colors)
-    for arm in dict.fromkeys(line["arm"] for line in lines):
-        colour = next(colours)
-        for axes, measure in zip(panels, kept, strict=True):
+    arms = dict.fromkeys(line["arm"] for line in lines)
+    for axes, measure in zip(panels, kept, strict=True):
+        for arm, colour in zip(arms, plt.get_cmap("tab20").colors, strict=False):
             if (arm, "success") in means and (arm, measure) in means:
                 axes.plot(means[arm, "success"], means[arm, measure], "o", color=colour, label=arm)
-            axes.set(xlabel="success from pictures, %", ylabel=f"{measure}, %")
+        axes.set(xlabel="success from pictures, %", ylabel=f"{measure}, %")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -227,27 +245,18 @@ def write(args, runs, lrs):
     """results.md, results.json and three plots in args.out. lrs: {arm: (lr, {lr: success})}."""
     lines, smallest = collect(args.out, runs), args.rows[0]
     small = [line for line in lines if line["rows"] == smallest]
-    text = [f"# {smallest} rows per task and level: mean over seeds [95% interval], %", "",
-            make_summary(small), "", make_table(small), "", "# Differences to mgsd, paired", "",
-            make_table(small, "difference")]
+    parts = [f"# {smallest} rows per task and level: mean over seeds [95% interval], %",
+             make_summary(small), make_table(small), "# Differences to mgsd, paired",
+             make_table(small, "difference")]
     for rows in args.rows[1:]:
         some = [line for line in lines if line["rows"] == rows]
-        text += ["", f"# {rows} rows", "", make_table(some), "", make_table(some, "difference")]
-    text += ["", "# Learning rates, chosen by success on val", "",
-             "| arm | rate | success on val | success | symbols | questions |", "|---" * 6 + "|"]
-    for arm, (lr, found) in sorted(lrs.items()):
-        for rate, value in found.items():
-            run = name_of(arm, smallest, args.seeds[0], rate)
-            cells = [f"{100 * value:.0f}"]
-            for measure in ("success", "symbols", "questions"):
-                values = values_of(args.out, run, measure)
-                cells.append("" if values is None else show(measure, *estimate({0: values})))
-            chosen = ", chosen" if rate == lr else ""
-            text.append(f"| {arm} | {rate:g}{chosen} | {' | '.join(cells)} |")
+        parts += [f"# {rows} rows", make_table(some), make_table(some, "difference")]
+    parts += [f"# Learning rates, chosen by success on val (seed {args.seeds[0]})",
+              make_rate_table(args, lrs)]
     out = Path(args.out)
     write_aside(out / "results.json", json.dumps({"lines": lines, "lrs": lrs}, indent=1))
     plot_sizes(lines, out / "success_by_rows.png")
     plot_retention(small, out / "retention.png")
     plot_kl(out, [run for run in runs if run[:2] == (REFERENCE, smallest)], out / "kl.png")
-    write_aside(out / "results.md", "\n".join(text) + "\n")
-    print("\n".join(text[:3]) + f"\nmore in {out}/results.md")
+    write_aside(out / "results.md", "\n\n".join(part.strip() for part in parts) + "\n")
+    print(f"{parts[0]}\n\n{parts[1]}more in {out}/results.md")
