@@ -213,7 +213,7 @@ def judge(row, line, parse=gen_data.parse, trained=None, tolerance=0):
             described = {**row, "state": verdict["state"]}
             works = gen_data.judge(described, line["response"], parse)["outcome"] == "success"
             failure = "perception" if works else "planning"
-    return {**line, "task": row["task"], "level": row["level"] or None, "bucket": row.get("bucket"),
+    return {**line, "task": row["task"], "level": row["level"], "bucket": row.get("bucket"),
             **verdict, "failure": failure,
             "trained_on": None if trained is None else gen_data.key_of(row) in trained}
 
@@ -226,8 +226,7 @@ def conclude(folder, rows, lines, looks, args, trained=None):
     for line in looks:
         row, name = by_id[line["id"]], line["question"]
         right = gen_data.score_perception(row, (name,), line["response"])[name]
-        seen.append({**line, "task": row["task"], "level": row["level"] or None,
-                     "right": right})
+        seen.append({**line, "task": row["task"], "level": row["level"], "right": right})
     table = summarise(verdicts)
     whole = next(cell for cell in table if cell["task"] == "macro")
     success = "not judged" if whole["success"] is None else f"{whole['success']:.0%}"

@@ -491,7 +491,7 @@ class Pair:
         "answer"     what a response is compared with
         "questions"  [{"question", "answer"}] of the cold start, else it asks for the symbols
         "group"      rows that are counted together
-    Texts reach the model as they stand. "task" is the group, and "level" 0: there are none.
+    Texts reach the model as they stand. "task" is the group, "level" None.
     """
     ASK_SYMBOLS = "Write down what the picture shows, in symbols and completely."
 
@@ -555,10 +555,11 @@ class Pair:
 
     def same(said, wanted, tolerance=0):
         """Equal but for case, blanks and a full stop; numbers: up to the tolerance."""
-        number = re.compile(r"[+-]?([0-9]{1,30}|[0-9]{1,3}(,[0-9]{3}){1,9})?(\.[0-9]{1,30})?")
+        number = re.compile(r"[+-]?(([0-9]{1,30}|[0-9]{1,3}(,[0-9]{3}){1,9})(\.[0-9]{1,30})?"
+                            r"|\.[0-9]{1,30})")
         said, wanted = (text.strip().rstrip(".").replace("\u2212", "-") for text in (said, wanted))
-        if number.fullmatch(wanted) and wanted[-1:].isdigit():
-            if not (number.fullmatch(said) and said[-1:].isdigit()):
+        if number.fullmatch(wanted):
+            if not number.fullmatch(said):
                 return False
             a, b = (Decimal(text.replace(",", "")) for text in (said, wanted))
             return abs(a - b) <= Decimal(str(tolerance))
@@ -1039,7 +1040,7 @@ def load_rows(data, split="*"):
                 fail(f"{where}: the picture {row['file_name']!r} is not a file in {file.parent}")
             if pair and not path.is_file():
                 fail(f"{where}: there is no picture {path}")
-            facts = {"task": row.get("group", "pairs"), "level": 0} if pair else {}
+            facts = {"task": row.get("group", "pairs"), "level": None} if pair else {}
             rows.append(row | facts | {"path": str(path), "where": where})
     if any("symbols" in row for row in rows):  # gen_data.py's own ids are distinct
         check_ids(data)
