@@ -224,10 +224,8 @@ def test_missing_fields_and_doubled_ids(tmp_path, capsys):
     assert f"train/metadata.jsonl, line 1: the id 'a' is that of {data}/test" in line
 
 
-def test_only_what_was_judged_alike_stands_in_one_table(tmp_path, monkeypatch):
+def test_only_what_was_judged_alike_stands_in_one_table(tmp_path):
     """Other answers are other rows; a tolerance is named; a failed request is no verdict."""
-    monkeypatch.setattr(evaluate, "RUNS", ())
-
     def score(row, name, *words, **line):
         data, answers = write(tmp_path, test=[row]), tmp_path / "answers.jsonl"
         answers.write_text(json.dumps({"id": row["id"], "response": "3", **line}) + "\n")

@@ -31,17 +31,15 @@ def page_file(tmp_path_factory):
                  "outcome": "wall"} for step in (1, 26)]
     for name, lines in (("metrics", steps), ("rollouts", rollouts)):
         (run / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "RUNS", ())                          # not what lies in out/ here
-        for name in ("good", "bad-image"):
-            responses = [gen_data.response(row) if name == "good" else
-                         f"{EVIL}\n<answer>U,U,U,U,U,U,U</answer>" for row in rows]
-            file = folder / f"{name}.jsonl"
-            file.write_text("\n".join(json.dumps({"id": row["id"], "response": response})
-                                      for row, response in zip(rows, responses, strict=True)))
-            evaluate.main(evaluate.parse_args([
-                "--preset", "tiny", "--data", str(folder / "data"), "--out", str(folder / "eval"),
-                "--responses", str(file), "--adapter", str(run)]))
+    for name in ("good", "bad-image"):
+        responses = [gen_data.response(row) if name == "good" else
+                     f"{EVIL}\n<answer>U,U,U,U,U,U,U</answer>" for row in rows]
+        file = folder / f"{name}.jsonl"
+        file.write_text("\n".join(json.dumps({"id": row["id"], "response": response})
+                                  for row, response in zip(rows, responses, strict=True)))
+        evaluate.main(evaluate.parse_args([
+            "--preset", "tiny", "--data", str(folder / "data"), "--out", str(folder / "eval"),
+            "--responses", str(file), "--adapter", str(run)]))
     return folder / "eval/report.html"
 
 
