@@ -26,6 +26,8 @@ import zlib
 from importlib.metadata import version
 from pathlib import Path
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on a CPU: fewer, larger memory pages
+
 import psutil
 import torch
 from filelock import FileLock, Timeout
@@ -67,11 +69,11 @@ PRESETS = {
         "coldstart_steps": 150,
         "coldstart_lr": 2e-3,
         "coldstart_batch": 96,
-        "coldstart_micro_batch": 48,
+        "coldstart_micro_batch": 24,
         "distill_steps": 80,
         "distill_lr": 3.5e-4,  # higher rates plan as well and forget more perception answers
         "distill_batch": 96,
-        "distill_micro_batch": 48,
+        "distill_micro_batch": 24,
         "distill_slice": 128,
     },
     "2b": {**QWEN, "model": "Qwen/Qwen3-VL-2B-Instruct"},  # for cards of 8 GB
