@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 import common
 import gen_data
 from gen_data import key_of, open_picture, perception_prompt, perception_target, questions
+from tools import run_files
 
 TARGETS = ("perception", "response", "answer")
 
@@ -119,7 +120,7 @@ def main(args):
     init = None if args.init == "none" else f"{args.init}/adapter"
     if init:
         inputs.append(f"{init}/adapter_model.safetensors")
-        trained_on |= common.read_trained_rows(args.init)
+        trained_on |= run_files.read_trained_rows(args.init)
     run = common.Run(args, __file__, inputs, trained_on)
     torch.manual_seed(args.seed)
     model, processor = common.load(args.model, args.bits)

@@ -9,12 +9,10 @@ Everything the two stages and the evaluation share stands here once:
     response_hidden      the hidden states that predict given response tokens
     Run                  a stage's folder: log, checkpoints, the way back after an interruption
 """
-import hashlib
 import json
 import logging
 import math
 import os
-import pickle
 import platform
 import re
 import shutil
@@ -30,10 +28,13 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on a CPU: fewer, lar
 
 import psutil
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors import SafetensorError
 from torch import distributed
 from tqdm import tqdm
+
+from tools import run_files
+from tools.console import fail
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # reports a missing optional CPU kernel
 # The newer name came with transformers 5.23.
@@ -87,12 +88,6 @@ PRESETS = {
 }
 # 40 rows a level instead of 2,000 (gen_data.py): where methods differ.
 PRESETS["tiny-small"] = {**PRESETS["tiny"], "coldstart_steps": 100, "distill_steps": 60}
-
-
-def fail(message):
-    """Bad input: one line on stderr, exit code 2."""
-    tqdm.write(f"error: {message}", file=sys.stderr)  # below a progress bar too
-    raise SystemExit(2)
 
 
 def warn(message):
@@ -562,18 +557,18 @@ class Run:
         self.lock = FileLock(self.out / "lock")  # let go when the process ends, however it ends
         state = None
         if first_process():
-            take_folder(self.out, self.lock, args.restart)
-            state = go_on(self.out, args, inputs)
-            write_aside(self.out / "trained_rows.json", json.dumps(sorted(trained_rows)))
+            run_files.take_folder(self.out, self.lock, args.restart)
+            state = run_files.go_on(self.out, args, inputs, versions())
+            run_files.write_aside(self.out / "trained_rows.json", json.dumps(sorted(trained_rows)))
             shutil.copy(script, self.out)
-            self.wandb = start_wandb(args) if args.wandb else None
+            self.wandb = run_files.start_wandb(args) if args.wandb else None
         self.step, self.skipped, self.checkpoint = gather(state)[0]
         self.adapter = self.checkpoint and str(self.checkpoint / "adapter")
 
     def steps(self, optimizer):
         """The numbers of the steps to do; a signal now asks to stop, a later one stops at once."""
         if self.checkpoint:
-            optimizer.load_state_dict(load_optimizer(self.checkpoint / "optimizer.pt"))
+            optimizer.load_state_dict(run_files.load_optimizer(self.checkpoint / "optimizer.pt"))
         for number in (signal.SIGINT, signal.SIGTERM):
             self.handlers[number] = signal.signal(number, self.on_signal)
         return tqdm(range(self.step, self.args.steps), desc=self.out.name, unit="step",
@@ -627,18 +622,15 @@ class Run:
         last = self.step == self.args.steps
         return last or self.step % self.args.save_every == 0 or self.stopping is not None
 
-    def save(self, model, optimizer):
-        """A checkpoint of the steps so far, if all processes hold the same adapters."""
+    def save(self, model, optimizer, alone=False):
+        """A checkpoint of the steps so far. alone: the other processes are not asked about it."""
         weights = [weight.detach().flatten() for weight in model.parameters()
                    if weight.requires_grad]
-        if len(set(gather(zlib.crc32(torch.cat(weights).cpu().numpy())))) > 1:
+        if not alone and len(set(gather(zlib.crc32(torch.cat(weights).cpu().numpy())))) > 1:
             self.end(f"the processes' adapters differ after step {self.step}")
-        self.save_here(model, optimizer)
-
-    def save_here(self, model, optimizer):
         if first_process():
             try:
-                self.checkpoint = write_checkpoint(
+                self.checkpoint = run_files.write_checkpoint(
                     self.out, self.step, self.skipped, model, optimizer)
             except (OSError, RuntimeError, SafetensorError) as error:
                 self.end(f"cannot write a checkpoint ({str(error).splitlines()[0]}): free space")
@@ -657,18 +649,14 @@ class Run:
     def out_of_memory(self, error, model, optimizer):
         """Save, unless the weights are ahead of the log, and end with one line."""
         if not self.updating:
-            self.save_here(model, optimizer)
+            self.save(model, optimizer, alone=True)
         self.end(f"the GPU's memory does not suffice ({str(error).splitlines()[0]}): lower "
                  "--rollout_batch, --micro_batch or --slice, or --max_new_tokens with --restart")
 
     def finish(self):
         """The newest checkpoint's adapter becomes adapter/."""
         if first_process():
-            aside, final = self.out / "adapter.partial", self.out / "adapter"
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(self.checkpoint / "adapter", aside)
-            shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
+            run_files.replace_folder(self.out / "adapter", self.checkpoint / "adapter")
 
     def close(self):
         """Give back the signals and the folder."""
@@ -677,119 +665,3 @@ class Run:
         self.lock.release()
         if self.wandb:
             self.wandb.finish()
-
-
-# What may differ when a run goes on: it changes no step that is done.
-MAY_DIFFER = ("steps", "rollout_batch", "micro_batch", "slice", "save_every", "show_every",
-              "eval_every", "restart", "wandb")
-
-
-def take_folder(folder, lock, restart):
-    """Become the only run that writes to the folder; restart: remove what a run left in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        fail(f"another run is writing to {folder}: wait for its end or choose another --out")
-    for path in folder.iterdir() if restart else ():
-        if path.is_dir() and path.name.startswith(("adapter", "checkpoint")):
-            shutil.rmtree(path)
-        elif path.name == "args.json" or path.suffix == ".jsonl":
-            path.unlink()
-
-
-def go_on(out, args, inputs):
-    """(steps done, steps skipped, checkpoint or None) of the run in `out`; its logs are cut back.
-
-    Fails if its arguments or inputs were others than now.
-    """
-    hashes = {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest()
-              for path in inputs if Path(path).is_file()}
-    record = {"args": vars(args), "inputs": hashes, "versions": versions()}
-    checkpoint = max(out.glob("checkpoint-*"), default=None)
-    state = {"step": 0, "skipped": [], "sizes": {}}
-    if checkpoint:
-        try:
-            old = json.loads((out / "args.json").read_text())
-            state = json.loads((checkpoint / "state.json").read_text())
-        except (OSError, ValueError) as error:
-            fail(f"cannot go on from {checkpoint}: {error}; begin anew with --restart")
-        other = [f"--{name} was {old['args'].get(name)!r} and is {value!r}"
-                 for name, value in vars(args).items()
-                 if name not in MAY_DIFFER and old["args"].get(name) != value]
-        other += [f"{path} has changed" for path, digest in hashes.items()
-                  if old["inputs"].get(path, digest) != digest]
-        if state["step"] > args.steps:
-            other.append(f"--steps {args.steps}, but {state['step']} are done")
-        if other:
-            fail(f"{out} holds a run that cannot go on like this: {'; '.join(other)}. Give its "
-                 "arguments again, --restart to begin anew, or another --out")
-        print(f"{out}: {state['step']} of {args.steps} steps are done")
-    for file in out.glob("*.jsonl"):  # lines of steps that will be done again
-        os.truncate(file, state["sizes"].get(file.name, 0))
-    write_aside(out / "args.json", json.dumps(record, indent=1))
-    return state["step"], state["skipped"], checkpoint
-
-
-def write_checkpoint(out, step, skipped, model, optimizer):
-    """Write it aside, flush it, rename it; only then remove the one before -> its folder."""
-    aside, folder = out / "checkpoint.partial", out / f"checkpoint-{step:07d}"
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        model.save_pretrained(aside / "adapter")
-        torch.save(optimizer.state_dict(), aside / "optimizer.pt")
-        sizes = {file.name: file.stat().st_size for file in out.glob("*.jsonl")}
-        (aside / "state.json").write_text(json.dumps(
-            {"step": step, "skipped": skipped, "sizes": sizes}))
-        for path in (*out.glob("*.jsonl"), *aside.rglob("*"), aside):
-            flush(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    flush(out)
-    for other in set(out.glob("checkpoint-*")) - {folder}:
-        shutil.rmtree(other)
-    return folder
-
-
-def load_optimizer(path):
-    """An optimizer's state dict; only tensors and plain values are read, no code in it is run."""
-    try:
-        return torch.load(path, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        fail(f"cannot read {path}: {str(error).split('. ')[0]}; begin anew with --restart")
-
-
-def read_trained_rows(folder):
-    """Keys of the rows that the run in `folder` was trained on, its predecessors' included."""
-    try:
-        return set(json.loads((Path(folder) / "trained_rows.json").read_text()))
-    except (OSError, ValueError) as error:
-        fail(f"no run in {folder}: cannot read its trained_rows.json ({error}); "
-             "python coldstart.py makes one")
-
-
-def start_wandb(args):
-    """A run of Weights & Biases; its package is needed only here."""
-    try:
-        import wandb
-    except ImportError:
-        fail("--wandb needs its package: pip install wandb")
-    return wandb.init(project=args.wandb, name=args.out, config=vars(args))
-
-
-def flush(path):
-    """Make sure that a file or folder is on the disk; Windows cannot flush a folder."""
-    if os.name != "nt" or path.is_file():
-        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-        os.fsync(handle)
-        os.close(handle)
-
-
-def write_aside(path, text):
-    """Write a small file so that it is the old or the new one, whatever happens."""
-    aside = path.with_suffix(".partial")
-    aside.write_text(text)
-    flush(aside)
-    aside.replace(path)

@@ -30,6 +30,7 @@ from tqdm import tqdm
 import common
 import gen_data
 from gen_data import PARTS, key_of, open_picture, part_of, student_prompt, teacher_prompt
+from tools import run_files
 
 
 def parse_args(argv=None):
@@ -194,19 +195,12 @@ def main(args):
     if rank == 0:
         gen_data.ensure(args.data, args.preset, args.seed)
     common.gather(None)  # the others wait for the data
-    rows = gen_data.load_rows(args.data, "train")
-    if args.tasks:
-        levels = gen_data.parse_tasks(args.tasks)
-        rows = [row for row in rows if row["level"] in levels.get(row["task"], ())]
-        if not rows:
-            words = f"--tasks {' '.join(args.tasks)}"
-            common.fail(f"{words}: {args.data}/train has no such row; choose others or make them: "
-                        f"python gen_data.py {words} --out data/mine")
+    rows = gen_data.choose_rows(gen_data.load_rows(args.data, "train"), args.tasks)
     inputs, trained_on = [f"{args.data}/train/metadata.jsonl"], {key_of(row) for row in rows}
     init = None if args.init == "none" else f"{args.init}/adapter"
     if init:
         inputs.append(f"{init}/adapter_model.safetensors")
-        trained_on |= common.read_trained_rows(args.init)
+        trained_on |= run_files.read_trained_rows(args.init)
     run = common.Run(args, __file__, inputs, trained_on)
     model, processor = common.load(args.model, args.bits)
     common.check_lengths(model, processor, {

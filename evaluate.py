@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 import common
 import gen_data
-from common import fail
-from tools import lenient, report, responses
+from tools import lenient, report, responses, run_files
+from tools.console import fail
 
 RUNS = ("out/coldstart", "out/distill")
 STAGES = ("base", "coldstart", "distill")
@@ -241,8 +241,8 @@ def conclude(folder, rows, lines, looks, args, trained=None):
     for name, things in (("predictions", verdicts), ("perception", seen)):
         if things:
             text = "".join(json.dumps(thing) + "\n" for thing in things)
-            common.write_aside(folder / f"{name}.jsonl", text)
-    common.write_aside(folder / "summary.json", json.dumps(summary, indent=1))
+            run_files.write_aside(folder / f"{name}.jsonl", text)
+    run_files.write_aside(folder / "summary.json", json.dumps(summary, indent=1))
 
 
 # ---------------------------------------------------------------- numbers
@@ -429,7 +429,7 @@ def finished_conditions(out, rows):
 def main(args):
     gen_data.ensure(args.data, args.preset, args.seed)
     test, out = gen_data.load_rows(args.data, args.split), Path(args.out)
-    rows = responses.choose_rows(test, args.tasks, args.limit)
+    rows = gen_data.choose_rows(test, args.tasks, args.limit)
     if args.responses:
         folder = out / (args.name or Path(args.responses).stem)
         if list(folder.glob("*.settings.json")):
@@ -445,10 +445,10 @@ def main(args):
     tables = report.make_tables(summaries, comparison)
     runs = [Path(run) for run in dict.fromkeys((*RUNS, *(args.adapter or ())))]
     page = report.make_page(rows, tables, summaries, verdicts, runs)
-    common.write_aside(out / "results.md", report.make_text(tables))
-    common.write_aside(out / "results.json",
+    run_files.write_aside(out / "results.md", report.make_text(tables))
+    run_files.write_aside(out / "results.json",
                        json.dumps({"conditions": summaries, **comparison}, indent=1))
-    common.write_aside(out / "report.html", page)
+    run_files.write_aside(out / "report.html", page)
     print(f"\n{report.markdown(tables[0])}\nmore in {out}/results.md and {out}/report.html; every "
           f"answer in {out}/<condition>/predictions.jsonl")
 

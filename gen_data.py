@@ -16,7 +16,8 @@ Rows go to data/<split>/metadata.jsonl beside their PNGs (the "imagefolder" layo
 `bucket` is the difficulty (easy, medium, hard), by the length of the shortest plan. A row holds
 facts only. Prompts are functions of a row, so changing one needs no new data.
 Coordinates are (row, column), counted from 0 at the top left.
-A row of a user's own is a pair (see `Pair`): "prompt" and "symbols" in place of task, state, plan.
+A row of a user's own is a pair (tools/pairs.py): "prompt" and "symbols" in place of task, state,
+plan.
 """
 import argparse
 import hashlib
@@ -29,7 +30,6 @@ import subprocess
 import sys
 from collections import deque
 from contextlib import nullcontext, suppress
-from decimal import Decimal
 from functools import lru_cache, partial, wraps
 from itertools import combinations_with_replacement, count, islice
 from pathlib import Path
@@ -37,6 +37,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
+
+from tools.console import fail
 
 MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
 SPLITS = ("train", "val", "test")
@@ -55,12 +57,6 @@ PRESETS = {
              "cell_size": 32, "image_size": 0, "train": 2000, "val": 40, "test": 100},
     "2b": PAPER, "4b": PAPER, "8b": PAPER}
 PRESETS["tiny-small"] = {**PRESETS["tiny"], "train": 40}
-
-
-def fail(message):
-    """Bad input: one line on stderr, exit code 2."""
-    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, below a progress bar
-    raise SystemExit(2)
 
 
 # ---------------------------------------------------------------- the tasks
@@ -481,111 +477,21 @@ def check(task, state, plan):
     return outcome, len(path) - 1
 
 
-# ---------------------------------------------------------------- pairs
+# ---------------------------------------------------------------- rows
 
-class Pair:
-    """A user's own row: a picture and what it shows as symbols. It answers every row function.
-
-        {"file_name", "id", "prompt", "symbols"} and optionally
-        "hint"       what only the teacher may read, with the context "state+plan"
-        "answer"     what a response is compared with
-        "questions"  [{"question", "answer"}] of the cold start, else it asks for the symbols
-        "group"      rows that are counted together
-    Texts reach the model as they stand. "task" is the group, "level" None.
-    """
-    ASK_SYMBOLS = "Write down what the picture shows, in symbols and completely."
-
-    def fault(row):
-        """What is wrong with a row, or None."""
-        asked = row.get("questions", [])
-        if not isinstance(asked, list) or not all(isinstance(q, dict) for q in asked):
-            return '"questions": wanted a list of {"question", "answer"}'
-        texts = [(name, row.get(name)) for name in ("id", "prompt", "symbols")]
-        texts += [(name, row[name]) for name in ("hint", "answer", "group") if name in row]
-        texts += [(f"{name} {i}", q.get(name)) for i, q in enumerate(asked, 1)
-                  for name in ("question", "answer")]
-        for name, text in texts:
-            if not isinstance(text, str) or not text.strip():
-                return f'"{name}": wanted a text, got {json.dumps(text)[:40]}'
-            if special := re.search(r"<\|\w+\|>", text):
-                return f'"{name}" holds {special[0]}, which the model would not read as text'
-            text.encode()  # half a surrogate pair is no text either: ValueError
-        group = row.get("group", "pairs")
-        if group in TASKS or group == "macro" or not re.fullmatch(r"\w[\w .+-]{0,40}", group):
-            return f'"group": wanted a short name of its own, got {group[:40]!r}'
-        mixed = [name for name in ("task", "state", "plan") if name in row]
-        return f"half a pair, half a puzzle: symbols and {', '.join(mixed)}" if mixed else None
-
-    def student_prompt(row):
-        return row["prompt"]
-
-    def symbols(row):
-        return row["symbols"]
-
-    def teacher_prompt(row, context="state+plan"):
-        hint = [row["hint"]] if context == "state+plan" and "hint" in row else []
-        return "\n\n".join([row["symbols"], *hint, row["prompt"]])
-
-    def response(row):
-        return f"<answer>{row.get('answer', '')}</answer>"
-
-    def asked(row):
-        """{name: (question, answer)}"""
-        pairs = [(q["question"], q["answer"]) for q in row.get("questions", [])]
-        return ({f"question {i}": pair for i, pair in enumerate(pairs, 1)}
-                or {"map": (Pair.ASK_SYMBOLS, row["symbols"])})
-
-    def questions(row):
-        return tuple(Pair.asked(row))
-
-    def perception_prompt(row, names=None, context=None):
-        asked = Pair.asked(row)
-        text = numbered([asked[name][0] for name in names or asked])
-        return f"{context}\n{text}" if context else text
-
-    def perception_target(row, names=None):
-        asked = Pair.asked(row)
-        return numbered([asked[name][1] for name in names or asked])
-
-    def score_perception(row, names, text):
-        asked = Pair.asked(row)
-        whole = Pair.same(text, Pair.perception_target(row, names))  # symbols may hold "1." too
-        answers = split_answers(names or asked, text)
-        return {name: whole or Pair.same(said, asked[name][1]) for name, said in answers.items()}
-
-    def same(said, wanted, tolerance=0):
-        """Equal but for case, blanks and a full stop; numbers: up to the tolerance."""
-        number = re.compile(r"[+-]?(([0-9]{1,30}|[0-9]{1,3}(,[0-9]{3}){1,9})(\.[0-9]{1,30})?"
-                            r"|\.[0-9]{1,30})")
-        said, wanted = (text.strip().rstrip(".").replace("\u2212", "-") for text in (said, wanted))
-        if number.fullmatch(wanted):
-            if not number.fullmatch(said):
-                return False
-            a, b = (Decimal(text.replace(",", "")) for text in (said, wanted))
-            return abs(a - b) <= Decimal(str(tolerance))
-        return "".join(said.casefold().split()) == "".join(wanted.casefold().split())
-
-    def judge(row, text, parse=None, tolerance=0):
-        """"plan" is the answer given: the last complete <answer>…</answer>, else the last line."""
-        said, outcome = last_answer(text), "not judged"
-        if said is None:
-            said = text.strip().rpartition("\n")[2]
-        if "answer" in row:
-            right = Pair.same(said, row["answer"], tolerance)
-            outcome = "success" if right else "wrong" if said.strip() else "no answer"
-        return {"plan": said.strip() or None, "outcome": outcome, "optimal": None, "state": None,
-                "state_right": None}
-
-    def key_of(row):
-        return digest([row["symbols"], row["prompt"]])
+def is_pair(row):
+    """Is it a row of a user's own?"""
+    return "symbols" in row or "prompt" in row
 
 
 def row_function(function):
-    """What a function of a row does for puzzles; a pair has its own in `Pair`, of the same name."""
+    """What a function of a row does for puzzles; tools/pairs.py has its namesake for pairs."""
     @wraps(function)
     def answer(row, *arguments, **options):
-        chosen = getattr(Pair, function.__name__) if "symbols" in row else function
-        return chosen(row, *arguments, **options)
+        if not is_pair(row):
+            return function(row, *arguments, **options)
+        from tools import pairs  # here, for it imports this file
+        return getattr(pairs, function.__name__)(row, *arguments, **options)
     return answer
 
 
@@ -1008,6 +914,15 @@ def may_write(out, overwrite):
                  "another --out")
 
 
+@row_function
+def fault(row):
+    """What is wrong with a row, or None: its plan is executed."""
+    row["level"]
+    outcome = check(row["task"], row["state"], row["plan"])[0]
+    wrong = f"the plan of {row['id']} does not solve its puzzle: {outcome}"
+    return wrong if outcome != "success" else None
+
+
 def load_rows(data, split="*"):
     """Rows of data/<split> (default: of every split), each checked: a puzzle's plan is executed.
 
@@ -1025,24 +940,19 @@ def load_rows(data, split="*"):
             try:
                 row = json.loads(line)
                 path = file.parent / row["file_name"]
-                pair, outcome = "prompt" in row or "symbols" in row, "success"
-                fault = Pair.fault(row) if pair else None
-                if not pair:
-                    outcome = check(row["task"], row["state"], row["plan"])[0]
-                    row["id"], row["level"]
+                wrong = fault(row)
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 fail(f"{where}: not a row ({type(error).__name__}: {error}); make the data again")
-            if fault:
-                fail(f"{where}: {fault}")
-            if outcome != "success":
-                fail(f"{where}: the plan of {row['id']} does not solve its puzzle: {outcome}")
+            if wrong:
+                fail(f"{where}: {wrong}")
             if path.name != row["file_name"] or path.name == ".." or path.is_symlink():
                 fail(f"{where}: the picture {row['file_name']!r} is not a file in {file.parent}")
-            if pair and not path.is_file():
-                fail(f"{where}: there is no picture {path}")
-            facts = {"task": row.get("group", "pairs"), "level": None} if pair else {}
-            rows.append(row | facts | {"path": str(path), "where": where})
-    if any("symbols" in row for row in rows):  # gen_data.py's own ids are distinct
+            if is_pair(row):
+                row |= {"task": row.get("group", "pairs"), "level": None}
+                if not path.is_file():
+                    fail(f"{where}: there is no picture {path}")
+            rows.append(row | {"path": str(path), "where": where})
+    if any(map(is_pair, rows)):  # gen_data.py's own ids are distinct
         check_ids(data)
     return rows
 
@@ -1104,6 +1014,19 @@ def parse_tasks(words):
     return tasks
 
 
+def choose_rows(rows, tasks, limit=None):
+    """The rows of these tasks ("maze", "maze:3-4"; default all), at most `limit` of a level."""
+    levels, groups = tasks and parse_tasks(tasks), {}
+    for row in rows:
+        if not tasks or row["level"] in levels.get(row["task"], ()):
+            groups.setdefault((row["task"], row["level"]), []).append(row)
+    if not groups:
+        words = f"--tasks {' '.join(tasks or TASKS)}"
+        fail(f"{words}: the data has no such row; choose others or make them: "
+             f"python gen_data.py {words} --out data/mine")
+    return [row for group in groups.values() for row in group[:limit]]
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -1155,54 +1078,10 @@ def generated_rows(args, split, exclude=()):
                                    **options)
 
 
-def show(args):
-    """A contact sheet, one column per level, each puzzle above its shortest path; the prompts."""
-    size, columns = 256, max(len(levels) for levels in args.tasks.values())
-    sheet = Image.new("RGB", (columns * (size + 16), len(args.tasks) * 2 * (size + 24)), "white")
-    label = ImageDraw.Draw(sheet)
-    args.train = 3
-    candidates = list(generated_rows(args, "train"))
-    for i, (task, levels) in enumerate(args.tasks.items()):
-        for j, level in enumerate(levels):
-            rows = [row for row in candidates if (row["task"], row["level"]) == (task, level)]
-            row = max(rows, key=lambda row: len(row["plan"]))
-            image = TASKS[task].render(row["state"], args.cell_size)
-            image = image.resize((size, size), Image.LANCZOS)
-            x, y = j * (size + 16) + 8, i * 2 * (size + 24) + 20
-            title = f"{task} {level}, {row['bucket']}: {','.join(row['plan'])}"
-            label.text((x, y - 14), title[:48], "black")
-            sheet.paste(image, (x, y))
-            draw_path(image, row)
-            sheet.paste(image, (x, y + size + 4))
-        for title, text in (("row", json.dumps(row)),
-                            ("student, beside the picture", student_prompt(row)),
-                            ("teacher, with the reference plan", teacher_prompt(row)),
-                            ("teacher without it", teacher_prompt(row, "state")),
-                            ("response", response(row)),
-                            ("perception", perception_prompt(row)),
-                            ("target", perception_target(row))):
-            print(f"--- {task}: {title}\n{text}")
-    sheet.save(args.show)
-    print(f"--- wrote {args.show}")
-
-
-def draw_path(image, row):
-    """The row's plan drawn into its picture; a ring where an action stays in its cell."""
-    cells = TASKS[row["task"]].cells(row["state"])
-    scale = image.width / len(cells[0]), image.height / len(cells)
-    points = []
-    for pos in trace(row["task"], row["state"], row["plan"]):
-        points.append(((pos[1] + 0.5) * scale[0], (pos[0] + 0.5) * scale[1]))
-    pen = ImageDraw.Draw(image)
-    pen.line(points, (230, 0, 160), 5, joint="curve")
-    for before, (x, y) in zip(points, points[1:], strict=False):
-        if (x, y) == before:
-            pen.ellipse([x - 9, y - 9, x + 9, y + 9], outline=(230, 0, 160), width=4)
-
-
 def main(args):
     if args.show:
-        return show(args)
+        from tools import show  # here, for it imports this file
+        return show.show(args)
     exclude = {key_of(row) for folder in args.exclude for row in load_rows(folder)}
     splits = {split: generated_rows(args, split, exclude) for split in SPLITS}
     total = sum(map(len, args.tasks.values())) * (args.train + args.val + args.test)

@@ -72,10 +72,10 @@ def measured(work, repeat=1):
 def loss(how, positions, width=64, divergence="reverse_kl", hidden_size=2560):
     """The loss and its gradient at the student's hidden states, bfloat16, as `how` computes them.
 
-    All but `ours` with other divergences compute the reverse KL.
+    dense: the same formula as ours at all positions at once. Others' compute the reverse KL.
     """
+    import test_distill
     import torch
-    from torch.nn.functional import kl_div
 
     import distill
     torch.manual_seed(0)
@@ -84,7 +84,7 @@ def loss(how, positions, width=64, divergence="reverse_kl", hidden_size=2560):
     hidden = torch.randn(positions, hidden_size).bfloat16()
     teacher = (hidden + 0.5 * torch.randn(positions, hidden_size)).bfloat16()
     token = torch.randint(WORDS, (positions,))
-    leaf = hidden.clone().requires_grad_()
+    leaf, formula = hidden.clone().requires_grad_(), distill.DIVERGENCES[divergence]
     if how == "trl":
         from trl.trainer.distillation_trainer import _chunked_divergence_loss
     if how == "trl gold":
@@ -98,14 +98,30 @@ def loss(how, positions, width=64, divergence="reverse_kl", hidden_size=2560):
             logits @ lm_head.weight
 
     def ours():
-        chosen = distill.DIVERGENCES[divergence]
-        distill.sliced_divergence(hidden, teacher, token, lm_head, chosen, width)
+        distill.sliced_divergence(hidden, teacher, token, lm_head, formula, width)
+
+    def closed_form():  # ours with the gradient derived by hand instead of by autograd
+        with torch.no_grad():
+            for i in range(0, positions, width):
+                some = slice(i, i + width)
+                log_q = lm_head(teacher[some]).float().log_softmax(-1)
+                log_p = lm_head(hidden[some]).float().log_softmax(-1)
+                by_hand = test_distill.closed_form(divergence, log_p, log_q, token[some], 0.5)
+                torch.linalg.vecdot(log_p.exp(), log_p)                      # the entropy, logged
+                by_hand.bfloat16() @ lm_head.weight
 
     def dense():
         log_p = lm_head(leaf).float().log_softmax(-1)
         with torch.no_grad():
             log_q = lm_head(teacher).float().log_softmax(-1)
-        kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean().backward()
+        formula(log_p, log_q, token).mean().backward()
+
+    def kl_div():
+        log_p = lm_head(leaf).float().log_softmax(-1)
+        with torch.no_grad():
+            log_q = lm_head(teacher).float().log_softmax(-1)
+        torch.nn.functional.kl_div(
+            log_q, log_p, log_target=True, reduction="none").sum(-1).mean().backward()
 
     def trl():
         weight, mask = lm_head.weight, torch.ones(1, positions)
@@ -121,8 +137,8 @@ def loss(how, positions, width=64, divergence="reverse_kl", hidden_size=2560):
         fused(leaf, lm_head.weight, teacher, lm_head.weight, token).backward()
     hidden[:8].clone().requires_grad_().sum().backward()
     lm_head(hidden[:8]).float().log_softmax(-1)  # what torch loads late
-    works = {"products": products, "ours": ours, "dense": dense, "trl": trl, "trl gold": trl_gold,
-             "liger": liger}
+    works = {"products": products, "ours": ours, "dense": dense, "closed form": closed_form,
+             "torch kl_div": kl_div, "trl": trl, "trl gold": trl_gold, "liger": liger}
     return measured(works[how])
 
 
@@ -250,29 +266,30 @@ def line(*cells):
     print("| " + " | ".join(texts) + " |", flush=True)
 
 
-def loss_table(sizes=(256, 1024, 2048), hidden_size=2560):
+def loss_table(sizes=(1024, 2048), hidden_size=2560):
     import common
     import distill
     default = common.PRESETS["4b"]["distill_slice"]
     head(f"The loss and its gradient, hidden size {hidden_size}, 151,936 words, bfloat16; products:"
-         " the matrix products alone", "positions", "how", "slice", "s", "peak GB", "time / dense",
-         "dense memory / its")
+         " the matrix products alone; dense: the same divergence without slices", "positions",
+         "divergence", "how", "slice", "s", "peak GB", "time / dense", "dense memory / its")
+    others = [("closed form", default), ("products", default), ("torch kl_div", 0)]
+    others += [("trl", 0), ("trl gold", 0)] if have("trl") else []
+    others += [("liger", default)] if have("liger_kernel") else []
     for positions in sizes:
-        dense = run("loss", "dense", positions, hidden_size=hidden_size)
-        hows = [("products", default, "")]
-        hows += [("trl", 0, ""), ("trl gold", 0, "")] if have("trl") else []
-        hows += [("liger", default, "")] if have("liger_kernel") else []
-        hows += [("ours", default, name) for name in distill.DIVERGENCES]
-        hows += [("ours", width, "reverse_kl") for width in (32, 128)]
-        line(positions, "dense", "", dense["s"], dense["gb"], 1.0, 1.0)
-        for how, width, divergence in hows:
-            settings = {"width": width} if width else {}
-            if divergence:
-                settings["divergence"] = divergence
-            got = run("loss", how, positions, hidden_size=hidden_size, **settings)
-            if got:
-                line(positions, f"{how} {divergence}".strip(), width or "", got["s"], got["gb"],
-                     got["s"] / dense["s"], dense["gb"] / got["gb"])
+        for name in distill.DIVERGENCES:
+            dense = run("loss", "dense", positions, hidden_size=hidden_size, divergence=name)
+            line(positions, name, "dense", "", dense["s"], dense["gb"], 1.0, 1.0)
+            hows = [("ours", default)]
+            if name == "reverse_kl":
+                hows += [("ours", 32), ("ours", 128), *others]
+            for how, width in hows:
+                settings = {"width": width} if width else {}
+                got = run("loss", how, positions, hidden_size=hidden_size, divergence=name,
+                          **settings)
+                if got:
+                    line(positions, name, how, width or "", got["s"], got["gb"],
+                         got["s"] / dense["s"], dense["gb"] / got["gb"])
 
 
 def step_table(folder, data, batch=8, tokens=128):

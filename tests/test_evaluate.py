@@ -287,7 +287,7 @@ def test_rows_are_chosen(data):
     rows = gen_data.load_rows(data, "test")
 
     def chosen(*words):
-        return [(row["task"], row["level"]) for row in responses.choose_rows(rows, *words)]
+        return [(row["task"], row["level"]) for row in gen_data.choose_rows(rows, *words)]
     assert chosen(None, None) == [("frozenlake", 3)] * 4 + [("maze", 3)] * 4
     assert chosen(["maze"], 2) == [("maze", 3)] * 2
     assert chosen(["frozenlake:3-4", "maze"], 1) == [("frozenlake", 3), ("maze", 3)]

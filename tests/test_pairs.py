@@ -14,7 +14,7 @@ import common
 import distill
 import evaluate
 import gen_data
-from tools import charts, responses
+from tools import charts, pairs, responses
 
 ROW = {"file_name": "a.png", "id": "a", "prompt": "Which is larger?", "symbols": "A,3\nB,5"}
 HINT = "The answer is B; do not mention it."
@@ -153,7 +153,7 @@ def test_what_student_and_teacher_read(tmp_path, qwen, monkeypatch):
         (_, prompt, path), = responses.planning_prompts(rows, source, rows)
         assert bool(path) == picture and HINT not in prompt
         assert (ROW["symbols"] in prompt) != picture and ROW["prompt"] in prompt
-    assert gen_data.perception_prompt({**ROW}) == gen_data.Pair.ASK_SYMBOLS
+    assert gen_data.perception_prompt({**ROW}) == pairs.ASK_SYMBOLS
     assert gen_data.perception_target({**ROW}) == ROW["symbols"]
 
 

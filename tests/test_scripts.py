@@ -102,10 +102,11 @@ sys.modules["fcntl"] = sys.modules["resource"] = None
 for name in {sorted(scripts + tools)}:
     __import__(name)
 import common
+from tools import run_files
 assert common.peak_gb() > 0.01
 here = common.Path(".")
-common.os.name, common.os.open = "nt", None
-common.flush(here)"""
+run_files.os.name, run_files.os.open = "nt", None
+run_files.flush(here)"""
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -18,10 +18,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import common
 import gen_data
-from gen_data import fail
-from tools import responses
+from tools import responses, run_files
+from tools.console import fail
 
 RETRIES = 5     # of 408, 409, 429, 5xx, a time-out or a broken connection; 0.5 to 8 s apart
 TIMEOUT = 300   # seconds
@@ -95,7 +94,7 @@ def asker(args):
 
 def main(args):
     test, out = gen_data.load_rows(args.data, "test"), Path(args.out)
-    rows = responses.choose_rows(test, args.tasks, args.limit)
+    rows = gen_data.choose_rows(test, args.tasks, args.limit)
     asked, answer = responses.planning_prompts(rows, args.input, test), asker(args)
     settings = {name: getattr(args, name) for name in
                 ("api_base", "api_model", "max_new_tokens", "temperature", "seed")}
@@ -104,7 +103,7 @@ def main(args):
             lines = responses.collect(out, settings, asked, 1, answer, pool.imap_unordered, bar)
         except ConnectionError as problem:
             fail(f"{args.api_base} does not answer for {args.api_model}: {problem}")
-    common.write_aside(out, "".join(json.dumps(line) + "\n" for line in lines))
+    run_files.write_aside(out, "".join(json.dumps(line) + "\n" for line in lines))
     failed = sum("error" in line for line in lines)
     print(f"{out}: {len(lines) - failed} of {len(lines)} rows answered" + (
         "; the same command asks again for the others" if failed else "")

@@ -11,7 +11,8 @@ import tempfile
 import numpy as np
 from matplotlib.figure import Figure
 
-from gen_data import SPLITS, fail, may_write, write_dataset
+from gen_data import SPLITS, may_write, write_dataset
+from tools.console import fail
 
 LABELS = {"bar": "Ada Ben Cleo Dan Eve Finn".split(), "line": "Mon Tue Wed Thu Fri Sat".split()}
 AS_CSV = "Write the table of this chart as CSV: a line of names, then a line per label."

@@ -10,24 +10,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import common
 import gen_data
-from gen_data import fail
+from tools import run_files
+from tools.console import fail
 
 INPUTS = ("image", "text", "swapped")
 RESPONSE = ("id", "response", "tokens", "cut", "error")  # of a line; the verdict follows from it
 KEYS = (*RESPONSE, "sample", "question")
-
-
-def choose_rows(rows, tasks, limit):
-    """The rows of these tasks ("maze", "maze:3-4"; default all), at most `limit` of a level."""
-    levels, groups = tasks and gen_data.parse_tasks(tasks), {}
-    for row in rows:
-        if not tasks or row["level"] in levels.get(row["task"], ()):
-            groups.setdefault((row["task"], row["level"]), []).append(row)
-    if not groups:
-        fail("no row is left: choose other --tasks")
-    return [row for group in groups.values() for row in group[:limit]]
 
 
 def other_pictures(rows, pool):
@@ -94,7 +83,7 @@ def collect(file, settings, asked, size, answer, pooled_map, bar):
     if file.is_file() and (not record.is_file() or json.loads(record.read_text()) != settings):
         file.replace(f"{file}.old")
         tqdm.write(f"{file}: answered under other settings, kept as {file.name}.old; starting anew")
-    common.write_aside(record, json.dumps(settings, indent=1))
+    run_files.write_aside(record, json.dumps(settings, indent=1))
     if file.is_file():
         whole = file.read_bytes()
         whole = whole[:whole.rfind(b"\n") + 1]        # a killed run leaves half a line

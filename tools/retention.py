@@ -19,6 +19,7 @@ import common
 import gen_data
 from evaluate import RUNS, Answerer, find_adapters
 from tiny import build
+from tools import run_files
 
 
 def parse_args(argv=None):
@@ -93,7 +94,7 @@ def main(args):
                          f"[{100 * ci.low:.1f}, {100 * ci.high:.1f}]")
         lines.append(f"| {' | '.join(texts)} |")
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    common.write_aside(Path(args.out, "retention.json"), json.dumps(results))
+    run_files.write_aside(Path(args.out, "retention.json"), json.dumps(results))
     print("exact answers, % [95% interval]\n" + "\n".join(lines))
 
 

@@ -29,8 +29,10 @@ from pathlib import Path
 import psutil
 from filelock import FileLock
 
-from common import PRESETS, fail, take_folder, write_aside
+from common import PRESETS
 from tools import study_results
+from tools.console import fail
+from tools.run_files import take_folder, write_aside
 from tools.study_results import name_of
 
 ROOT = Path(__file__).parents[1]

@@ -13,10 +13,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from common import write_aside
 from evaluate import answer_frame
 from gen_data import PARTS
 from tools.report import markdown
+from tools.run_files import write_aside
 
 matplotlib.use("Agg")  # no window
 REFERENCE = "mgsd"
