@@ -9,7 +9,8 @@ draw the end token, so rollouts have full length, as the estimate assumes; the c
 held-out pictures is left out. "measured" is the highest resident memory during the step over what
 the process held before, after its imports and a step of the bundled backbone (which loads what
 torch and transformers load late). glibc is told to give freed blocks back at once
-(MALLOC_MMAP_THRESHOLD_), or the high-water mark would be that of its cache. Linux only.
+(MALLOC_MMAP_THRESHOLD_), or the high-water mark would be that of its cache, and torch to take small
+pages (THP_MEM_ALLOC_ENABLE), or every block would be rounded up to 2 MB. Linux only.
 """
 import argparse
 import io
@@ -121,7 +122,8 @@ def measure(folder, work, case):
 
 
 def main(args):
-    environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+    environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536",
+                       THP_MEM_ALLOC_ENABLE="0")
     columns = [*FIELDS, "prompts", "at its worst", "predicted GB", "measured GB", "ratio"]
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     with tempfile.TemporaryDirectory() as work:

@@ -386,6 +386,15 @@ torch.nn.utils.clip_grad_norm_ = poison"""
     assert "5 steps in a row were not finite: try a lower --lr" in text and "step 8 skipped" in text
     evidence = [json.loads(line) for line in open(folder / "nans/not_finite.jsonl")]
     assert len(evidence) == 6 * 4 and all("response" in line for line in evidence)
+    infinite = """
+real, seen = common.sum_gradients, []
+def poison(weights, loss):
+    seen.append(1)
+    return real(weights, loss) + (float('inf') if len(seen) == 2 else 0)
+common.sum_gradients = poison"""
+    for stage in FLAGS:
+        text = finish(folder, stage, f"infinite-{stage}", steps=2, patch=infinite)
+        assert "warning: step 2 skipped: loss inf" in text
     zero = "torch.nn.utils.clip_grad_norm_ = lambda weights, norm: torch.zeros(())"
     for stage in FLAGS:
         text = finish(folder, stage, f"zero-{stage}", code=2, patch=zero)
@@ -434,3 +443,18 @@ distill.sliced_divergence = starve""")
     assert "is what there is" in text and "--slice" in text and "Traceback" not in text
     finish(folder, "distill", "starved")
     assert contents(folder / "starved") == whole["distill"]
+
+
+def test_out_of_memory_in_the_update_saves_nothing(folder, whole):
+    """The weights are ahead of the log then: the run goes on from the checkpoint before."""
+    text = finish(folder, "distill", "ahead", code=2, patch="""
+real, seen = torch.optim.AdamW.step, []
+def starve(*words, **options):
+    real(*words, **options)
+    seen.append(1)
+    if len(seen) == 4:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+torch.optim.AdamW.step = starve""")
+    assert "ahead/checkpoint-0000002 is what there is" in text
+    finish(folder, "distill", "ahead")
+    assert contents(folder / "ahead") == whole["distill"]
