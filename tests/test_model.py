@@ -1,5 +1,6 @@
 """The model's side, on the bundled backbone: encoding, alignment, sampling, adapters, NF4."""
 import copy
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -236,6 +237,7 @@ def test_nf4_gradients_are_the_same_after_sampling():
 def test_both_stages_change_only_the_adapter(toy_data, tmp_path, bits, monkeypatch):
     """Both scripts' main, plain and in NF4; the base model's logits stay bit-identical."""
     monkeypatch.setattr(coldstart, "look", lambda *words: {})
+    handler = signal.getsignal(signal.SIGTERM)
     model, processor = common.load(common.TINY, bits)
     if bits == 4:
         from bitsandbytes.nn import Linear4bit
@@ -254,6 +256,7 @@ def test_both_stages_change_only_the_adapter(toy_data, tmp_path, bits, monkeypat
     coldstart.main(coldstart.parse_args([*flags, "--out", str(first)]))
     distill.main(distill.parse_args([*flags, "--out", str(second), "--init", str(first),
                                      "--max_new_tokens", "10"]))
+    assert signal.getsignal(signal.SIGTERM) == handler  # given back
     weights = [load_file(out / "adapter/adapter_model.safetensors") for out in (first, second)]
     assert weights[0].keys() == weights[1].keys() and all("lora_" in name for name in weights[0])
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

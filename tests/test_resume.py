@@ -140,8 +140,7 @@ def wait_for(process, path):
 # ---------------------------------------------------------------- signals and kills
 
 @pytest.mark.parametrize("stage, number", [
-    ("coldstart", signal.SIGKILL), ("distill", signal.SIGTERM),
-    pytest.param("coldstart", signal.SIGINT, marks=pytest.mark.slow),
+    ("coldstart", signal.SIGKILL), ("coldstart", signal.SIGINT), ("distill", signal.SIGTERM),
     pytest.param("distill", signal.SIGKILL, marks=pytest.mark.slow)])
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(folder, whole, stage, number):
     out = folder / f"{stage}-{number.name}"
