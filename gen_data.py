@@ -22,21 +22,18 @@ plan.
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import deque
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import lru_cache, partial, wraps
-from itertools import combinations_with_replacement, count, islice
+from itertools import combinations_with_replacement, count
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from tools.console import fail
 
@@ -849,61 +846,6 @@ def sample_rows(task, level, split, number, seed, exclude=(), **options):
 
 # ---------------------------------------------------------------- files
 
-def draw(row, folder, cell_size, image_size):
-    """Write one row's PNG. image_size: px of the square it is resized to, 0 keeps it as it is.
-
-    A row's own "picture", a file, is taken before one that is drawn (at `cell_size` px a cell).
-    """
-    target = Path(folder) / row["file_name"]
-    if row.get("picture") and not image_size:
-        shutil.copyfile(row["picture"], target)
-        return
-    if row.get("picture"):
-        image = open_picture(row["picture"])
-    else:
-        image = TASKS[row["task"]].render(row["state"], cell_size)
-    if image_size:
-        image = image.resize((image_size, image_size), Image.LANCZOS)
-    image.save(target, compress_level=1)
-
-
-def write_dataset(out, splits, settings, cell_size, image_size, workers=1, total=None):
-    """Write a data folder: pictures and metadata.jsonl per split, `settings` as args.json.
-
-    splits: {split: iterator of rows}. One worker draws in this process, more in others; the bytes
-    do not depend on it. total: the number of rows, for the progress bar.
-    Everything is written aside and renamed at the end: the folder is complete or not there.
-    """
-    aside = Path(f"{out}.partial")
-    text = {"encoding": "utf-8", "newline": "\n"}  # the same bytes on every system
-    shutil.rmtree(aside, ignore_errors=True)
-    pool = multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext()
-    try:
-        with pool, tqdm(total=total, desc="puzzles", unit="row") as bar:
-            draw_all = partial(pool.imap_unordered, chunksize=16) if workers > 1 else map
-            for split, rows in splits.items():
-                (aside / split).mkdir(parents=True)
-                job = partial(draw, folder=aside / split, cell_size=cell_size,
-                              image_size=image_size)
-                drawing = ()
-                with open(aside / split / "metadata.jsonl", "w", **text) as file:
-                    while block := list(islice(rows, 256)):
-                        for row in block:
-                            facts = {key: row[key] for key in row if key != "picture"}
-                            file.write(json.dumps(facts) + "\n")
-                        # Processes begin at once; the next block is found while they draw.
-                        drawn, drawing = drawing, draw_all(job, block)
-                        bar.update(sum(1 for _ in drawn))
-                bar.update(sum(1 for _ in drawing))
-        (aside / "args.json").write_text(json.dumps(settings, indent=1), **text)
-        if Path(out).exists():
-            shutil.rmtree(out)
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    print(f"{bar.n} puzzles in {out}")
-
-
 def may_write(out, overwrite):
     """Fails if there is a folder `out` that may not be replaced."""
     if Path(out).exists():
@@ -1079,14 +1021,14 @@ def generated_rows(args, split, exclude=()):
 
 
 def main(args):
+    from tools import data_folder, show  # here, for they import this file
     if args.show:
-        from tools import show  # here, for it imports this file
         return show.show(args)
     exclude = {key_of(row) for folder in args.exclude for row in load_rows(folder)}
     splits = {split: generated_rows(args, split, exclude) for split in SPLITS}
     total = sum(map(len, args.tasks.values())) * (args.train + args.val + args.test)
-    write_dataset(args.out, splits, vars(args), args.cell_size, args.image_size, args.workers,
-                  total)
+    data_folder.write_dataset(args.out, splits, vars(args), args.cell_size, args.image_size,
+                              args.workers, total)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from PIL import Image
 
 import gen_data
 from gen_data import TASKS, check, judge, parse, solve
-from tools import lenient
+from tools import data_folder, lenient
 
 LAKE = {"grid": ["SFH", "FFF", "HFG"]}
 # +--+--+--+
@@ -454,7 +454,7 @@ def test_files_hold_the_picture_resized_by_pillow(tmp_path):
     for task, level, state in boards(2):
         for cell_size, size in ((64, 256), (32, 0), (48, 100)):
             row = {"task": task, "state": state, "file_name": "a.png"}
-            gen_data.draw(row, tmp_path, cell_size, size)
+            data_folder.draw(row, tmp_path, cell_size, size)
             picture = TASKS[task].render(state, cell_size)
             assert picture.size == (cell_size * level,) * 2
             wanted = picture.resize((size, size), Image.LANCZOS) if size else picture

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import gen_data
 from gen_data import TASKS, Maze, at, find, neighbour
+from tools import data_folder
 from tools.console import fail
 
 CELLS = {"@": "S", "*": "G", "#": "H", "_": "F"}  # VSP's
@@ -215,7 +216,7 @@ def main(args):
     else:
         records = visualplanning_records(args.source, args.task)
     rows = list(benchmark_rows(records, args.source))  # all are checked before one is written
-    gen_data.write_dataset(args.out, {"test": iter(rows)}, vars(args), args.cell_size,
+    data_folder.write_dataset(args.out, {"test": iter(rows)}, vars(args), args.cell_size,
                            args.image_size, args.workers, len(rows))
 
 

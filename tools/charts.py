@@ -11,8 +11,9 @@ import tempfile
 import numpy as np
 from matplotlib.figure import Figure
 
-from gen_data import SPLITS, may_write, write_dataset
+from gen_data import SPLITS, may_write
 from tools.console import fail
+from tools.data_folder import write_dataset
 
 LABELS = {"bar": "Ada Ben Cleo Dan Eve Finn".split(), "line": "Mon Tue Wed Thu Fri Sat".split()}
 AS_CSV = "Write the table of this chart as CSV: a line of names, then a line per label."
