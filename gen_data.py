@@ -857,12 +857,12 @@ def may_write(out, overwrite):
 
 
 @row_function
-def fault(row):
-    """What is wrong with a row, or None: its plan is executed."""
-    row["level"]
+def row_fault(row):
+    """What is wrong with a row, or None: its plan is executed. LookupError: it is not whole."""
+    row["id"], row["level"]
     outcome = check(row["task"], row["state"], row["plan"])[0]
-    wrong = f"the plan of {row['id']} does not solve its puzzle: {outcome}"
-    return wrong if outcome != "success" else None
+    if outcome != "success":
+        return f"the plan of {row['id']} does not solve its puzzle: {outcome}"
 
 
 def load_rows(data, split="*"):
@@ -882,7 +882,7 @@ def load_rows(data, split="*"):
             try:
                 row = json.loads(line)
                 path = file.parent / row["file_name"]
-                wrong = fault(row)
+                wrong = row_fault(row)
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 fail(f"{where}: not a row ({type(error).__name__}: {error}); make the data again")
             if wrong:

@@ -110,18 +110,15 @@ def loss(how, positions, width=64, divergence="reverse_kl", hidden_size=2560):
                 torch.linalg.vecdot(log_p.exp(), log_p)                      # the entropy, logged
                 by_hand.bfloat16() @ lm_head.weight
 
-    def dense():
+    def dense(formula=formula):
         log_p = lm_head(leaf).float().log_softmax(-1)
         with torch.no_grad():
             log_q = lm_head(teacher).float().log_softmax(-1)
         formula(log_p, log_q, token).mean().backward()
 
     def kl_div():
-        log_p = lm_head(leaf).float().log_softmax(-1)
-        with torch.no_grad():
-            log_q = lm_head(teacher).float().log_softmax(-1)
-        torch.nn.functional.kl_div(
-            log_q, log_p, log_target=True, reduction="none").sum(-1).mean().backward()
+        dense(lambda log_p, log_q, token: torch.nn.functional.kl_div(
+            log_q, log_p, log_target=True, reduction="none").sum(-1))
 
     def trl():
         weight, mask = lm_head.weight, torch.ones(1, positions)

@@ -17,7 +17,7 @@ from gen_data import TASKS, digest, last_answer, numbered, split_answers
 ASK_SYMBOLS = "Write down what the picture shows, in symbols and completely."
 
 
-def fault(row):
+def row_fault(row):
     """What is wrong with a row, or None."""
     asked = row.get("questions", [])
     if not isinstance(asked, list) or not all(isinstance(q, dict) for q in asked):
