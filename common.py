@@ -33,8 +33,8 @@ from safetensors import SafetensorError
 from torch import distributed
 from tqdm import tqdm
 
+from gen_data import fail
 from tools import run_files
-from tools.console import fail
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # reports a missing optional CPU kernel
 # The newer name came with transformers 5.23.

@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 import common
 import gen_data
+from gen_data import fail
 from tools import lenient, report, responses, run_files
-from tools.console import fail
 
 RUNS = ("out/coldstart", "out/distill")
 STAGES = ("base", "coldstart", "distill")

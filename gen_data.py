@@ -20,8 +20,10 @@ A row of a user's own is a pair (tools/pairs.py): "prompt" and "symbols" in plac
 plan.
 """
 import argparse
+import errno
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -33,9 +35,9 @@ from itertools import combinations_with_replacement, count
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw
-
-from tools.console import fail
+from tqdm import tqdm
 
 MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
 SPLITS = ("train", "val", "test")
@@ -54,6 +56,128 @@ PRESETS = {
              "cell_size": 32, "image_size": 0, "train": 2000, "val": 40, "test": 100},
     "2b": PAPER, "4b": PAPER, "8b": PAPER}
 PRESETS["tiny-small"] = {**PRESETS["tiny"], "train": 40}
+
+
+# ---------------------------------------------------------------- messages, flags and files
+# For all five scripts: this one must not load torch, and the others build on it.
+
+def fail(message):
+    """Bad input: one line on stderr, exit code 2."""
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, below a progress bar
+    raise SystemExit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, and which takes no shortened flags."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        fail(f"{message} (python {self.prog} --help lists the flags)")
+
+
+def whole_number(low):
+    """The `type=` of a flag: a whole number of at least `low`."""
+    def read(text):
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text.strip()) or int(text) < low:
+            raise argparse.ArgumentTypeError(f"got {text!r}, must be a whole number, at least {low}")
+        return int(text)
+    return read
+
+
+def real_number(low=0.0, high=math.inf, above=False):
+    """The `type=` of a flag: a finite number from `low` (above: not `low` itself) to `high`."""
+    def read(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and low <= value <= high) or (above and value == low):
+            wanted = f"above {low:g}" if above else f"at least {low:g}"
+            wanted += f", at most {high:g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"got {text!r}, must be a number, {wanted}")
+        return value
+    return read
+
+
+def digest(*things):
+    """16 hex digits, the same for the same JSON-serialisable things."""
+    text = json.dumps(things, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def digest_file(path):
+    """16 hex digits, the same for the same bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def flush(path):
+    """Make sure that a file or folder is on the disk; some systems cannot flush a folder."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # network file systems: EINVAL for a folder
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path, content):
+    """Write a file so that it is the old or the new one, whatever happens."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".partial")
+    aside.write_bytes(content)
+    flush(aside)
+    aside.replace(path)
+
+
+def write_text(path, text):
+    """`write_bytes` of a text: UTF-8 with \\n on every system."""
+    write_bytes(path, text.encode())
+
+
+def lock_folder(folder):
+    """The lock of an existing folder, held until `.release()` or the end of the process."""
+    lock = FileLock(Path(folder) / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        fail(f"another process is writing to {folder}: wait for its end or choose another --out")
+    except NotImplementedError:
+        fail(f"the file system of {folder} has no locks: choose an --out on another one")
+    return lock
+
+
+# errno: what is wrong with the machine, not with the code
+CAUSES = {errno.ENOSPC: "the disk is full",
+          errno.EROFS: "the file system is read-only", errno.EACCES: "no permission",
+          errno.EPERM: "no permission", errno.ENOTDIR: "a part of the path is a file",
+          errno.EISDIR: "it is a folder", errno.EEXIST: "it is a file",
+          errno.ENAMETOOLONG: "the name is too long"}
+
+
+def run_script(parse_args, main):
+    """Run a script: what its user's machine lacks is one line, a fault in the code a traceback."""
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        tqdm.write("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:
+        if error.errno not in CAUSES:
+            raise
+        fail(f"{error.filename or 'writing'}: {CAUSES[error.errno]}")
+    except (MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if "out of memory" not in text and "can't allocate memory" not in text \
+                and not isinstance(error, MemoryError):
+            raise
+        fail(f"memory does not suffice ({text[:200]}): lower --micro_batch, --rollout_batch or "
+             "--chunk; the same command goes on from the latest checkpoint")
 
 
 # ---------------------------------------------------------------- the tasks
@@ -768,12 +892,7 @@ def part_of(pieces):
 @row_function
 def key_of(row):
     """16 hex digits, the same for the same task and state."""
-    return digest([row["task"], row["state"]])
-
-
-def digest(thing):
-    """16 hex digits, the same for the same thing."""
-    return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(row["task"], row["state"])
 
 
 def split_of(task, state):

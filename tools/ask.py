@@ -19,8 +19,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 import gen_data
+from gen_data import fail
 from tools import responses, run_files
-from tools.console import fail
 
 RETRIES = 5     # of 408, 409, 429, 5xx, a time-out or a broken connection; 0.5 to 8 s apart
 TIMEOUT = 300   # seconds

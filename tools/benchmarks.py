@@ -18,9 +18,8 @@ from itertools import product
 from pathlib import Path
 
 import gen_data
-from gen_data import TASKS, Maze, at, find, neighbour
+from gen_data import TASKS, Maze, at, fail, find, neighbour
 from tools import data_folder
-from tools.console import fail
 
 CELLS = {"@": "S", "*": "G", "#": "H", "_": "F"}  # VSP's
 SIDES = {"U": "north", "D": "south", "L": "west", "R": "east"}  # VisualPlanning's

@@ -11,8 +11,7 @@ import tempfile
 import numpy as np
 from matplotlib.figure import Figure
 
-from gen_data import SPLITS, may_write
-from tools.console import fail
+from gen_data import SPLITS, fail, may_write
 from tools.data_folder import write_dataset
 
 LABELS = {"bar": "Ada Ben Cleo Dan Eve Finn".split(), "line": "Mon Tue Wed Thu Fri Sat".split()}

@@ -18,8 +18,7 @@ import matplotlib.pyplot as plt
 from PIL import Image
 
 import gen_data
-from gen_data import PARTS, open_picture
-from tools.console import fail
+from gen_data import PARTS, fail, open_picture
 from tools.report import read_lines, walk
 
 matplotlib.use("Agg")  # no window

@@ -111,4 +111,4 @@ def judge(row, text, parse=None, tolerance=0):
 
 
 def key_of(row):
-    return digest([row["symbols"], row["prompt"]])
+    return digest(row["symbols"], row["prompt"])

@@ -11,8 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 import gen_data
+from gen_data import fail
 from tools import run_files
-from tools.console import fail
 
 INPUTS = ("image", "text", "swapped")
 RESPONSE = ("id", "response", "tokens", "cut", "error")  # of a line; the verdict follows from it

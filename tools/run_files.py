@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from filelock import Timeout
 
-from tools.console import fail
+from gen_data import fail
 
 # What may differ when a run goes on: it changes no step that is done.
 MAY_DIFFER = ("steps", "rollout_batch", "micro_batch", "slice", "save_every", "show_every",

@@ -30,8 +30,8 @@ import psutil
 from filelock import FileLock
 
 from common import PRESETS
+from gen_data import fail
 from tools import study_results
-from tools.console import fail
 from tools.run_files import take_folder, write_aside
 from tools.study_results import name_of
 
