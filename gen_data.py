@@ -81,7 +81,8 @@ def whole_number(low):
     """The `type=` of a flag: a whole number of at least `low`."""
     def read(text):
         if not re.fullmatch(r"[+-]?[0-9]{1,18}", text.strip()) or int(text) < low:
-            raise argparse.ArgumentTypeError(f"got {text!r}, must be a whole number, at least {low}")
+            raise argparse.ArgumentTypeError(
+                f"got {text!r}, must be a whole number, at least {low}")
         return int(text)
     return read
 
