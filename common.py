@@ -1,18 +1,26 @@
-"""The model's side of MGSD: loading, adapters, encoding, sampling, scoring. Knows no puzzle.
+"""The model's side of MGSD and the run of a stage. Knows no puzzle.
 
-Everything the two stages and the evaluation share stands here once:
-    PRESETS              the settings of both stages, per backbone
-    load                 a Qwen3-VL in 4, 16 or 32 bits with its processor
-    add_lora             a fresh LoRA adapter, or one from disk
-    encode               prompts and pictures -> a left-padded batch (the one caller of a template)
-    sample               responses, token by token, the end token included
+What the two stages and the evaluation share, in this order:
+    BACKBONES            model, bits and adapter of each preset
+    load, add_lora       a Qwen3-VL in 4, 16 or 32 bits; a fresh LoRA adapter, or one from disk
+    encode, take_rows    prompts and pictures -> a left-padded batch (`encode` is the one caller of
+                         the chat template)
     response_hidden      the hidden states that predict given response tokens
-    Run                  a stage's folder: log, checkpoints, the way back after an interruption
+    sample, decode       responses, token by token, the EOS included
+    add_flags, resolve   flags, and where their values come from
+    learning_rate, adamw, average_gradients          what an optimizer step is made of
+    join_processes, gather                           several processes
+    Run                  a stage's folder: log, checkpoint, resuming
 """
+import ast
+import difflib
+import errno
+import io
 import json
 import logging
 import math
 import os
+import pickle
 import platform
 import re
 import shutil
@@ -28,13 +36,24 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on a CPU: fewer, lar
 
 import psutil
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
 from torch import distributed
 from tqdm import tqdm
 
-from gen_data import fail
-from tools import run_files
+# What needs no torch stands in gen_data.py, which must not load it: messages, flags and files.
+from gen_data import (
+    digest,
+    digest_file,
+    fail,
+    flush,
+    kind_of,
+    lock_folder,
+    real_number,
+    whole_number,
+    write_bytes,
+    write_text,
+)
+from gen_data import run_script as run_script  # common.run_script, as the scripts call it
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # reports a missing optional CPU kernel
 # The newer name came with transformers 5.23.
@@ -42,57 +61,38 @@ warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is depreca
 
 TINY = str(Path(__file__).parent / "tiny")
 
-# Settings per backbone; a flag on the command line wins. Batches count rows (coldstart: questions).
-QWEN = {
-    "bits": 4,
-    "lora_rank": 16,
-    "lora_vision": 0,
-    "max_new_tokens": 512,  # the longest reference response has about 360, on mazes of level 6
-    "rollout_batch": 32,
-    "coldstart_steps": 1000,
-    "coldstart_lr": 1e-4,
-    "coldstart_batch": 64,
-    "coldstart_micro_batch": 4,
-    "distill_steps": 500,
-    "distill_lr": 2e-5,
-    "distill_batch": 32,
-    "distill_micro_batch": 4,
-    "distill_slice": 64,
-}
-PRESETS = {
+# A preset's backbone. Its steps, rates and batches stand in the stage that uses them.
+BACKBONES = {
     "tiny": {
-        "model": TINY,
+        "model": "tiny",  # the folder beside this file
         "bits": 32,
         "lora_rank": 16,
         "lora_vision": 1,
-        "max_new_tokens": 120,
-        "rollout_batch": 96,
-        "coldstart_steps": 150,
-        "coldstart_lr": 2e-3,
-        "coldstart_batch": 96,
-        "coldstart_micro_batch": 24,
-        "distill_steps": 80,
-        "distill_lr": 3.5e-4,  # higher rates plan as well and forget more perception answers
-        "distill_batch": 96,
-        "distill_micro_batch": 24,
-        "distill_slice": 128,
     },
-    "2b": {**QWEN, "model": "Qwen/Qwen3-VL-2B-Instruct"},  # for cards of 8 GB
-    "4b": {**QWEN, "model": "Qwen/Qwen3-VL-4B-Instruct"},
+    "2b": {
+        "model": "Qwen/Qwen3-VL-2B-Instruct",
+        "bits": 4,
+        "lora_rank": 16,
+        "lora_vision": 0,
+    },
+    "4b": {
+        "model": "Qwen/Qwen3-VL-4B-Instruct",
+        "bits": 4,
+        "lora_rank": 16,
+        "lora_vision": 0,
+    },
     "8b": {
-        **QWEN,
         "model": "Qwen/Qwen3-VL-8B-Instruct",
-        "coldstart_micro_batch": 2,
-        "distill_micro_batch": 2,
+        "bits": 4,
+        "lora_rank": 16,
+        "lora_vision": 0,
     },
 }
-# 40 rows a level instead of 2,000 (gen_data.py): where methods differ.
-PRESETS["tiny-small"] = {**PRESETS["tiny"], "coldstart_steps": 100, "distill_steps": 60}
 
 
 def warn(message):
     """One line on stderr, below a progress bar too."""
-    if first_process():
+    if process_rank()[0] == 0:
         tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
@@ -101,6 +101,41 @@ def warn(message):
 LANGUAGE = r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 VISION = (r"visual\.(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc[12])"
           r"|(merger|deepstack_merger_list\.\d+)\.linear_fc[12])")
+
+
+def checkpoint_folder(model):
+    """Where the files of --model lie: a folder, or the hub's cache (None if it is not there)."""
+    if model == BACKBONES["tiny"]["model"]:
+        return Path(TINY)
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import try_to_load_from_cache
+    try:
+        file = try_to_load_from_cache(model, "config.json")
+    except ValueError:  # not the form of a hub name
+        return None
+    return Path(file).parent if isinstance(file, str) else None
+
+
+def digest_folder(model):
+    """{file: digest} of a checkpoint (a folder or hub name) or an adapter; {} without one.
+
+    Small files by their contents; of weights the size and the first and last MiB, which tell them
+    apart without reading gigabytes. In the hub's cache the folder's name is the commit.
+    """
+    folder, digests = model and checkpoint_folder(str(model)), {}
+    for file in sorted(folder.iterdir()) if folder else ():
+        if file.suffix in (".json", ".jinja", ".txt", ".model"):
+            digests[file.name] = digest_file(file)
+        elif file.suffix == ".safetensors":
+            size = file.stat().st_size
+            with open(file, "rb") as content:
+                first = content.read(2**20)
+                content.seek(max(0, size - 2**20))
+                digests[file.name] = digest(size, first.hex(), content.read().hex())
+    if folder and folder.parent.name == "snapshots":
+        digests["commit"] = folder.name
+    return digests
 
 
 def load(path, bits):
@@ -113,6 +148,7 @@ def load(path, bits):
     disable_progress_bar()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    path = TINY if path == BACKBONES["tiny"]["model"] else path
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         fail(f"{path} is no checkpoint folder: it has no config.json")
     dtype = torch.float32 if bits == 32 else torch.bfloat16
@@ -209,7 +245,7 @@ def encode(processor, prompts, images=None, device="cpu"):
 
 
 def encode_responses(processor, texts, device="cpu"):
-    """Reference responses -> (ids [B, T], mask [B, T]): right-padded, the end token included."""
+    """Reference responses -> (ids [B, T], mask [B, T]): right-padded, the EOS included."""
     tokenizer = processor.tokenizer
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     width = max(map(len, rows)) + 1
@@ -249,12 +285,17 @@ def take_rows(prompt, rows):
     return taken
 
 
-def micro_batches(size, ids, mask, *prompts):
-    """Responses [B, T] and batches from `encode`, `size` rows at a time, needless padding cut."""
-    for i in range(0, len(ids), size):
+def micro_batches(size, tensors, prompts):
+    """`size` rows at a time, needless padding cut -> parts of the tensors, then of the prompts.
+
+    tensors: [B, T] each, the second one the mask of the response tokens; prompts: from `encode`.
+    """
+    mask = tensors[1]
+    for i in range(0, len(mask), size):
         some = slice(i, i + size)
-        length, taken = mask[some].sum(1).max(), [take_rows(prompt, some) for prompt in prompts]
-        yield ids[some, :length], mask[some, :length], *taken
+        length = mask[some].sum(1).max()
+        yield (*[tensor[some, :length] for tensor in tensors],
+               *[take_rows(prompt, some) for prompt in prompts])
 
 
 def positions(model, batch):
@@ -289,19 +330,19 @@ def draw_token(logits, uniform, temperature=1.0):
     """One token per row of logits [B, vocabulary] and of numbers in [0, 1) [B], float64 -> [B].
 
     By inverting the cumulative distribution: one random number per row (torch.multinomial draws
-    one per word, and spends most of its time on that), and exact: in float64 the rarest of 151,936
-    words keeps its share.
+    one per token of the vocabulary, and spends most of its time on that), and exact: in float64 the
+    rarest of 151,936 tokens keeps its share.
     """
-    if temperature != 1:  # else a pass over the words too many
+    if temperature != 1:  # else a pass over the vocabulary too many
         logits = logits / temperature
     cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    # right=True: never a word of probability 0. The clamp: still a word where the logits are not
+    # right=True: never a token of probability 0. The clamp: still a token where the logits are not
     # finite; such a step is then skipped for its loss.
     token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     return token[:, 0].clamp_(max=logits.shape[1] - 1)
 
 
-def end_tokens(model, processor):
+def eos_tokens(model, processor):
     """Every token that ends a response: the tokenizer's, and those of generation_config.
 
     Qwen3-VL has two, <|im_end|> and <|endoftext|>; the second is its padding too.
@@ -312,8 +353,8 @@ def end_tokens(model, processor):
     return torch.tensor(sorted(ends), device=model.device)
 
 
-def ask_every(device):
-    """Tokens between two looks at which rows have ended: on a GPU each look makes Python wait."""
+def eos_interval(device):
+    """Check EOS every so many tokens: on a GPU each check makes Python wait."""
     return 8 if device.type == "cuda" else 1
 
 
@@ -324,11 +365,11 @@ def sample(model, processor, prompt, max_new_tokens, uniforms=None, temperature=
 
     uniforms: a number in [0, 1) for every token that may be drawn, float64 [B, max_new_tokens], so
     that a token depends on no other row; None: greedy. rollout_batch: rows at a time, default all.
-    A response goes through its first end token inclusive; one without an end token was cut at
+    A response goes through its first EOS inclusive; one without an EOS was cut at
     max_new_tokens. The distribution is the model's own softmax, with nothing but the picture
     placeholders removed, whatever generation_config says.
     """
-    net, pad, ends = network(model), processor.tokenizer.pad_token_id, end_tokens(model, processor)
+    net, pad, ends = network(model), processor.tokenizer.pad_token_id, eos_tokens(model, processor)
     banned = [processor.image_token_id, processor.video_token_id, processor.vision_start_token_id]
     if uniforms is not None:
         uniforms = torch.as_tensor(uniforms, device=model.device)
@@ -342,15 +383,14 @@ def sample(model, processor, prompt, max_new_tokens, uniforms=None, temperature=
         attention = batch["attention_mask"]
         going = torch.ones_like(rows, dtype=torch.bool)
         for t in range(max_new_tokens):
-            # lm_head, its factors swapped: for the few rows of a rollout twice as fast on a CPU.
-            logits = (net.lm_head.weight @ out.last_hidden_state[:, -1].T).T.float().contiguous()
-            logits[:, banned] = -torch.inf                                     # [rows, vocabulary]
+            logits = net.lm_head(out.last_hidden_state[:, -1]).float()         # [rows, vocabulary]
+            logits[:, banned] = -torch.inf
             token = (logits.argmax(-1) if uniforms is None else
                      draw_token(logits, uniforms[rows, t], temperature))       # [rows]
             ids[rows, t] = token
             going &= ~torch.isin(token, ends)
             # Rows that ended leave the batch; what they drew in the meantime is cut off below.
-            if (t + 1) % ask_every(model.device) == 0 and not going.all():
+            if (t + 1) % eos_interval(model.device) == 0 and not going.all():
                 rows, token, next_position = rows[going], token[going], next_position[going]
                 attention = attention[going]
                 out.past_key_values.batch_select_indices(going)
@@ -363,68 +403,114 @@ def sample(model, processor, prompt, max_new_tokens, uniforms=None, temperature=
                 past_key_values=out.past_key_values, use_cache=True,
                 position_ids=(next_position + t)[None, :, None].expand(3, -1, -1))
     ended = torch.isin(ids, ends).long()
-    mask = (ended.cumsum(1) - ended == 0).long()    # by position: padding may be an end token too
+    mask = (ended.cumsum(1) - ended == 0).long()    # by position: padding may be an EOS too
     length = mask.sum(1).max()
     return ids.where(mask.bool(), pad)[:, :length], mask[:, :length]
 
 
 def was_cut(model, processor, ids, mask):
-    """Of every response: did it reach the limit without an end token?"""
+    """Of every response: did it reach the limit without an EOS?"""
     last = ids.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]
-    return (~torch.isin(last, end_tokens(model, processor))).tolist()
+    return (~torch.isin(last, eos_tokens(model, processor))).tolist()
 
 
 def decode(processor, ids, mask):
-    """Response tokens [B, T] -> texts, without the end token."""
+    """Response tokens [B, T] -> texts, without the EOS."""
     rows = [row[keep.bool()] for row, keep in zip(ids, mask, strict=True)]
     return processor.batch_decode(rows, skip_special_tokens=True)
 
 
-# ---------------------------------------------------------------- settings
+# ---------------------------------------------------------------- flags
 
-def add_flags(parser, stage=None):
-    """The flags every script shares; with a stage ("coldstart", "distill") its training flags."""
+def add_flags(parser):
+    """The flags that all scripts share."""
     add = parser.add_argument
-    add("--preset", help=f"backbone: {', '.join(PRESETS)} (default: 4b with CUDA, else tiny)")
-    add("--model", help="checkpoint folder or hub name")
+    add("--preset", choices=BACKBONES, help="backbone and settings (default: those of the run that "
+        "is continued, else tiny)")
+    add("--model", help="checkpoint folder or hub name (default: the preset's)")
     add("--bits", type=int, choices=(4, 16, 32), help="frozen weights: NF4, bfloat16, float32")
-    add("--data", default="data", help="folder made by gen_data.py; made now if it is not there")
-    add("--seed", type=int, default=0, help="draws the data, the rows of a step and the rollouts")
-    if not stage:
-        return
-    add("--steps", type=int, help="optimizer steps")
-    add("--lr", type=float, help="peak learning rate (cosine, warm-up over the first tenth)")
-    add("--max_grad_norm", type=float, default=1.0, help="a longer gradient is cut to this norm")
-    add("--batch", type=int, help="rows per optimizer step")
-    add("--micro_batch", type=int, help="rows per forward pass; changes no result")
-    add("--rollout_batch", type=int, help="rows sampled at a time; changes no result")
-    add("--lora_rank", type=int, help="rank of the adapters; alpha is twice the rank")
+    add("--data", help="data folder (default: the preset's, made now if it is not there)")
+    add("--seed", type=whole_number(0), default=0, help="draws data, rows of a step, responses")
+
+
+def add_training_flags(parser):
+    """The flags that both stages share."""
+    add = parser.add_argument
+    add("--steps", type=whole_number(1), help="optimizer steps")
+    add("--lr", type=real_number(above=True),
+        help="peak learning rate (cosine, warm-up over the first tenth)")
+    add("--max_grad_norm", type=real_number(above=True), default=1.0,
+        help="a longer gradient is cut to this norm")
+    add("--batch", type=whole_number(1), help="rows per optimizer step")
+    add("--micro_batch", type=whole_number(1), help="rows per forward pass; changes no result")
+    add("--rollout_batch", type=whole_number(1), help="rows sampled at a time; changes no result")
+    add("--max_new_tokens", type=whole_number(1), help="length limit of a response, tokens")
+    add("--lora_rank", type=whole_number(1), help="rank of the adapters; alpha is twice the rank")
     add("--lora_vision", type=int, choices=(0, 1), help="1: adapters on the vision tower too")
-    add("--save_every", type=int, default=20, help="steps between checkpoints")
-    add("--restart", action="store_true", help="delete what is in --out and begin anew")
+    add("--save_every", type=whole_number(1), default=20, help="steps between checkpoints")
+    add("--restart", action="store_true", help="delete the run in --out and begin anew")
+    add("--accept_changes", action="store_true",
+        help="resume although arguments, data or code have changed; changes.jsonl says which")
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases too (WANDB_MODE=offline works)")
 
 
-def resolve(args, stage=None):
-    """Fill what was not given from the preset, and say which preset it is and why."""
-    cuda = torch.cuda.is_available()
-    why = "--preset" if args.preset else "CUDA found" if cuda else "no CUDA device"
-    args.preset = args.preset or ("4b" if cuda else "tiny")
-    if args.preset not in PRESETS:
-        fail(f"unknown preset {args.preset!r}, known: {', '.join(PRESETS)}")
-    for key, value in PRESETS[args.preset].items():
-        name = key.removeprefix(f"{stage}_")
+def read_run(folder):
+    """The arguments of the run in `folder` (or of the run whose adapter/ it is); {} without one."""
+    for file in (Path(folder, "args.json"), Path(folder).parent / "args.json"):
+        if file.is_file():
+            try:
+                record = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                fail(f"cannot read {file}: {error}")
+            if record.get("kind") == "run":
+                return record["args"]
+    return {}
+
+
+def resolve(args, settings, run=None):
+    """Fill what was not given: from the run that is continued (its backbone), else the preset.
+
+    settings: {preset: {flag: value}} of the script. run: the folder of that run, or None. A flag
+    that contradicts the run is refused.
+    """
+    old = read_run(run) if run else {}
+    if args.preset is None:
+        args.preset = old.get("preset", "tiny")
+    if args.preset not in BACKBONES:
+        fail(f"{run} was trained with --preset {args.preset}, which common.py does not know: give "
+             f"one of {', '.join(BACKBONES)}")
+    values = {**BACKBONES[args.preset], **settings[args.preset]}
+    if old and old["preset"] != args.preset:
+        fail(f"--preset {args.preset}: the run in {run} has --preset {old['preset']}")
+    for name in BACKBONES[args.preset]:
+        given = getattr(args, name, None)
+        values[name] = old.get(name, values[name])
+        if old and given not in (None, values[name]) and (
+                name != "model" or digest_folder(given) != digest_folder(values[name])):
+            fail(f"--{name} {given}: the run in {run} has --{name} {values[name]}")
+    for name, value in values.items():
         if hasattr(args, name) and getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("steps", "batch", "rollout_batch", "micro_batch", "lora_rank", "max_new_tokens",
-                 "save_every"):
-        if getattr(args, name, 1) < 1:
-            fail(f"--{name} {getattr(args, name)}: wanted at least 1")
-    if first_process():
-        print(f"preset {args.preset} ({why}; choose with --preset {'|'.join(PRESETS)}): "
-              f"{args.model} in {args.bits} bits")
     return args
 
+
+def announce(args):
+    """The first line of a run: what it trains, and on which device."""
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else "the CPU"
+    print(f"preset {args.preset} on {device}: {args.model} in {args.bits} bits")
+    if cuda and args.preset == "tiny":
+        print("For Qwen3-VL-4B: the same commands with --preset 4b (a download of 9 GB; memory by "
+              "`python -m tools.estimate --preset 4b`; how long it takes was never measured)")
+
+
+def command(script, **flags):
+    """A command with the flags it needs, {name: (value, default)}: "python distill.py --seed 1"."""
+    words = [f"--{name} {value}" for name, (value, default) in flags.items() if value != default]
+    return " ".join(["python", script, *words])
+
+
+# ---------------------------------------------------------------- an optimizer step
 
 def learning_rate(step, steps, peak):
     """Linear warm-up over the first tenth of the steps, then a cosine; zero would come after it."""
@@ -433,12 +519,39 @@ def learning_rate(step, steps, peak):
     return peak * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def adapter_weights(model):
+    """The tensors that are trained, in the network's order."""
+    return [weight for weight in model.parameters() if weight.requires_grad]
+
+
 def adamw(weights, lr):
-    """bitsandbytes' paged 8-bit AdamW on CUDA, torch's AdamW elsewhere; no decay on adapters."""
-    if torch.cuda.is_available():
-        import bitsandbytes
-        return bitsandbytes.optim.PagedAdamW8bit(weights, lr=lr, weight_decay=0.0)
-    return torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+    """torch's AdamW, without decay: adapters begin at zero and are small."""
+    return torch.optim.AdamW(weights, lr=lr, weight_decay=0.0, fused=weights[0].is_cuda)
+
+
+def average_gradients(weights, loss, tokens):
+    """Sum gradients, loss and tokens over all processes; divide once -> (loss, tokens of all).
+
+    weights: their .grad holds the gradient of this process's summed loss, and afterwards that of
+    the mean over all tokens. loss, tokens: this process's sums. One message, in float32: a gradient
+    that is divided before the backward pass loses most of its entries in float16.
+    """
+    flat = [weight.grad.float().flatten() for weight in weights]
+    flat = torch.cat([*flat, flat[0].new_tensor([loss, tokens])])
+    if distributed.is_initialized():
+        together(distributed.all_reduce, flat)
+    tokens = int(flat[-1])
+    flat /= max(1, tokens)
+    sizes = [weight.numel() for weight in weights]
+    for weight, gradient in zip(weights, flat[:-2].split(sizes), strict=True):
+        weight.grad.copy_(gradient.view_as(weight))
+    return float(flat[-2]), tokens
+
+
+def check_first_step(step, grad_norm):
+    """Fails where nothing connects the loss to the adapters."""
+    if step == 0 and grad_norm < 1e-5:  # autograd leaves rounding where all is equal
+        fail("the first gradient is zero: nothing connects the loss to the adapters")
 
 
 def mean(values):
@@ -464,38 +577,32 @@ def peak_gb():
     return getattr(memory, "peak_wset", memory.rss) / 1e9  # Windows; macOS: what is held now
 
 
-class Timer:
-    """Seconds by phase: call it with a phase's name when the phase ends."""
-
-    def __init__(self):
-        self.last, self.seconds = time.perf_counter(), {}
-
-    def __call__(self, phase):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
-        self.last = now
-
-
 # ---------------------------------------------------------------- several processes
 
-def first_process():
-    """Is this the process that writes: the only one, or torchrun's first?"""
-    return int(os.environ.get("RANK", 0)) == 0
+def process_rank():
+    """(the number of this process, how many there are), as torchrun sets them; else (0, 1)."""
+    rank, count = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
+    if not (rank.isdigit() and count.isdigit() and int(rank) < int(count)):
+        fail(f"RANK={rank} WORLD_SIZE={count} in the environment: unset both, or use torchrun")
+    return int(rank), int(count)
 
 
 def join_processes(batch):
-    """Meet the processes that torchrun started -> (this one's number, how many); else (0, 1)."""
-    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Meet the processes that torchrun started -> (the number of this one, how many)."""
+    rank, count = process_rank()
     if batch % count:
         fail(f"--batch {batch} cannot be shared equally by {count} processes")
     if count > 1:
+        missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+                   if not os.environ.get(name)]
+        if missing:
+            fail(f"WORLD_SIZE={count} in the environment, but no {missing[0]}: unset it, or use "
+                 "torchrun")
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return rank, count
 
 
@@ -505,7 +612,7 @@ def together(collective, *arguments):
         collective(*arguments)
     except RuntimeError as error:
         fail(f"another process of this run has ended ({str(error).splitlines()[0][:100]}); "
-             "the same command goes on from the newest checkpoint")
+             "run the same command to resume")
 
 
 def gather(thing):
@@ -522,67 +629,220 @@ def gather_rows(rows):
     return [row for share in zip(*gather(rows), strict=True) for row in share]
 
 
-def sum_gradients(weights, loss):
-    """Sum the gradients, in place, and the loss over all processes, in one message -> the loss."""
-    if not distributed.is_initialized():
-        return loss
-    flat = torch.cat([weight.grad.flatten() for weight in weights])
-    flat = torch.cat([flat, flat.new_tensor([loss])])
-    together(distributed.all_reduce, flat)
-    sizes = [weight.numel() for weight in weights]
-    for weight, gradient in zip(weights, flat[:-1].split(sizes), strict=True):
-        weight.grad.copy_(gradient.view_as(weight))
-    return float(flat[-1])
+# ---------------------------------------------------------------- the run of a stage
+
+# Arguments that change no step that is done, or whose contents are compared (see `inputs`).
+FREE = {"preset", "model", "data", "init", "out", "steps", "micro_batch", "rollout_batch", "chunk",
+        "save_every", "show_every", "eval_every", "restart", "accept_changes", "wandb"}
 
 
-# ---------------------------------------------------------------- the folder of a run
+def meaning(code):
+    """A script's syntax tree without comments and docstrings, as text."""
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            if ast.get_docstring(node) is not None:
+                node.body.pop(0)
+    return ast.dump(tree)
+
 
 class Run:
-    """A stage's run in the folder args.out, and its way back after an interruption.
+    """A stage's run in the folder args.out: one writer, and the same command resumes it.
 
-    step: steps that are done and logged. adapter: where the run goes on from, or None. stopping:
-    the signal that asks to stop, or None; all processes see it after the same step. updating: set
-    by the loop before it changes the weights; until `log` they are ahead of the log. Nothing random
-    is stored: a step draws from (seed, step). Of several processes the first one writes.
+        with Run(args, parse_args, scripts, inputs, trained_on) as run:  # refuses what differs
+            ...                                                          # load the model
+            run.restore(model, optimizer=optimizer)                      # from the checkpoint
+            for step in run.steps():
+                ...
+                run.log(loss=loss)
+                run.save_if_due()
+
+    Nothing in the folder is changed before `restore`. Nothing random is stored: a step draws from
+    (seed, step). Of several processes the first one writes. step: steps done and logged.
     """
+    LOGS = ("metrics.jsonl", "rollouts.jsonl", "not_finite.jsonl")
+    FILES = ("args.json", "trained_rows.json", "changes.jsonl", "checkpoint.pt", *LOGS)
+    FOLDERS = ("adapter", "code")  # everything a run writes; partial files are named after these
 
-    def __init__(self, args, script, inputs=(), trained_rows=()):
-        """Refuses a second writer and other arguments than those of the run to go on with.
+    def __init__(self, args, parse_args, scripts, inputs, trained_on=()):
+        """scripts: the files that the stage runs; they are kept, and compared at the next start.
 
-        inputs: files that the result depends on, such as the rows; their hashes are kept.
-        trained_rows: keys of all rows that the adapter was or will be trained on.
+        parse_args: gives a flag that is new in `args` the value it would have had before.
+        inputs: {name: digest} of the files that the result depends on. trained_on: keys of all
+        rows that the adapter was or will be trained on.
         """
-        self.args, self.out, self.wandb, self.handlers = args, Path(args.out), None, {}
-        self.signal, self.stopping, self.updating = 0, None, False
-        self.lock = FileLock(self.out / "lock")  # let go when the process ends, however it ends
-        state = None
-        if first_process():
-            run_files.take_folder(self.out, self.lock, args.restart)
-            state = run_files.go_on(self.out, args, inputs, versions())
-            run_files.write_aside(self.out / "trained_rows.json", json.dumps(sorted(trained_rows)))
-            shutil.copy(script, self.out)
-            self.wandb = run_files.start_wandb(args) if args.wandb else None
-        self.step, self.skipped, self.checkpoint = gather(state)[0]
-        self.adapter = self.checkpoint and str(self.checkpoint / "adapter")
+        self.args, self.out = args, Path(args.out)
+        self.inputs = {**inputs, "model": digest(digest_folder(args.model))}
+        self.defaults = vars(parse_args(["--preset", args.preset]))
+        self.scripts, self.trained_on = [Path(script) for script in scripts], trained_on
+        self.step, self.skipped, self.state, self.changed = 0, [], None, {}
+        self.lock, self.wandb, self.handlers, self.asked = None, None, {}, 0
 
-    def steps(self, optimizer):
-        """The numbers of the steps to do; a signal now asks to stop, a later one stops at once."""
-        if self.checkpoint:
-            optimizer.load_state_dict(run_files.load_optimizer(self.checkpoint / "optimizer.pt"))
+    # ---- the folder
+
+    def __enter__(self):
+        if process_rank()[0] == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            kind, own = kind_of(self.out), {*self.FILES, *self.FOLDERS, ".lock"}
+            foreign = [path.name for path in sorted(self.out.iterdir())
+                       if path.name.removesuffix(".partial") not in own]
+            if kind != "run" and (foreign or kind):
+                what = f"a folder of kind {kind}" if kind else f"{foreign[0]} and no run"
+                fail(f"{self.out} holds {what}: choose another --out")
+            self.lock = lock_folder(self.out)
+            if kind == "run" and not self.args.restart:
+                self.read_checkpoint()
+                self.compare()
+        self.state = gather(self.state)[0]
+        if self.state:
+            self.step, self.skipped = self.state["step"], list(self.state["skipped"])
+        return self
+
+    def __exit__(self, *error):
+        """Give back the signals and the folder."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.lock:
+            self.lock.release()
+        if self.wandb:
+            self.wandb.finish()
+
+    def read_checkpoint(self):
+        file = self.out / "checkpoint.pt"
+        if not file.is_file():
+            if (self.out / "adapter").exists():
+                fail(f"{self.out} holds a trained adapter without its checkpoint.pt, and cannot be "
+                     "resumed: --restart begins anew and deletes it; or choose another --out")
+            return
+        try:
+            self.state = torch.load(file, map_location="cpu", weights_only=True)
+            step, things = self.state["step"], self.state["things"]
+            assert isinstance(step, int) and "adapter" in things and "skipped" in self.state
+        except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AssertionError,
+                pickle.UnpicklingError) as error:
+            reason = " ".join(str(error).split()).partition(". ")[0][:200]
+            fail(f"cannot resume from {file} ({type(error).__name__}: {reason}): --restart begins "
+                 "anew")
+
+    def compare(self):
+        """Refuse what would make the steps to come another run's than those that are done."""
+        record = json.loads((self.out / "args.json").read_text(encoding="utf-8"))
+        before, done = {**self.defaults, **record["args"]}, self.state["step"] if self.state else 0
+        if done > self.args.steps:
+            fail(f"{self.out}: {done} steps are done, more than --steps {self.args.steps}")
+        for name, value in json.loads(json.dumps(vars(self.args))).items():
+            if name not in FREE and before.get(name) != value:
+                self.changed[f"--{name}"] = f"was {before.get(name)!r} and is {value!r}"
+        for name, value in self.inputs.items():
+            if value != record["inputs"].get(name):
+                self.changed[name] = "other contents than before"
+        for script in self.scripts:
+            kept = self.out / "code" / script.name
+            was = kept.read_text(encoding="utf-8") if kept.is_file() else ""
+            now = script.read_text(encoding="utf-8")
+            if meaning(was) != meaning(now):
+                lines = difflib.unified_diff(was.splitlines(), now.splitlines(), n=0, lineterm="")
+                self.changed[script.name] = "has changed:\n" + "\n".join(list(lines)[2:])
+        if self.changed and not self.args.accept_changes:
+            text = "".join(f"\n{name} {how}" for name, how in self.changed.items())
+            tqdm.write(f"What differs from the run in {self.out}:{text}", file=sys.stderr)
+            fail(f"{self.out} holds {done} steps of a run that differs in "
+                 f"{', '.join(self.changed)}: --restart begins anew, --out chooses another folder, "
+                 "--accept_changes resumes all the same")
+
+    def restore(self, model, **things):
+        """Bring the adapter of `model` and `things` to where the checkpoint left them.
+
+        things: by name, what a resume needs besides the adapter: objects with state_dict() and
+        load_state_dict(), or lists of tensors. All of it is in every checkpoint from here on. Now
+        that the run is agreed to, its folder is brought to the same step.
+        """
+        self.model, self.things = model, {"adapter": adapter_weights(model), **things}
+        if self.state:
+            self.load_things()
+        if process_rank()[0] > 0:
+            return
+        if self.args.restart:
+            self.delete()
+        self.inputs["model"] = digest(digest_folder(self.args.model))  # a hub's is there by now
+        (self.out / "code").mkdir(exist_ok=True)
+        for script in self.scripts:
+            write_bytes(self.out / "code" / script.name, script.read_bytes())
+        record = {"kind": "run", "script": self.scripts[0].name, "args": vars(self.args),
+                  "inputs": self.inputs, "versions": versions()}
+        write_text(self.out / "args.json", json.dumps(record, indent=1) + "\n")
+        write_text(self.out / "trained_rows.json", json.dumps(sorted(self.trained_on)))
+        for name in self.LOGS:  # lines of steps that will be done again
+            file, size = self.out / name, self.state["sizes"].get(name, 0) if self.state else 0
+            if file.is_file() and file.stat().st_size > size:
+                os.truncate(file, size)
+        if self.changed:
+            self.append("changes.jsonl", [{"step": self.step, "changed": self.changed}])
+            warn(f"resuming with changes in {', '.join(self.changed)}: {self.out}/changes.jsonl")
+        if self.state and not self.adapter_is_current():  # killed between the two
+            self.export_adapter()
+        if self.args.wandb:
+            self.wandb = start_wandb(self.args)
+
+    def load_things(self):
+        saved, file = self.state["things"], self.out / "checkpoint.pt"
+        for name, thing in self.things.items():
+            if name not in saved:
+                fail(f"{file} has no {name!r}: it was made without; --restart begins anew")
+            try:
+                if hasattr(thing, "load_state_dict"):
+                    thing.load_state_dict(saved[name])
+                else:
+                    for tensor, value in zip(thing, saved[name], strict=True):
+                        tensor.data.copy_(value)
+            except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+                fail(f"the {name!r} in {file} does not fit ({' '.join(str(error).split())[:200]}): "
+                     "--restart begins anew")
+        device = self.model.device.type
+        if self.state["device"] != device:
+            warn(f"the steps in {self.out} were made on {self.state['device']}; resuming on "
+                 f"{device} gives other rounding")
+
+    def delete(self):
+        """Remove what a run leaves, and nothing else."""
+        for name in self.FILES:
+            (self.out / name).unlink(missing_ok=True)
+        for name in self.FOLDERS:
+            shutil.rmtree(self.out / name, ignore_errors=True)
+
+    # ---- the steps
+
+    def steps(self):
+        """The numbers of the steps to do; a signal now asks to stop after the current one."""
+        if self.step == self.args.steps:
+            print(f"{self.out}: all {self.step} steps were done before; nothing is trained")
+        elif self.step:
+            print(f"{self.out}: resuming after step {self.step} of {self.args.steps}")
         for number in (signal.SIGINT, signal.SIGTERM):
             self.handlers[number] = signal.signal(number, self.on_signal)
+        self.seconds, self.last = {}, time.perf_counter()
         return tqdm(range(self.step, self.args.steps), desc=self.out.name, unit="step",
-                    initial=self.step, total=self.args.steps, disable=not first_process())
+                    initial=self.step, total=self.args.steps, disable=process_rank()[0] > 0)
 
     def on_signal(self, number, frame):
-        if self.signal == 0:
-            self.signal, self.signal_time = number, time.monotonic()
-            tqdm.write("stopping after this step (again: at once, back to the newest checkpoint)")
-        elif time.monotonic() - self.signal_time > 2:  # torchrun repeats a Ctrl-C by itself
+        if not self.asked:
+            self.asked, self.asked_at = number, time.monotonic()
+            tqdm.write("stopping after this step (again: at once, back to the latest checkpoint)")
+        elif time.monotonic() - self.asked_at > 2:  # torchrun repeats a Ctrl-C by itself
             raise KeyboardInterrupt
 
-    def skip(self, loss, grad_norm, evidence, patience=5):
-        """Record a step that was not finite and its rows; `patience` in a row end the run."""
+    def clock(self, phase):
+        """The seconds since the last call, or since the step began, are this phase's."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        self.last = now
+
+    def is_finite(self, loss, grad_norm, evidence, patience=5):
+        """Can the step be taken? Else its rows are kept; `patience` such steps in a row fail."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return True
         step = self.step + 1
         self.skipped.append(step)
         what = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm)}
@@ -592,76 +852,105 @@ class Run:
         if self.skipped[-patience:] == list(range(step - patience + 1, step + 1)):
             fail(f"{patience} steps in a row were not finite: try a lower --lr, or --bits 16 or 32 "
                  f"instead of {self.args.bits}")
+        return False
 
-    def log(self, timer, **values):
+    def log(self, **values):
         """A step is done: a line to the eye, one to metrics.jsonl, where nan and inf are null."""
-        self.step, self.updating = self.step + 1, False
-        line = {"step": self.step, **values, "step_seconds": sum(timer.seconds.values()),
+        self.clock("rest")
+        self.step += 1
+        line = {"step": self.step, **values, "step_seconds": sum(self.seconds.values()),
                 "peak_gb": peak_gb()}
-        tqdm.write("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else
-                             f"{name} {value}" for name, value in line.items()))
+        texts = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                 for name, value in line.items()]
+        tqdm.write("  ".join(texts))
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 line[name] = None
-        line["seconds"] = timer.seconds
+        line["seconds"], self.seconds = self.seconds, {}
         self.append("metrics.jsonl", [line])
         if self.wandb:
             self.wandb.log(line, step=self.step)
-        self.stopping = max(gather(self.signal)) or None
 
     def append(self, name, rows):
-        """Lines for a .jsonl file beside the log; an interrupted run cuts it back like the log."""
-        if first_process():
-            try:
-                with open(self.out / name, "a") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in rows)
-            except OSError as error:
-                self.end(f"cannot write {self.out / name}: {error.strerror}")
+        """Lines for a .jsonl file beside the log (one of LOGS is cut back at a resume)."""
+        if process_rank()[0] == 0:
+            with open(self.out / name, "a", encoding="utf-8", newline="\n") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
 
-    def should_save(self):
-        last = self.step == self.args.steps
-        return last or self.step % self.args.save_every == 0 or self.stopping is not None
+    def save_if_due(self):
+        """Every --save_every steps, at the end, and when a signal asked to stop: then it stops."""
+        stop = max(gather(self.asked))
+        if stop or self.step == self.args.steps or self.step % self.args.save_every == 0:
+            self.save()
+        if stop and self.step < self.args.steps:
+            print(f"Stopped after step {self.step} of {self.args.steps}. Latest checkpoint: "
+                  f"{self.out}/checkpoint.pt; run the same command to resume.")
+            raise SystemExit(128 + stop)
+        self.last = time.perf_counter()
 
-    def save(self, model, optimizer, alone=False):
-        """A checkpoint of the steps so far. alone: the other processes are not asked about it."""
-        weights = [weight.detach().flatten() for weight in model.parameters()
-                   if weight.requires_grad]
-        if not alone and len(set(gather(zlib.crc32(torch.cat(weights).cpu().numpy())))) > 1:
-            self.end(f"the processes' adapters differ after step {self.step}")
-        if first_process():
-            try:
-                self.checkpoint = run_files.write_checkpoint(
-                    self.out, self.step, self.skipped, model, optimizer)
-            except (OSError, RuntimeError, SafetensorError) as error:
-                self.end(f"cannot write a checkpoint ({str(error).splitlines()[0]}): free space")
+    def save(self):
+        """Replace checkpoint.pt, then adapter/; a kill leaves the old or the new of each."""
+        weights = torch.cat([tensor.detach().flatten() for tensor in self.things["adapter"]])
+        if len(set(gather(zlib.crc32(weights.cpu().numpy())))) > 1:
+            fail(f"the processes' adapters differ after step {self.step}; run the same command to "
+                 "resume from the latest checkpoint")
+        if process_rank()[0] > 0:
+            return
+        things, sizes = {}, {}
+        for name, thing in self.things.items():
+            things[name] = (thing.state_dict() if hasattr(thing, "state_dict") else
+                            [tensor.detach() for tensor in thing])
+        for name in self.LOGS:
+            if (self.out / name).is_file():
+                flush(self.out / name)
+                sizes[name] = (self.out / name).stat().st_size
+        content = io.BytesIO()
+        torch.save({"step": self.step, "skipped": self.skipped, "sizes": sizes,
+                    "device": self.model.device.type, "things": things}, content)
+        write_bytes(self.out / "checkpoint.pt", content.getvalue())
+        self.export_adapter()
 
-    def end(self, message):
-        """Fail, and say where the same command goes on."""
-        fail(f"{message}. {self.checkpoint or 'No checkpoint'} is what there is; "
-             "run again to go on")
+    def export_adapter(self):
+        """adapter/ in PEFT's format, for evaluation and serving."""
+        folder, aside = self.out / "adapter", self.out / "adapter.partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            self.model.save_pretrained(aside)
+        except SafetensorError as error:
+            full = "os error 28" in str(error)
+            raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(aside)) from error
+        for path in (*aside.iterdir(), aside):
+            flush(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        flush(self.out)
 
-    def stopped(self):
-        """Say so -> the exit code."""
-        print(f"stopped: {self.step} of {self.args.steps} steps are saved in {self.out}; "
-              "the same command goes on")
-        return 128 + self.stopping
+    def adapter_is_current(self):
+        """Was adapter/ written after checkpoint.pt?"""
+        file = self.out / "adapter" / "adapter_model.safetensors"
+        return (file.is_file()
+                and file.stat().st_mtime_ns >= (self.out / "checkpoint.pt").stat().st_mtime_ns)
 
-    def out_of_memory(self, error, model, optimizer):
-        """Save, unless the weights are ahead of the log, and end with one line."""
-        if not self.updating:
-            self.save(model, optimizer, alone=True)
-        self.end(f"the GPU's memory does not suffice ({str(error).splitlines()[0]}): lower "
-                 "--rollout_batch, --micro_batch or --slice, or --max_new_tokens with --restart")
 
-    def finish(self):
-        """The newest checkpoint's adapter becomes adapter/."""
-        if first_process():
-            run_files.replace_folder(self.out / "adapter", self.checkpoint / "adapter")
+def read_init(init):
+    """(adapter folder, keys of the rows it was trained on) of --init; (None, no keys) of "none"."""
+    if init == "none":
+        return None, set()
+    adapter = Path(init) / "adapter"
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter / name).is_file():
+            fail(f"--init {init}: no adapter in {adapter} ({name} is missing); "
+                 "`python coldstart.py` makes one, --init none begins without")
+    try:
+        return adapter, set(json.loads((Path(init) / "trained_rows.json").read_text("utf-8")))
+    except (OSError, ValueError) as error:
+        fail(f"--init {init}: cannot read its trained_rows.json ({error})")
 
-    def close(self):
-        """Give back the signals and the folder."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.lock.release()
-        if self.wandb:
-            self.wandb.finish()
+
+def start_wandb(args):
+    """A run of Weights & Biases; its package is needed only here."""
+    try:
+        import wandb
+    except ImportError:
+        fail("--wandb needs its package: pip install wandb")
+    return wandb.init(project=args.wandb, name=args.out, config=vars(args))

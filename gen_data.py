@@ -141,6 +141,14 @@ def write_text(path, text):
     write_bytes(path, text.encode())
 
 
+def kind_of(folder):
+    """What the args.json of a folder says it is: "data", "run", "evaluation"; None without one."""
+    try:
+        return json.loads(Path(folder, "args.json").read_text(encoding="utf-8")).get("kind")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def lock_folder(folder):
     """The lock of an existing folder, held until `.release()` or the end of the process."""
     lock = FileLock(Path(folder) / ".lock")
