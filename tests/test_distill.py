@@ -1,4 +1,4 @@
-"""Distillation's parts: divergences, the sliced loss, its alignment, the options; by references."""
+"""Distillation's parts: divergences, the chunked loss, its alignment, the options; by references."""
 import json
 from contextlib import nullcontext
 
@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 from bench_distill import qwen_checkpoint
-from conftest import adapted, make_rows
+from conftest import adapted, make_rows, row_of
 from torch.nn.functional import kl_div
 
 import common
 import distill
 import gen_data
-from distill import DIVERGENCES, choose_divergence, forward_kl, jsd, reverse_kl, sampled
-from gen_data import response, student_prompt, teacher_prompt
+from distill import DIVERGENCES, jsd, reverse_kl, sampled
 
 # ---------------------------------------------------------------- divergences
 
@@ -26,70 +25,67 @@ def by_torch(log_a, log_b):
     return kl_div(log_b, log_a, log_target=True, reduction="none").sum(-1)
 
 
-def closed_form(name, log_p, log_q, token, beta):
-    """The gradient with respect to the student's logits as one derives it by hand."""
-    p, ratio = log_p.exp(), log_p - log_q
+def closed_form(name, log_p, log_q, token):
+    """(value, gradient with respect to the student's logits), derived by hand; None: no such form.
+
+    For jsd, beta is the table's 0.5.
+    """
+    p, q, ratio = log_p.exp(), log_q.exp(), log_p - log_q
     if name == "reverse_kl":
-        return p * (ratio - by_torch(log_p, log_q)[:, None])
+        value = by_torch(log_p, log_q)
+        return value, p * (ratio - value[:, None])
     if name == "forward_kl":
-        return p - log_q.exp()
+        return by_torch(log_q, log_p), p - q
     if name == "jsd":  # of m's own dependence on p nothing is left
-        log_m = (beta * log_q.exp() + (1 - beta) * p).log()
-        return (1 - beta) * p * (log_p - log_m - by_torch(log_p, log_m)[:, None])
-    one_hot = torch.nn.functional.one_hot(token, p.shape[1])
-    return ratio.gather(1, token[:, None]) * (one_hot - p)
+        log_m = (0.5 * q + 0.5 * p).log()
+        kl = by_torch(log_p, log_m)
+        return (0.5 * by_torch(log_q, log_m) + 0.5 * kl,
+                0.5 * p * (log_p - log_m - kl[:, None]))
+    if name == "sampled":
+        ratio, one_hot = ratio.gather(1, token[:, None]), torch.eye(p.shape[1], dtype=p.dtype)[token]
+        return ratio[:, 0] * log_p.gather(1, token[:, None])[:, 0], ratio * (one_hot - p)
+    return None
 
 
-def value_and_gradient(name, z, log_q, token, beta=0.5):
-    """Of the formula, by autograd, with respect to the student's logits z."""
+def value_and_gradient(name, z, log_q, token):
+    """Of an entry of the table, by autograd, with respect to the student's logits z."""
     z = z.clone().requires_grad_()
-    value = choose_divergence(name, beta)(z.log_softmax(-1), log_q, token)
+    value = DIVERGENCES[name](z.log_softmax(-1), log_q, token)
     value.sum().backward()
     return value.detach(), z.grad
 
 
-def dense(name, z, log_q, token, beta):
-    """The value as a textbook writes it, on probabilities."""
-    p, q = z.softmax(-1), log_q.exp()
-    m = beta * q + (1 - beta) * p
-    if name == "sampled":
-        log_p = z.log_softmax(-1).gather(1, token[:, None])[:, 0]
-        return -(log_q.gather(1, token[:, None])[:, 0] - log_p).detach() * log_p
-    return {"reverse_kl": lambda: by_torch(p.log(), log_q),
-            "forward_kl": lambda: by_torch(log_q, p.log()),
-            "jsd": lambda: (beta * by_torch(log_q, m.log())
-                            + (1 - beta) * by_torch(p.log(), m.log()))}[name]()
-
-
 @pytest.mark.parametrize("name", DIVERGENCES)
-@pytest.mark.parametrize("beta", [0.1, 0.5, 0.8])
-def test_values_and_gradients(name, beta):
+def test_values_and_gradients(name):
+    """Against the closed form where there is one; of every entry: its inputs stay as they were."""
     torch.manual_seed(0)
     z, log_q = torch.randn(7, 50, dtype=torch.float64), log_probs(7, 50)
     token = torch.randint(50, (7,))
     kept = z.clone(), log_q.clone()
-    value, gradient = value_and_gradient(name, z, log_q, token, beta)
+    value, gradient = value_and_gradient(name, z, log_q, token)
     assert torch.equal(z, kept[0]) and torch.equal(log_q, kept[1])
-    expected = closed_form(name, z.log_softmax(-1), log_q, token, beta)
-    torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=1e-9)
-    torch.testing.assert_close(value, dense(name, z, log_q, token, beta), atol=1e-12, rtol=1e-9)
+    assert value.shape == (7,) and gradient.abs().max() > 0
+    form = closed_form(name, z.log_softmax(-1), log_q, token)
+    if form:
+        torch.testing.assert_close(value, form[0], atol=1e-12, rtol=1e-9)
+        torch.testing.assert_close(gradient, form[1], atol=1e-12, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("name", DIVERGENCES)
 def test_float32_at_the_real_vocabulary(name):
-    """Near the float64 value and gradient, zero for equal inputs, below zero by rounding only."""
+    """Near the float64 value and gradient; nothing to learn where the teacher says the same."""
     cases = [(0.01, 1e-4), (0.3, 1e-4), (1.0, 1e-3), (5.0, 0.1), (5.0, 3.0)]
+    token = torch.tensor([3, 151_935])
     for seed, (scale, noise) in enumerate(cases):
         torch.manual_seed(seed)
         z = scale * torch.randn(2, 151_936)
         other = z + noise * torch.randn_like(z)
-        value, gradient = value_and_gradient(name, z, other.log_softmax(-1), None)
-        exact, slope = value_and_gradient(name, z.double(), other.double().log_softmax(-1), None)
-        torch.testing.assert_close(value, exact.float(), atol=3e-6, rtol=1e-4)
-        torch.testing.assert_close(gradient, slope.float(), atol=1e-7, rtol=1e-3)
-        assert value.min() >= -3e-6
-        value, gradient = value_and_gradient(name, z, z.log_softmax(-1), None)
-        assert value.abs().max() < 1e-6 and gradient.abs().max() < 1e-6
+        value, gradient = value_and_gradient(name, z, other.log_softmax(-1), token)
+        exact, slope = value_and_gradient(name, z.double(), other.double().log_softmax(-1), token)
+        torch.testing.assert_close(value, exact.float(), atol=5e-5, rtol=1e-4)
+        torch.testing.assert_close(gradient, slope.float(), atol=5e-6, rtol=1e-3)
+        value, gradient = value_and_gradient(name, z, z.log_softmax(-1), token)
+        assert value.abs().max() < 1e-5 and gradient.abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -100,8 +96,6 @@ def test_extreme_logits_are_finite(name):
     value, gradient = value_and_gradient(name, one, one.flip(0).log_softmax(-1),
                                          torch.tensor([0, 1]))
     assert value.isfinite().all() and gradient.isfinite().all()
-    if name == "jsd":                                               # its maximum at beta 0.5
-        torch.testing.assert_close(value, torch.full((2,), np.log(2.0), dtype=torch.float32))
 
 
 def test_jsd_symmetric_and_its_limits():
@@ -110,7 +104,10 @@ def test_jsd_symmetric_and_its_limits():
     torch.testing.assert_close(jsd(log_p, log_q), jsd(log_q, log_p))
     for beta, kl in ((1e-6, by_torch(log_q, log_p)), (1 - 1e-6, by_torch(log_p, log_q))):
         torch.testing.assert_close(jsd(log_p, log_q, beta=beta) / 1e-6, kl, atol=0, rtol=1e-4)
-    assert [choose_divergence("jsd", beta) for beta in (0.0, 1.0)] == [forward_kl, reverse_kl]
+    far = torch.full((1, 4), -1e4)
+    far[0, 0] = 1e4
+    most = jsd(far.log_softmax(-1), far.flip(1).log_softmax(-1))             # its maximum
+    torch.testing.assert_close(most, torch.full((1,), np.log(2.0), dtype=torch.float32))
 
 
 def test_sampled_has_the_gradient_of_reverse_kl_in_expectation():
@@ -125,11 +122,11 @@ def test_sampled_has_the_gradient_of_reverse_kl_in_expectation():
     assert not sampled(z.log_softmax(-1), log_q, torch.zeros(3, dtype=torch.long)).requires_grad
 
 
-# ---------------------------------------------------------------- the sliced loss, on two backbones
+# ---------------------------------------------------------------- the chunked loss, on two backbones
 
 @pytest.fixture(scope="module", params=["tiny", "qwen"])
 def backbone(request, tiny, tmp_path_factory):
-    """(model, processor): the bundled one, then random weights with Qwen's tokenizer and words."""
+    """(model, processor): the bundled one, then random weights with Qwen's tokenizer and vocabulary."""
     if request.param == "tiny":
         return tiny
     return common.load(str(qwen_checkpoint(tmp_path_factory.mktemp("qwen"), layers=2)), 32)
@@ -145,13 +142,13 @@ def student(backbone):
 def a_batch(processor, count=3):
     """(student's prompt, teacher's, ids, mask): 13 tokens with the end, one, ten that were cut."""
     rows, images = make_rows(count)
-    ids, mask = common.encode_responses(processor, [response(row) for row in rows])
+    ids, mask = common.encode_responses(processor, [row.response() for row in rows])
     ids[0, 12] = processor.tokenizer.eos_token_id
     mask[0, 13:] = 0
     mask[1, 1:] = 0
     mask[2, 10:] = 0
-    return (common.encode(processor, [student_prompt(row) for row in rows], images),
-            common.encode(processor, [teacher_prompt(row) for row in rows]), ids, mask)
+    return (common.encode(processor, [row.student_prompt() for row in rows], images),
+            common.encode(processor, [row.teacher_prompt("symbols+plan") for row in rows]), ids, mask)
 
 
 def teacher_states(model, context, ids, mask):
@@ -167,19 +164,20 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_the_sliced_loss_equals_the_dense_one(backbone, student, name):
+def test_the_chunked_loss_equals_the_unchunked_one(backbone, student, name):
     """Loss, KL, entropy and LoRA gradients against [batch, time, vocabulary] logits in float64."""
     processor, lm_head = backbone[1], common.network(student).lm_head
     prompt, context, ids, mask = a_batch(processor)
     token, teacher = ids[mask.bool()], teacher_states(student, context, ids, mask)
-    sliced = []
-    for width in (1, 7, 1000) if lm_head.weight.shape[0] < 1000 else (7,):
+    factor = torch.linspace(-1, 2, len(token))
+    chunked = []
+    for chunk in (1, 7, 1000) if lm_head.weight.shape[0] < 1000 else (7,):
         hidden = common.response_hidden(student, prompt, ids, mask)
-        gradient, scores = distill.sliced_divergence(
-            hidden, teacher, token, lm_head, choose_divergence(name, 0.3), width)
+        gradient, scores = distill.chunked_divergence(
+            hidden, teacher, token, factor, lm_head, DIVERGENCES[name], chunk)
         assert not gradients(student)                        # so far nothing went into the network
-        hidden.backward(gradient / len(token))
-        sliced.append((scores, gradients(student)))
+        hidden.backward(gradient)
+        chunked.append((scores, gradients(student)))
 
     start = prompt["input_ids"].shape[1]
     types = torch.cat([prompt["mm_token_type_ids"], torch.zeros_like(ids)], 1)
@@ -188,19 +186,37 @@ def test_the_sliced_loss_equals_the_dense_one(backbone, student, name):
             "attention_mask": torch.cat([prompt["attention_mask"], mask], 1)}
     position_ids, _ = common.positions(student, full)
     logits = common.network(student)(**full, position_ids=position_ids).logits
-    z = logits[:, start - 1:-1][mask.bool()].double()                              # [N, vocabulary]
+    log_p = logits[:, start - 1:-1][mask.bool()].double().log_softmax(-1)          # [N, vocabulary]
     log_q = lm_head(teacher).double().log_softmax(-1).detach()
-    loss = dense(name, z, log_q, token, 0.3)
-    (loss.sum() / len(token)).backward()
+    loss = DIVERGENCES[name](log_p, log_q, token) * factor
+    loss.sum().backward()
     expected = gradients(student)
     assert expected and all("lora_" in key for key in expected)
-    log_p = z.detach().log_softmax(-1)
+    log_p = log_p.detach()
     wanted = torch.stack([loss.detach(), by_torch(log_p, log_q), -(log_p.exp() * log_p).sum(-1)])
-    for scores, found in sliced:
-        torch.testing.assert_close(scores, wanted.float(), atol=2e-5, rtol=2e-4)
+    for scores, found in chunked:
+        torch.testing.assert_close(scores, wanted.float(), atol=4e-5, rtol=2e-4)
         assert found.keys() == expected.keys()
         for key in expected:
-            torch.testing.assert_close(found[key], expected[key], atol=2e-6, rtol=2e-3)
+            torch.testing.assert_close(found[key], expected[key], atol=5e-5, rtol=2e-3)
+
+
+def test_gradients_are_averaged_after_the_backward_pass(student):
+    """One division, in float32: divided before it, float16 gradients are mostly zero."""
+    weights, tokens = common.adapter_weights(student), 6400
+    torch.manual_seed(0)
+    wanted = [1e-4 * torch.randn_like(weight) for weight in weights]
+    divided, whole = [
+        float((torch.cat([g.flatten() / by for g in wanted]).half() == 0).double().mean())
+        for by in (tokens, 1)]
+    assert divided > 0.5 and whole < 0.01                    # what the order is worth
+    for weight, gradient in zip(weights, wanted, strict=True):
+        weight.grad = gradient.half().to(weight.dtype)
+    loss, count = common.average_gradients(weights, 3200.0, tokens)
+    assert (loss, count) == (0.5, tokens)
+    for weight, gradient in zip(weights, wanted, strict=True):
+        torch.testing.assert_close(weight.grad, gradient.half().float() / tokens)
+    student.zero_grad()
 
 
 # ---------------------------------------------------------------- alignment
@@ -248,14 +264,14 @@ def test_both_roles_read_the_same_response_after_their_own_prompt(backbone, stud
     assert hidden.requires_grad and not teacher.requires_grad
 
 
-def test_the_end_token_is_supervised_and_padding_is_not(backbone, student):
+def test_the_eos_is_supervised_and_padding_is_not(backbone, student):
     processor = backbone[1]
     prompt, _, ids, mask = a_batch(processor)
     assert ids[mask.bool()][12] == processor.tokenizer.eos_token_id    # row 0's last position
     before = common.response_hidden(student, prompt, ids, mask)
     other = torch.where(mask.bool(), ids, 7)                           # any other padding
     torch.testing.assert_close(common.response_hidden(student, prompt, other, mask), before)
-    # What predicts the end token depends on the tokens before it, and not on the end token itself.
+    # What predicts the EOS depends on the tokens before it, and not on the EOS itself.
     changed = ids.clone()
     changed[0, 12] = 7
     after = common.response_hidden(student, prompt, changed, mask)
@@ -273,12 +289,13 @@ def test_a_batch_scores_as_its_rows_alone(backbone, student):
 
     def backward(size):
         scores = []
-        for some in common.micro_batches(size, ids, mask, prompt, context):
+        for some in common.micro_batches(size, (ids, mask), (prompt, context)):
             some_ids, some_mask, some_prompt, some_context = some
             hidden = common.response_hidden(student, some_prompt, some_ids, some_mask)
             teacher = teacher_states(student, some_context, some_ids, some_mask)
-            gradient, score = distill.sliced_divergence(
-                hidden, teacher, some_ids[some_mask.bool()], lm_head, reverse_kl, 64)
+            gradient, score = distill.chunked_divergence(
+                hidden, teacher, some_ids[some_mask.bool()], torch.ones(len(hidden)), lm_head,
+                reverse_kl, 64)
             hidden.backward(gradient / mask.sum())
             scores.append(score)
         return torch.cat(scores, 1), gradients(student)
@@ -296,9 +313,9 @@ def test_fresh_adapter_and_same_prompt_give_zero_kl(backbone):
         ids, mask = batch[2:]
         with torch.no_grad():
             hidden = common.response_hidden(fresh.train(), prompt, ids, mask)
-        _, scores = distill.sliced_divergence(
+        _, scores = distill.chunked_divergence(
             hidden, teacher_states(fresh, prompt, ids, mask), ids[mask.bool()],
-            common.network(fresh).lm_head, reverse_kl, 64)
+            torch.ones(len(hidden)), common.network(fresh).lm_head, reverse_kl, 64)
         assert scores[:2].abs().max() < 1e-6
     fresh.unload()
 
@@ -309,7 +326,7 @@ def test_teacher_scores_do_not_depend_on_what_ran_before(backbone, student):
     before = teacher_states(student, context, ids, mask)
     for count in (1, 2, 3):  # batch sizes that do and do not divide four
         rows, images = make_rows(count)
-        prompt = common.encode(processor, [student_prompt(row) for row in rows], images)
+        prompt = common.encode(processor, [row.student_prompt() for row in rows], images)
         common.network(student).generate(**prompt, max_new_tokens=3)
         common.sample(student.eval(), processor, prompt, 3)
         assert torch.equal(teacher_states(student, context, ids, mask), before)
@@ -318,11 +335,11 @@ def test_teacher_scores_do_not_depend_on_what_ran_before(backbone, student):
 # ---------------------------------------------------------------- the rollout
 
 def test_tokens_have_the_models_distribution():
-    """Chi-square over 2,000 draws: some thirty words by name, the rest of 151,936 together."""
+    """Chi-square over 2,000 draws: some thirty tokens by name, the rest of 151,936 together."""
     from scipy.stats import chisquare
     torch.manual_seed(0)
     logits = 2 * torch.randn(151_936)
-    logits[:32] = torch.linspace(11, 12.5, 32)         # words that are drawn often, and a long tail
+    logits[:32] = torch.linspace(11, 12.5, 32)         # tokens that are drawn often, and a long tail
     logits[[3, 151_935]] = -torch.inf
     for temperature in (1.0, 1.5):
         p = (logits.double() / temperature).softmax(-1)
@@ -344,11 +361,11 @@ def test_tokens_have_the_models_distribution():
         assert (p[tail].log().mean() - mean).abs() < 5 * spread
 
 
-def test_no_number_draws_a_word_without_probability():
+def test_no_number_draws_a_token_without_probability():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]] * 4)
     uniform = torch.tensor([0.0, 0.5 - 1e-12, 0.5, 1 - 2**-53], dtype=torch.float64)
     assert common.draw_token(logits, uniform).tolist() == [1, 1, 3, 3]
-    nowhere = torch.full((4, 5), torch.nan)              # still a word: the step is skipped later
+    nowhere = torch.full((4, 5), torch.nan)              # still a token: the step is skipped later
     assert common.draw_token(nowhere, uniform).max() < 5
 
 
@@ -384,35 +401,30 @@ def test_the_teacher_samples_off_policy(toy_data, tmp_path):
         assert "".join(row["tokens"]).startswith(row["response"])
 
 
-def test_what_is_logged_of_rollouts(tiny, tmp_path):
-    """By hand: two right answers, one of them longer than needed, and one without an end."""
+def test_what_is_logged_of_rollouts(tiny):
+    """By hand: two right answers, one of them longer than needed, and one without an EOS."""
     model, processor = tiny
-    row = {"id": "a", "task": "frozenlake", "level": 2, "state": {"grid": ["SF", "FG"]},
-           "plan": ["D", "R"]}
+    row = row_of(gen_data.FrozenLake(["SF", "FG"]))
     texts = [f"Map: 2x2\nrow 0: S F\nrow 1: F G\nRoute: on.\n<answer>{plan}</answer>"
              for plan in ("D,R,U", "R,L,D,R", "D,R")]
     ids, mask = common.encode_responses(processor, texts)
-    mask[2, mask[2].sum() - 1] = 0                              # its end token
+    mask[2, mask[2].sum() - 1] = 0                              # its EOS
     ids[2, mask[2].sum():] = processor.tokenizer.pad_token_id
     width, tokens = int(mask.sum(1).max()), int(mask.sum())
     kl, entropy = torch.arange(tokens).float(), torch.full((tokens,), 0.25)
-    args = distill.parse_args(["--preset", "tiny", "--out", str(tmp_path), "--show_every", "2"])
-    run = common.Run(args, distill.__file__)
-    metrics, lines = distill.log_rollouts(
-        run, model, processor, 1, [row] * 3, ids[:, :width], mask[:, :width],
-        torch.stack([kl, kl, entropy]))
-    run.close()
+    lines = distill.rollout_lines(model, processor, 1, [row] * 3, ids[:, :width], mask[:, :width],
+                                  torch.stack([kl, kl, entropy]))
     assert [line["outcome"] for line in lines] == ["success"] * 3
     assert [line["optimal"] for line in lines] == [True, False, True]   # executed steps count
     assert [line["cut"] for line in lines] == [False, False, True]
     assert [line["response"] for line in lines] == texts
-    assert metrics["success"] == 1 and metrics["optimal"] == 2 / 3 and metrics["cut"] == 1 / 3
-    assert metrics["length"] == tokens / 3 and metrics["entropy"] == 0.25
-    assert metrics["kl"] == pytest.approx((tokens - 1) / 2)
+    means = distill.rollout_means(lines)
+    assert means["success"] == 1 and means["optimal"] == 2 / 3 and means["cut"] == 1 / 3
+    assert means["length"] == tokens / 3 and means["entropy"] == 0.25
+    assert means["kl"] == pytest.approx((tokens - 1) / 2)
     part = np.concatenate([line["part"] for line in lines])
     for k, name in enumerate(gen_data.PARTS):
-        assert metrics[f"kl_{name}"] == pytest.approx(np.arange(tokens)[part == k].mean())
-    assert not (tmp_path / "rollouts.jsonl").exists()                   # not at this step
+        assert means[f"kl_{name}"] == pytest.approx(np.arange(tokens)[part == k].mean())
 
 
 @pytest.mark.parametrize("share", (0, 1))
@@ -440,18 +452,29 @@ def test_who_the_teacher_is_and_what_it_reads(toy_data, tmp_path, monkeypatch):
         return original(model, prompt, ids, mask)
     monkeypatch.setattr(common, "response_hidden", spy)
     lengths = {}
-    for context in ("state+plan", "state", "none"):
-        for weights in ("base", "live"):
+    for reads in ("symbols+plan", "symbols", "picture"):
+        for weights in ("base", "live", "ema"):
             seen.clear()
             # With one prompt, a fresh adapter makes the roles equal: no gradient, and main says so.
-            with pytest.raises(SystemExit) if context == "none" else nullcontext():
-                train(toy_data, tmp_path / f"{context}-{weights}", "--teacher_context", context,
+            with pytest.raises(SystemExit) if reads == "picture" else nullcontext():
+                train(toy_data, tmp_path / f"{reads}-{weights}", "--teacher_reads", reads,
                       "--teacher_weights", weights, "--tasks", "maze:3", "--max_new_tokens", "4")
             assert len(seen) == 2 * 3
-            assert {one[:2] for one in seen} == {(True, True), (False, weights == "live")}
-            assert all(picture == (grad or context == "none") for grad, _, picture, _ in seen)
-            lengths[context] = max(length for grad, *_, length in seen if not grad)
-    assert lengths["state+plan"] > lengths["state"]
+            assert {one[:2] for one in seen} == {(True, True), (False, weights != "base")}
+            assert all(picture == (grad or reads == "picture") for grad, _, picture, _ in seen)
+            lengths[reads] = max(length for grad, *_, length in seen if not grad)
+    assert lengths["symbols+plan"] > lengths["symbols"]
+
+
+def test_the_moving_average_is_exchanged_and_given_back(student):
+    weights = common.adapter_weights(student)
+    own, average = [weight.data for weight in weights], [weight.data + 1 for weight in weights]
+    with pytest.raises(KeyError), distill.exchanged(weights, average):
+        for weight, value in zip(weights, average, strict=True):
+            assert weight.data.data_ptr() == value.data_ptr()
+        raise KeyError
+    for weight, value in zip(weights, own, strict=True):
+        assert weight.data.data_ptr() == value.data_ptr()
 
 
 def test_tasks_filter_the_rows_and_bad_options_are_refused(toy_data, tmp_path, capsys):
@@ -460,12 +483,11 @@ def test_tasks_filter_the_rows_and_bad_options_are_refused(toy_data, tmp_path, c
     kinds = {row["id"].rsplit("_", 1)[0] for row in rollouts}
     assert kinds == {"train_maze_4", "train_minibehaviour_5"}
     rows = gen_data.load_rows(toy_data, "train")
-    kept = [gen_data.key_of(row) for row in rows
-            if row["task"] != "frozenlake" and row["level"] > 3]
+    kept = [row.key() for row in rows if row.task != "frozenlake" and row.level > 3]
     assert json.loads((tmp_path / "a/trained_rows.json").read_text()) == sorted(kept)
-    for words, message in (("--tasks maze:6", "maze:6"), ("--beta 2", "--beta 2.0"),
-                           ("--on_policy -1", "--on_policy"), ("--slice 0", "--slice 0"),
-                           ("--rollout_batch 0", "--rollout_batch 0")):
+    for words, message in (("--tasks maze:6", "maze:6"), ("--ema 2", "--ema"),
+                           ("--on_policy -1", "--on_policy"), ("--chunk 0", "--chunk"),
+                           ("--rollout_batch 0", "--rollout_batch")):
         with pytest.raises(SystemExit) as stop:
             train(toy_data, tmp_path / "b", *words.split())
         assert stop.value.code == 2 and message in capsys.readouterr().err

@@ -13,14 +13,6 @@ import coldstart
 import common
 import distill
 import gen_data
-from gen_data import (
-    TASKS,
-    perception_prompt,
-    perception_target,
-    response,
-    student_prompt,
-    teacher_prompt,
-)
 
 
 def logits(model, prompt, ids, mask):
@@ -30,8 +22,8 @@ def logits(model, prompt, ids, mask):
 def pictures_and_answers(processor, count=4):
     """(rows, the student's prompts, reference responses' ids and mask)."""
     rows, images = make_rows(count)
-    return (rows, common.encode(processor, [student_prompt(row) for row in rows], images),
-            *common.encode_responses(processor, [response(row) for row in rows]))
+    return (rows, common.encode(processor, [row.student_prompt() for row in rows], images),
+            *common.encode_responses(processor, [row.response() for row in rows]))
 
 
 def flat_gradient(model):
@@ -45,43 +37,43 @@ def flat_gradient(model):
 
 def test_every_prompt_and_response_survives_the_tokenizer(tiny):
     for row in make_rows(10)[0]:
-        for text in (student_prompt(row), teacher_prompt(row), response(row),
-                     perception_prompt(row), perception_target(row), "else: 你好 \t{}"):
+        for text in (row.student_prompt(), row.teacher_prompt("symbols+plan"), row.response(),
+                     row.ask(), row.answers(), "else: 你好 \t{}"):
             ids = tiny[1].tokenizer(text, add_special_tokens=False)["input_ids"]
             assert tiny[1].tokenizer.decode(ids) == text
 
 
 def test_chat_template(tiny):
     rows, images = make_rows(1)
-    batch = common.encode(tiny[1], [student_prompt(rows[0])], images)
-    cells = rows[0]["level"] ** 2  # one image token per cell
+    batch = common.encode(tiny[1], [rows[0].student_prompt()], images)
+    cells = rows[0].level ** 2  # one image token per cell
     assert tiny[1].tokenizer.decode(batch["input_ids"][0]) == (
         "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * cells + "<|vision_end|>"
-        + student_prompt(rows[0]) + "<|im_end|>\n<|im_start|>assistant\n")
+        + rows[0].student_prompt() + "<|im_end|>\n<|im_start|>assistant\n")
     assert batch["mm_token_type_ids"].sum() == cells
 
 
-def test_prompts_are_left_padded_and_responses_end_with_the_end_token(tiny):
+def test_prompts_are_left_padded_and_responses_end_with_the_eos(tiny):
     rows, batch, ids, mask = pictures_and_answers(tiny[1], 3)
     assert (batch["attention_mask"][:, -1] == 1).all()
     assert (batch["attention_mask"].diff(dim=1) >= 0).all() and (mask.diff(dim=1) <= 0).all()
     for row, row_ids, row_mask in zip(rows, ids, mask, strict=True):
         kept = row_ids[row_mask.bool()]
         assert kept[-1] == tiny[1].tokenizer.eos_token_id
-        assert tiny[1].tokenizer.decode(kept[:-1]) == response(row)
+        assert tiny[1].tokenizer.decode(kept[:-1]) == row.response()
 
 
 def test_rows_of_a_batch_are_as_if_encoded_alone(tiny):
     rows, images = make_rows(5)
-    texts = [student_prompt(row) for row in rows]
+    texts = [row.student_prompt() for row in rows]
     whole = common.encode(tiny[1], texts, images)
-    ids, mask = common.encode_responses(tiny[1], [response(row) for row in rows])
-    for i, (own_ids, own_mask, own) in enumerate(common.micro_batches(2, ids, mask, whole)):
+    ids, mask = common.encode_responses(tiny[1], [row.response() for row in rows])
+    for i, (own_ids, own_mask, own) in enumerate(common.micro_batches(2, (ids, mask), (whole,))):
         some = slice(2 * i, 2 * i + 2)
         alone = common.encode(tiny[1], texts[some], images[some])
         assert alone.keys() == own.keys()
         assert all(torch.equal(alone[name], own[name]) for name in alone)
-        answers = [response(row) for row in rows[some]]
+        answers = [row.response() for row in rows[some]]
         alone_ids, alone_mask = common.encode_responses(tiny[1], answers)
         assert torch.equal(alone_ids, own_ids) and torch.equal(alone_mask, own_mask)
     assert i == 2
@@ -89,10 +81,10 @@ def test_rows_of_a_batch_are_as_if_encoded_alone(tiny):
 
 # ---------------------------------------------------------------- sampling
 
-def test_greedy_sampling_equals_generate_given_two_end_tokens(tiny, student, monkeypatch):
+def test_greedy_sampling_equals_generate_given_two_eos(tiny, student, monkeypatch):
     processor, net = copy.deepcopy(tiny[1]), common.network(student)
     rows, images = make_rows(5)
-    prompt = common.encode(processor, [student_prompt(row) for row in rows], images)
+    prompt = common.encode(processor, [row.student_prompt() for row in rows], images)
     free, _ = common.sample(student, processor, prompt, 12)
     second = int(free[0, 2])  # a token that does come; and it is the padding too, as Qwen's second
     ends = [processor.tokenizer.eos_token_id, second]
@@ -111,19 +103,19 @@ def test_greedy_sampling_equals_generate_given_two_end_tokens(tiny, student, mon
         assert was_cut == (kept[-1] not in ends) and (len(kept) == 20 or not was_cut)
 
 
-@pytest.mark.parametrize("ask_every", [1, 8])
-def test_mask_goes_through_the_first_end_token(tiny, monkeypatch, ask_every):
+@pytest.mark.parametrize("every", [1, 8])
+def test_mask_goes_through_the_first_eos(tiny, monkeypatch, every):
     """Tokens follow a script; asked at every token, a row leaves the batch where it ends."""
     model, processor = tiny
     end, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
     script = [[7, 7], [end, 8], [9, end], [end, 9]] + [[7, 7]] * 4
-    if ask_every == 1:
+    if every == 1:
         script = [[7, 7], [end, 8], [end]]
     script = iter(torch.tensor(tokens) for tokens in script)
     monkeypatch.setattr(common, "draw_token", lambda *words: next(script))
-    monkeypatch.setattr(common, "ask_every", lambda device: ask_every)
+    monkeypatch.setattr(common, "eos_interval", lambda device: every)
     rows, images = make_rows(2)
-    prompt = common.encode(processor, [student_prompt(row) for row in rows], images)
+    prompt = common.encode(processor, [row.student_prompt() for row in rows], images)
     ids, mask = common.sample(model, processor, prompt, 9, np.zeros((2, 9)))
     assert ids.tolist() == [[7, end, pad], [7, 8, end]]
     assert mask.tolist() == [[1, 1, 0], [1, 1, 1]] and next(script, None) is None
@@ -135,7 +127,7 @@ def test_a_token_depends_on_its_own_number_only(tiny):
     """Not on the rows beside it: exactly so in float64, whatever the rollout batch."""
     model, processor = copy.deepcopy(tiny[0]).double(), tiny[1]
     rows, images = make_rows(5)
-    prompt = common.encode(processor, [student_prompt(row) for row in rows], images)
+    prompt = common.encode(processor, [row.student_prompt() for row in rows], images)
     uniforms = np.random.default_rng(0).random((5, 30))
     whole = common.sample(model, processor, prompt, 30, uniforms)
     for size in (1, 2, 4):
@@ -155,7 +147,7 @@ def test_picture_placeholders_are_never_sampled(tiny):
     placeholders = [processor.image_token_id, processor.video_token_id,
                     processor.vision_start_token_id]
     rows, images = make_rows(2)
-    prompt = common.encode(processor, [student_prompt(row) for row in rows], images)
+    prompt = common.encode(processor, [row.student_prompt() for row in rows], images)
     with torch.no_grad():
         position_ids, _ = common.positions(model, prompt)
         hidden = model.model(**prompt, position_ids=position_ids).last_hidden_state[:, -1].mean(0)
@@ -171,8 +163,8 @@ def test_scoring_equals_the_plain_model(tiny):
     """Against transformers' own forward pass: one row, no padding, its own positions and loss."""
     model, processor = tiny
     rows, images = make_rows(3)
-    texts = [perception_prompt(row, ("map",)) for row in rows]
-    targets = [perception_target(row, ("map",)) for row in rows]
+    texts = [row.ask(("map",)) for row in rows]
+    targets = [row.answers(("map",)) for row in rows]
     ids, mask = common.encode_responses(processor, targets)
     prompt = common.encode(processor, texts, images)
     alone, loss = [], 0.0
@@ -236,7 +228,7 @@ def test_nf4_gradients_are_the_same_after_sampling():
 @pytest.mark.parametrize("bits", [32, 4])
 def test_both_stages_change_only_the_adapter(toy_data, tmp_path, bits, monkeypatch):
     """Both scripts' main, plain and in NF4; the base model's logits stay bit-identical."""
-    monkeypatch.setattr(coldstart, "look", lambda *words: {})
+    monkeypatch.setattr(coldstart, "validate", lambda *words: {})
     handler = signal.getsignal(signal.SIGTERM)
     model, processor = common.load(common.TINY, bits)
     if bits == 4:
@@ -289,13 +281,13 @@ def test_the_backbone_plans_from_symbols_and_not_from_pictures(tiny):
     for task, levels in gen_data.PRESETS["tiny"]["tasks"].items():
         for level in levels:
             rows = list(gen_data.sample_rows(task, level, "test", 20, seed=11))
-            images = [TASKS[task].render(row["state"], 32) for row in rows]
+            images = [row.puzzle.render(32) for row in rows]
             prompts = {
-                "symbols": common.encode(processor, [teacher_prompt(row, "state") for row in rows]),
-                "pictures": common.encode(processor, [student_prompt(row) for row in rows], images)}
+                "symbols": common.encode(processor, [row.teacher_prompt("symbols") for row in rows]),
+                "pictures": common.encode(processor, [row.student_prompt() for row in rows], images)}
             for source, prompt in prompts.items():
                 texts = common.decode(processor, *common.sample(model, processor, prompt, 120))
-                outcomes = [gen_data.judge(row, text)["outcome"]
+                outcomes = [row.judge(text)["outcome"]
                             for row, text in zip(rows, texts, strict=True)]
                 wins[source].append(outcomes.count("success") / len(rows))
     assert min(wins["symbols"]) >= 0.85 and np.mean(wins["pictures"]) <= 0.3, wins
