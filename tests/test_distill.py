@@ -1,4 +1,4 @@
-"""Distillation's parts: divergences, the chunked loss, its alignment, the options; by references."""
+"""Distillation's parts by references: divergences, the chunked loss, alignment, the options."""
 import json
 from contextlib import nullcontext
 
@@ -42,7 +42,8 @@ def closed_form(name, log_p, log_q, token):
         return (0.5 * by_torch(log_q, log_m) + 0.5 * kl,
                 0.5 * p * (log_p - log_m - kl[:, None]))
     if name == "sampled":
-        ratio, one_hot = ratio.gather(1, token[:, None]), torch.eye(p.shape[1], dtype=p.dtype)[token]
+        ratio = ratio.gather(1, token[:, None])
+        one_hot = torch.eye(p.shape[1], dtype=p.dtype)[token]
         return ratio[:, 0] * log_p.gather(1, token[:, None])[:, 0], ratio * (one_hot - p)
     return None
 
@@ -122,11 +123,11 @@ def test_sampled_has_the_gradient_of_reverse_kl_in_expectation():
     assert not sampled(z.log_softmax(-1), log_q, torch.zeros(3, dtype=torch.long)).requires_grad
 
 
-# ---------------------------------------------------------------- the chunked loss, on two backbones
+# ---------------------------------------------------------------- the loss, on two backbones
 
 @pytest.fixture(scope="module", params=["tiny", "qwen"])
 def backbone(request, tiny, tmp_path_factory):
-    """(model, processor): the bundled one, then random weights with Qwen's tokenizer and vocabulary."""
+    """(model, processor): the bundled one, then random weights with Qwen's tokenizer."""
     if request.param == "tiny":
         return tiny
     return common.load(str(qwen_checkpoint(tmp_path_factory.mktemp("qwen"), layers=2)), 32)
@@ -147,8 +148,9 @@ def a_batch(processor, count=3):
     mask[0, 13:] = 0
     mask[1, 1:] = 0
     mask[2, 10:] = 0
+    symbols = [row.teacher_prompt("symbols+plan") for row in rows]
     return (common.encode(processor, [row.student_prompt() for row in rows], images),
-            common.encode(processor, [row.teacher_prompt("symbols+plan") for row in rows]), ids, mask)
+            common.encode(processor, symbols), ids, mask)
 
 
 def teacher_states(model, context, ids, mask):
@@ -339,7 +341,7 @@ def test_tokens_have_the_models_distribution():
     from scipy.stats import chisquare
     torch.manual_seed(0)
     logits = 2 * torch.randn(151_936)
-    logits[:32] = torch.linspace(11, 12.5, 32)         # tokens that are drawn often, and a long tail
+    logits[:32] = torch.linspace(11, 12.5, 32)        # tokens that are drawn often, and a long tail
     logits[[3, 151_935]] = -torch.inf
     for temperature in (1.0, 1.5):
         p = (logits.double() / temperature).softmax(-1)

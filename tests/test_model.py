@@ -282,9 +282,10 @@ def test_the_backbone_plans_from_symbols_and_not_from_pictures(tiny):
         for level in levels:
             rows = list(gen_data.sample_rows(task, level, "test", 20, seed=11))
             images = [row.puzzle.render(32) for row in rows]
-            prompts = {
-                "symbols": common.encode(processor, [row.teacher_prompt("symbols") for row in rows]),
-                "pictures": common.encode(processor, [row.student_prompt() for row in rows], images)}
+            texts = {"symbols": [row.teacher_prompt("symbols") for row in rows],
+                     "pictures": [row.student_prompt() for row in rows]}
+            prompts = {"symbols": common.encode(processor, texts["symbols"]),
+                       "pictures": common.encode(processor, texts["pictures"], images)}
             for source, prompt in prompts.items():
                 texts = common.decode(processor, *common.sample(model, processor, prompt, 120))
                 outcomes = [row.judge(text)["outcome"]
