@@ -1,37 +1,50 @@
 """Grid puzzles: the rules, the prompts and the data of MGSD. Knows the puzzles, nothing of models.
 
-A puzzle is a *state* (plain facts, JSON-serialisable). From it follow the picture the student sees
-(`render`), the symbols the teacher reads (`describe`), the shortest plan (`solve`) and the verdict
-on any other plan (`check`). A task is one class in `TASKS`; everything that can be written once
+A puzzle is an object whose fields are the facts of its state. From it follow the picture the
+student sees (`render`), the symbols the teacher reads (`listing`), the shortest plan (`solve`) and
+the verdict on any other plan (`check`). A task is its class, in `TASKS`; what can be written once
 for all of them stands below the classes.
 
-    python gen_data.py                                # the paper's range -> data/{train,val,test}
-    python gen_data.py --preset tiny --overwrite      # what the bundled tiny backbone is trained on
+    python gen_data.py                                # what the bundled tiny backbone learns from
+    python gen_data.py --preset 4b                    # the paper's range -> data/qwen
     python gen_data.py --tasks frozenlake:3-5 maze:4 --train 500 --out data/mine
-    python gen_data.py --show                         # look: puzzles.png, and each task's prompts
+    python -m tools.show                              # look: puzzles.png, and each task's prompts
     python -m tools.benchmarks --help                 # public benchmarks as rows of the split test
 
-Rows go to data/<split>/metadata.jsonl beside their PNGs (the "imagefolder" layout of `datasets`):
+In this file, in this order:
+    messages, flags and files      what all scripts share and what needs no torch
+    FrozenLake, Maze, MiniBehaviour                   the tasks, each beside its picture
+    solve, execute, check                             solver and judge share `step`
+    parse, read_map, read_fact                        what a response says
+    PuzzleRow, OwnRow                                 rows: prompts, reference answers, verdicts
+    split_of, sample_rows                             which puzzle is in which split
+    load_rows, write_dataset, ensure                  the data folder
+Rows go to data/<name>/<split>/metadata.jsonl beside their PNGs (the "imagefolder" layout of
+`datasets`):
     {"file_name", "id", "task", "level", "seed", "source", "bucket", "state", "plan"}
-`bucket` is the difficulty (easy, medium, hard), by the length of the shortest plan. A row holds
-facts only. Prompts are functions of a row, so changing one needs no new data.
-Coordinates are (row, column), counted from 0 at the top left.
-A row of a user's own is a pair (tools/pairs.py): "prompt" and "symbols" in place of task, state,
-plan.
+`level` is the board's size, `bucket` the difficulty (easy, medium, hard) by the length of the
+shortest plan. A row holds facts only. Prompts are functions of a row, so changing one needs no new
+data. Coordinates are (row, column), counted from 0 at the top left. Rows of a user's own have a
+"prompt" in place of task, state and plan: see `OwnRow`.
 """
 import argparse
 import errno
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
+import zlib
 from collections import deque
-from contextlib import suppress
-from functools import lru_cache, partial, wraps
-from itertools import combinations_with_replacement, count
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from functools import lru_cache, partial
+from itertools import combinations_with_replacement, count, islice
 from pathlib import Path
 
 import numpy as np
@@ -39,23 +52,35 @@ from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
+# What each preset trains on; the three real backbones share it.
+QWEN = {
+    "out": "data/qwen",
+    "tasks": {"frozenlake": (3, 4, 5, 6, 7, 8), "maze": (3, 4, 5, 6), "minibehaviour": (5, 6)},
+    "train": 1000,  # rows per task and board size
+    "val": 40,
+    "test": 100,
+    "cell_size": 64,  # px a cell is drawn at
+    "image_size": 256,  # px of the square it is resized to: the paper's; 0: as drawn
+}
+PRESETS = {
+    "tiny": {
+        "out": "data/tiny",
+        "tasks": {"frozenlake": (3, 4), "maze": (3, 4), "minibehaviour": (5,)},
+        "train": 2000,
+        "val": 40,
+        "test": 100,
+        "cell_size": 32,  # one cell is exactly one image token of the tiny backbone
+        "image_size": 0,
+    },
+    "2b": QWEN,
+    "4b": QWEN,
+    "8b": QWEN,
+}
 SPLITS = ("train", "val", "test")
 DIFFICULTIES = ("easy", "medium", "hard")
-PARTS = ("state", "route", "answer")  # of a response
+PARTS = ("map", "route", "answer")  # of a response
 MAX_PIXELS = 4096  # a picture's side; larger ones are refused before they are decoded
 PATIENCE = 50_000  # random puzzles without a new one of a wanted difficulty, then fewer exist
-
-# What each preset trains on. `cell_size` 32 makes one cell exactly one image token of the tiny
-# backbone (patch 16, merge 2); the big ones get the paper's 256x256 pictures.
-PAPER = {
-    "tasks": {"frozenlake": (3, 4, 5, 6, 7, 8), "maze": (3, 4, 5, 6), "minibehaviour": (5, 6)},
-    "cell_size": 64, "image_size": 256, "train": 1000, "val": 40, "test": 100}
-PRESETS = {
-    "tiny": {"tasks": {"frozenlake": (3, 4), "maze": (3, 4), "minibehaviour": (5,)},
-             "cell_size": 32, "image_size": 0, "train": 2000, "val": 40, "test": 100},
-    "2b": PAPER, "4b": PAPER, "8b": PAPER}
-PRESETS["tiny-small"] = {**PRESETS["tiny"], "train": 40}
 
 
 # ---------------------------------------------------------------- messages, flags and files
@@ -188,260 +213,11 @@ def run_script(parse_args, main):
         fail(f"memory does not suffice ({text[:200]}): lower --micro_batch, --rollout_batch or "
              "--chunk; the same command goes on from the latest checkpoint")
 
+# ---------------------------------------------------------------- helpers of the tasks
 
-# ---------------------------------------------------------------- the tasks
-# A task is one class with the names below, in TASKS; no other line knows it.
-#
-#   levels: range                   sizes it can make
-#   options: {flag: (default, help)}    may be missing: flags for `sample`; a float is a share
-#   rules, legend: text             what both roles read; what the things in the picture look like
-#   actions: tuple                  in the solver's order; upper case, without blanks
-#   questions: {name: text}         about the picture; the question "map" is common to all
-#   sample(rng, level, **options) -> state
-#   start(state) -> pos             a tuple; it begins with the row and the column
-#   step(state, pos, action) -> (pos, fault or None);  done(state, pos) -> bool
-#   render(state, cell_size) -> PIL.Image
-#   cells(state) -> [[text]]        the board as the symbols say it: upper case, without blanks
-#   read(cells) -> state            the way back; None if there is no world to plan in
-#   facts(state) -> {name: answer}  to `questions`; see read_fact for how answers are compared
-#   layout(state)                   what a split goes by
-
+MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
 ASK_SIZE = "How many rows and columns does the map have?"
 
-
-class FrozenLake:
-    """Cross the ice from S to G without falling into a hole. state: {"grid": ["SFH", "FFF", "HFG"]}
-
-    The rules are those of gymnasium's FrozenLake-v1 with is_slippery=False, except that leaving the
-    board is the fault "edge" (gymnasium stays where it is).
-    """
-    levels = range(3, 9)
-    options = {"hole_prob": (0.18, "share of holes; VSP's maps have 0.18")}
-    rules = (
-        "You cross a frozen lake. S is the start, G is the goal, F is frozen ice, H is a hole.\n"
-        "U, D, L and R move one cell up, down, left and right. Never enter a hole or leave the "
-        "map.\n"
-        "Reach the goal in as few actions as possible.")
-    legend = "S is the elf, G is the present, H is a blue hole, and F is plain ice."
-    actions = tuple(MOVES)
-    questions = {"size": ASK_SIZE,
-                 "player": "Where is the start?",
-                 "goal": "Where is the goal?",
-                 "holes": "Where are the holes?"}
-
-    def sample(rng, level, hole_prob=options["hole_prob"][0]):
-        cells = np.where(rng.random(level * level) < hole_prob, "H", "F")
-        cells[rng.choice(level * level, 2, replace=False)] = ["S", "G"]
-        return {"grid": ["".join(row) for row in cells.reshape(level, level)]}
-
-    def start(state):
-        return find(state["grid"], "S")[0]
-
-    def step(state, pos, action):
-        new = neighbour(pos, action)
-        cell = at(state["grid"], new)
-        if cell is None:
-            return pos, "edge"
-        return new, "hole" if cell == "H" else None
-
-    def done(state, pos):
-        return at(state["grid"], pos) == "G"
-
-    def render(state, cell_size):
-        return assemble(state["grid"], lake_tile, cell_size)
-
-    def cells(state):
-        return list(map(list, state["grid"]))
-
-    def read(cells):
-        return {"grid": list(map("".join, cells))} if is_board(cells, "SG", "FH") else None
-
-    def facts(state):
-        grid = state["grid"]
-        return {"size": f"{len(grid)}x{len(grid)}", "player": places(find(grid, "S")),
-                "goal": places(find(grid, "G")), "holes": places(find(grid, "H"))}
-
-    def layout(state):
-        return state["grid"]
-
-
-class Maze:
-    """Walk from the start to the goal of a perfect maze (one path between any two cells).
-
-    state: {"walls": [[bits]], "start": [r, c], "goal": [r, c]}, wall bits N=1 S=2 W=4 E=8.
-    """
-    levels = range(3, 7)
-    bits = {"U": 1, "D": 2, "L": 4, "R": 8}
-    opposite = {"U": "D", "D": "U", "L": "R", "R": "L"}
-    rules = (
-        "You walk through a maze. Every cell is written as a mark and the letters of its open "
-        "sides: S is the start, G is the goal, . is any other cell.\n"
-        "U, D, L and R move one cell up, down, left and right. Never cross a wall or leave the "
-        "map.\n"
-        "Reach the goal in as few actions as possible.")
-    legend = (
-        "S is the yellow disc and G is the blue disc. White is floor, black is wall. "
-        "A thin grey line between two cells is an open side.")
-    actions = tuple(MOVES)
-    questions = {"size": ASK_SIZE,
-                 "player": "Where is the start?",
-                 "goal": "Where is the goal?",
-                 "moves": "Which moves are possible from the start?"}
-
-    def sample(rng, level):
-        walls = [[15] * level for _ in range(level)]
-        root = divmod(int(rng.integers(level * level)), level)
-        start, goal = (divmod(int(i), level) for i in rng.choice(level * level, 2, replace=False))
-        path, seen = [root], {root}
-        # A depth-first walk that opens a wall whenever it enters a new cell.
-        for random in rng.random(level * level - 1):
-            free = []
-            while not free:
-                r, c = path[-1]
-                for action in MOVES:
-                    new = neighbour((r, c), action)
-                    if new not in seen and at(walls, new) is not None:
-                        free.append((action, new))
-                if not free:
-                    path.pop()
-            action, new = free[int(random * len(free))]
-            walls[r][c] -= Maze.bits[action]
-            walls[new[0]][new[1]] -= Maze.bits[Maze.opposite[action]]
-            seen.add(new)
-            path.append(new)
-        return {"walls": walls, "start": list(start), "goal": list(goal)}
-
-    def start(state):
-        return tuple(state["start"])
-
-    def step(state, pos, action):
-        new = neighbour(pos, action)
-        if at(state["walls"], new) is None:
-            return pos, "edge"
-        if at(state["walls"], pos) & Maze.bits[action]:
-            return pos, "wall"
-        return new, None
-
-    def done(state, pos):
-        return pos == tuple(state["goal"])
-
-    def render(state, cell_size):
-        return assemble(Maze.cells(state), maze_tile, cell_size)
-
-    def cells(state):
-        marks = {tuple(state["start"]): "S", tuple(state["goal"]): "G"}
-        cells = []
-        for r, row in enumerate(state["walls"]):
-            cells.append([marks.get((r, c), ".") + Maze.open_sides(b) for c, b in enumerate(row)])
-        return cells
-
-    def read(cells):
-        """It is read as it stands: two sides of a border that disagree go on disagreeing."""
-        marks, walls = [], []
-        for row in cells:
-            if not set("".join(cell[1:] for cell in row)) <= set(MOVES):
-                return None
-            marks.append([cell[0] for cell in row])
-            walls.append([15 - sum(map(Maze.bits.get, set(cell[1:]))) for cell in row])
-        if not is_board(marks, "SG", "."):
-            return None
-        start, goal = (list(find(marks, mark)[0]) for mark in "SG")
-        return {"walls": walls, "start": start, "goal": goal}
-
-    def facts(state):
-        n = len(state["walls"])
-        return {"size": f"{n}x{n}", "player": places([state["start"]]),
-                "goal": places([state["goal"]]),
-                "moves": ", ".join(Maze.open_sides(at(state["walls"], state["start"])))}
-
-    def layout(state):
-        return state["walls"]  # not the ends: whole layouts are held out (there are 192 of 3x3)
-
-    def open_sides(bits):
-        return "".join(action for action in MOVES if not bits & Maze.bits[action])
-
-
-class MiniBehaviour:
-    """Fetch the printer and put it on the table. state: {"grid": ["A...", "..P.", "TTT.", "TTT."]}
-
-    A position is (row, column, phase): phase 0 before PICK, 1 carrying, 2 after DROP. The printer
-    blocks its cell until it was picked up and not after.
-    """
-    levels = range(4, 7)
-    rules = (
-        "You are the agent A. Bring the printer P to the table T. A dot is free floor.\n"
-        "U, D, L and R move one cell up, down, left and right. Never enter the table or the "
-        "printer or leave the map.\n"
-        "PICK takes the printer from a neighbouring cell, which is free afterwards. "
-        "DROP puts it on the table from a cell beside the table.\n"
-        "Finish in as few actions as possible.")
-    legend = "A is the red triangle, P is the white printer, T is tan, and free floor is black."
-    actions = (*MOVES, "PICK", "DROP")
-    questions = {"size": ASK_SIZE,
-                 "agent": "Where is the agent?",
-                 "printer": "Where is the printer?",
-                 "table": "Which cells are the table?",
-                 "near_printer": "Which free cells, the agent's included, are beside the printer?",
-                 "near_table": "Which free cells, the agent's included, are beside the table?",
-                 "moves": "Which actions are possible at the start?"}
-
-    def sample(rng, level):
-        grid = np.full((level, level), ".")
-        r, c = rng.integers(level - 1), rng.integers(level - 2)
-        grid[r:r + 2, c:c + 3] = "T"
-        floor = np.argwhere(grid == ".")
-        for mark, i in zip("AP", rng.choice(len(floor), 2, replace=False), strict=True):
-            grid[tuple(floor[i])] = mark
-        return {"grid": ["".join(row) for row in grid]}
-
-    def start(state):
-        return (*find(state["grid"], "A")[0], 0)
-
-    def step(state, pos, action):
-        r, c, phase = pos
-        if action in ("PICK", "DROP"):
-            when, thing = (0, "P") if action == "PICK" else (1, "T")
-            possible = phase == when and touches(state["grid"], (r, c), thing)
-            return ((r, c, phase + 1), None) if possible else (pos, action.lower())
-        new = neighbour(pos, action)
-        cell = at(state["grid"], new)
-        if cell == "P" and phase > 0:
-            cell = "."
-        fault = {None: "edge", "T": "table", "P": "printer"}.get(cell)
-        return (pos, fault) if fault else ((*new, phase), None)
-
-    def done(state, pos):
-        return pos[2] == 2
-
-    def render(state, cell_size):
-        return assemble(state["grid"], office_tile, cell_size)
-
-    def cells(state):
-        return list(map(list, state["grid"]))
-
-    def read(cells):
-        if not is_board(cells, "AP", "T.") or not find(cells, "T"):
-            return None
-        return {"grid": list(map("".join, cells))}
-
-    def facts(state):
-        grid, start = state["grid"], MiniBehaviour.start(state)
-        free = sorted(find(grid, ".") + find(grid, "A"))
-        legal = [a for a in MiniBehaviour.actions if not MiniBehaviour.step(state, start, a)[1]]
-        return {"size": f"{len(grid)}x{len(grid)}", "agent": places([start]),
-                "printer": places(find(grid, "P")), "table": places(find(grid, "T")),
-                "near_printer": places([pos for pos in free if touches(grid, pos, "P")]),
-                "near_table": places([pos for pos in free if touches(grid, pos, "T")]),
-                "moves": ", ".join(legal) or "none"}
-
-    def layout(state):
-        return state["grid"]
-
-
-TASKS = {"frozenlake": FrozenLake, "maze": Maze, "minibehaviour": MiniBehaviour}
-
-
-# ---------------------------------------------------------------- helpers of the tasks
 
 def neighbour(pos, action):
     """The cell one move away; it may be off the board."""
@@ -476,8 +252,6 @@ def is_board(cells, once, others):
             and all(marks.count(mark) == 1 for mark in once))
 
 
-# ---------------------------------------------------------------- pictures
-
 def assemble(cells, tile, cell_size):
     """The picture of a board. tile(cell, cell_size) -> Image [cell_size, cell_size]"""
     picture = Image.new("RGB", (len(cells[0]) * cell_size, len(cells) * cell_size))
@@ -485,6 +259,83 @@ def assemble(cells, tile, cell_size):
         for c, cell in enumerate(row):
             picture.paste(tile(cell, cell_size), (c * cell_size, r * cell_size))
     return picture
+
+
+# ---------------------------------------------------------------- the tasks
+# A task is a dataclass with the names below, in TASKS; no other line knows it. Its fields are the
+# state as it stands in a row, so they hold what JSON can; what is no field has no annotation.
+#
+#   levels: range                   board sizes it can make
+#   rules, legend: text             what both roles read; what the things in the picture look like
+#   actions: tuple                  in the solver's order; upper case, without blanks
+#   questions: {name: text}         about the picture; the question "map" is common to all
+#   sample(rng, level) -> puzzle
+#   read(cells) -> puzzle           the way back from `cells`; None if there is no world to plan in
+#   start_pos() -> pos              a tuple; it begins with the row and the column
+#   step(pos, action) -> (pos, violation or None);  done(pos) -> bool
+#   render(cell_size) -> PIL.Image
+#   cells() -> [[text]]             the board as the symbols say it: upper case, without blanks
+#   facts() -> {name: answer}       to `questions`; see read_fact for how answers are compared
+#   layout()                        what a split goes by
+
+@dataclass
+class FrozenLake:
+    """Cross the ice from S to G without falling into a hole.
+
+    The rules are those of gymnasium's FrozenLake-v1 with is_slippery=False, except that leaving the
+    board is the violation "edge" (gymnasium stays where it is).
+    """
+    grid: list  # ["SFH", "FFF", "HFG"]
+    levels = range(3, 9)
+    hole_prob = 0.18  # share of holes, as in VSP's maps
+    rules = (
+        "You cross a frozen lake. S is the start, G is the goal, F is frozen ice, H is a hole.\n"
+        "U, D, L and R move one cell up, down, left and right. Never enter a hole or leave the "
+        "map.\n"
+        "Reach the goal in as few actions as possible.")
+    legend = "S is the elf, G is the present, H is a blue hole, and F is plain ice."
+    actions = tuple(MOVES)
+    questions = {"size": ASK_SIZE,
+                 "player": "Where is the start?",
+                 "goal": "Where is the goal?",
+                 "holes": "Where are the holes?"}
+
+    @classmethod
+    def sample(cls, rng, level):
+        cells = np.where(rng.random(level * level) < cls.hole_prob, "H", "F")
+        cells[rng.choice(level * level, 2, replace=False)] = ["S", "G"]
+        return cls(["".join(row) for row in cells.reshape(level, level)])
+
+    @classmethod
+    def read(cls, cells):
+        return cls(["".join(row) for row in cells]) if is_board(cells, "SG", "FH") else None
+
+    def start_pos(self):
+        return find(self.grid, "S")[0]
+
+    def step(self, pos, action):
+        new = neighbour(pos, action)
+        cell = at(self.grid, new)
+        if cell is None:
+            return pos, "edge"
+        return new, "hole" if cell == "H" else None
+
+    def done(self, pos):
+        return at(self.grid, pos) == "G"
+
+    def render(self, cell_size):
+        return assemble(self.grid, lake_tile, cell_size)
+
+    def cells(self):
+        return [list(row) for row in self.grid]
+
+    def facts(self):
+        grid = self.grid
+        return {"size": f"{len(grid)}x{len(grid)}", "player": places(find(grid, "S")),
+                "goal": places(find(grid, "G")), "holes": places(find(grid, "H"))}
+
+    def layout(self):
+        return self.grid
 
 
 @lru_cache
@@ -510,6 +361,103 @@ def lake_tile(cell, size):
     return Image.fromarray(pixels.astype(np.uint8))
 
 
+@dataclass
+class Maze:
+    """Walk from the start to the goal of a perfect maze (one path between any two cells)."""
+    walls: list  # [[bits]], of a cell's walls: N=1 S=2 W=4 E=8
+    start: list  # [row, column]
+    goal: list
+    levels = range(3, 7)
+    bits = {"U": 1, "D": 2, "L": 4, "R": 8}
+    opposite = {"U": "D", "D": "U", "L": "R", "R": "L"}
+    rules = (
+        "You walk through a maze. Every cell is written as a mark and the letters of its open "
+        "sides: S is the start, G is the goal, . is any other cell.\n"
+        "U, D, L and R move one cell up, down, left and right. Never cross a wall or leave the "
+        "map.\n"
+        "Reach the goal in as few actions as possible.")
+    legend = (
+        "S is the yellow disc and G is the blue disc. White is floor, black is wall. "
+        "A thin grey line between two cells is an open side.")
+    actions = tuple(MOVES)
+    questions = {"size": ASK_SIZE,
+                 "player": "Where is the start?",
+                 "goal": "Where is the goal?",
+                 "moves": "Which moves are possible from the start?"}
+
+    @classmethod
+    def sample(cls, rng, level):
+        walls = [[15] * level for _ in range(level)]
+        root = divmod(int(rng.integers(level * level)), level)
+        start, goal = (divmod(int(i), level) for i in rng.choice(level * level, 2, replace=False))
+        path, seen = [root], {root}
+        # A depth-first walk that opens a wall whenever it enters a new cell.
+        for random in rng.random(level * level - 1):
+            free = []
+            while not free:
+                r, c = path[-1]
+                for action in MOVES:
+                    new = neighbour((r, c), action)
+                    if new not in seen and at(walls, new) is not None:
+                        free.append((action, new))
+                if not free:
+                    path.pop()
+            action, new = free[int(random * len(free))]
+            walls[r][c] -= cls.bits[action]
+            walls[new[0]][new[1]] -= cls.bits[cls.opposite[action]]
+            seen.add(new)
+            path.append(new)
+        return cls(walls, list(start), list(goal))
+
+    @classmethod
+    def read(cls, cells):
+        """It is read as it stands: two sides of a border that disagree go on disagreeing."""
+        marks, walls = [], []
+        for row in cells:
+            if not set("".join(cell[1:] for cell in row)) <= set(MOVES):
+                return None
+            marks.append([cell[0] for cell in row])
+            walls.append([15 - sum(cls.bits[side] for side in set(cell[1:])) for cell in row])
+        if not is_board(marks, "SG", "."):
+            return None
+        return cls(walls, list(find(marks, "S")[0]), list(find(marks, "G")[0]))
+
+    def start_pos(self):
+        return tuple(self.start)
+
+    def step(self, pos, action):
+        new = neighbour(pos, action)
+        if at(self.walls, new) is None:
+            return pos, "edge"
+        if at(self.walls, pos) & self.bits[action]:
+            return pos, "wall"
+        return new, None
+
+    def done(self, pos):
+        return pos == tuple(self.goal)
+
+    def render(self, cell_size):
+        return assemble(self.cells(), maze_tile, cell_size)
+
+    def cells(self):
+        marks, cells = {tuple(self.start): "S", tuple(self.goal): "G"}, []
+        for r, row in enumerate(self.walls):
+            row_of_cells = [(r, c) for c in range(len(row))]
+            cells.append([marks.get(pos, ".") + self.open_sides(pos) for pos in row_of_cells])
+        return cells
+
+    def facts(self):
+        n = len(self.walls)
+        return {"size": f"{n}x{n}", "player": places([self.start]), "goal": places([self.goal]),
+                "moves": ", ".join(self.open_sides(self.start))}
+
+    def layout(self):
+        return self.walls  # not the ends: whole layouts are held out (there are 192 of 3x3)
+
+    def open_sides(self, pos):
+        return "".join(side for side in MOVES if not at(self.walls, pos) & self.bits[side])
+
+
 @lru_cache
 def maze_tile(cell, size):
     """A white corridor on black, a thin grey line where two cells join, a yellow or blue dot."""
@@ -533,6 +481,87 @@ def maze_tile(cell, size):
     return image
 
 
+@dataclass
+class MiniBehaviour:
+    """Fetch the printer and put it on the table.
+
+    A position is (row, column, phase): phase 0 before PICK, 1 carrying, 2 after DROP. The printer
+    blocks its cell until it was picked up and not after.
+    """
+    grid: list  # ["A...", "..P.", "TTT.", "TTT."]
+    levels = range(4, 7)
+    rules = (
+        "You are the agent A. Bring the printer P to the table T. A dot is free floor.\n"
+        "U, D, L and R move one cell up, down, left and right. Never enter the table or the "
+        "printer or leave the map.\n"
+        "PICK takes the printer from a neighbouring cell, which is free afterwards. "
+        "DROP puts it on the table from a cell beside the table.\n"
+        "Finish in as few actions as possible.")
+    legend = "A is the red triangle, P is the white printer, T is tan, and free floor is black."
+    actions = (*MOVES, "PICK", "DROP")
+    questions = {"size": ASK_SIZE,
+                 "agent": "Where is the agent?",
+                 "printer": "Where is the printer?",
+                 "table": "Which cells are the table?",
+                 "near_printer": "Which free cells, the agent's included, are beside the printer?",
+                 "near_table": "Which free cells, the agent's included, are beside the table?",
+                 "moves": "Which actions are possible at the start?"}
+
+    @classmethod
+    def sample(cls, rng, level):
+        grid = np.full((level, level), ".")
+        r, c = rng.integers(level - 1), rng.integers(level - 2)
+        grid[r:r + 2, c:c + 3] = "T"
+        floor = np.argwhere(grid == ".")
+        for mark, i in zip("AP", rng.choice(len(floor), 2, replace=False), strict=True):
+            grid[tuple(floor[i])] = mark
+        return cls(["".join(row) for row in grid])
+
+    @classmethod
+    def read(cls, cells):
+        if not is_board(cells, "AP", "T.") or not find(cells, "T"):
+            return None
+        return cls(["".join(row) for row in cells])
+
+    def start_pos(self):
+        return (*find(self.grid, "A")[0], 0)
+
+    def step(self, pos, action):
+        r, c, phase = pos
+        if action in ("PICK", "DROP"):
+            when, thing = (0, "P") if action == "PICK" else (1, "T")
+            possible = phase == when and touches(self.grid, (r, c), thing)
+            return ((r, c, phase + 1), None) if possible else (pos, action.lower())
+        new = neighbour(pos, action)
+        cell = at(self.grid, new)
+        if cell == "P" and phase > 0:
+            cell = "."
+        violation = {None: "edge", "T": "table", "P": "printer"}.get(cell)
+        return (pos, violation) if violation else ((*new, phase), None)
+
+    def done(self, pos):
+        return pos[2] == 2
+
+    def render(self, cell_size):
+        return assemble(self.grid, office_tile, cell_size)
+
+    def cells(self):
+        return [list(row) for row in self.grid]
+
+    def facts(self):
+        grid, start = self.grid, self.start_pos()
+        free = sorted(find(grid, ".") + find(grid, "A"))
+        legal = [action for action in self.actions if self.step(start, action)[1] is None]
+        return {"size": f"{len(grid)}x{len(grid)}", "agent": places([start]),
+                "printer": places(find(grid, "P")), "table": places(find(grid, "T")),
+                "near_printer": places([pos for pos in free if touches(grid, pos, "P")]),
+                "near_table": places([pos for pos in free if touches(grid, pos, "T")]),
+                "moves": ", ".join(legal) or "none"}
+
+    def layout(self):
+        return self.grid
+
+
 @lru_cache
 def office_tile(cell, size):
     """Black floor with a dark grey grid, the tan table, the red agent, the white printer."""
@@ -548,81 +577,59 @@ def office_tile(cell, size):
     return image
 
 
+TASKS = {"frozenlake": FrozenLake, "maze": Maze, "minibehaviour": MiniBehaviour}
+
+
 # ---------------------------------------------------------------- solver and judge, for all tasks
 
-def solve(task, state):
+def solve(puzzle):
     """The first shortest plan in the order of the task's actions (breadth-first), None if none."""
-    rules = TASKS[task]
-    start = rules.start(state)
+    start = puzzle.start_pos()
     came_from, queue = {start: None}, deque([start])
     while queue:
         pos = queue.popleft()
-        if rules.done(state, pos):
+        if puzzle.done(pos):
             plan = []
             while came_from[pos]:
                 pos, action = came_from[pos]
                 plan.append(action)
             return plan[::-1]
-        for action in rules.actions:
-            new, fault = rules.step(state, pos, action)
-            if fault is None and new not in came_from:
+        for action in puzzle.actions:
+            new, violation = puzzle.step(pos, action)
+            if violation is None and new not in came_from:
                 came_from[new] = (pos, action)
                 queue.append(new)
     return None
 
 
-def execute(task, state, plan):
-    """(the positions a plan visits, the start first; the fault that ended it, or None).
+def execute(puzzle, plan):
+    """(the positions a plan visits, the start first; the violation that ended it, or None).
 
     An episode ends when the goal is reached, as in gymnasium: actions after that are not executed.
     """
-    rules = TASKS[task]
-    path = [rules.start(state)]
+    path = [puzzle.start_pos()]
     for action in plan:
-        if rules.done(state, path[-1]):
+        if puzzle.done(path[-1]):
             break
-        if action not in rules.actions:
+        if action not in puzzle.actions:
             return path, "no such action"
-        pos, fault = rules.step(state, path[-1], action)
-        if fault:
-            return path, fault
+        pos, violation = puzzle.step(path[-1], action)
+        if violation:
+            return path, violation
         path.append(pos)
     return path, None
 
 
-def trace(task, state, plan):
-    """The positions a plan visits, the start first; up to its first fault or the goal."""
-    return execute(task, state, plan)[0]
+def check(puzzle, plan):
+    """(outcome, executed steps) of a plan; the step that is a violation is not counted.
 
-
-def check(task, state, plan):
-    """(outcome, executed steps) of a plan; the step that is a fault is not counted.
-
-    outcome: "success", the name of the first fault, "unfinished", or for plan None "no answer".
+    outcome: "success", the name of the violation, "unfinished", or for plan None "no answer".
     """
     if plan is None:
         return "no answer", 0
-    path, fault = execute(task, state, plan)
-    outcome = fault or ("success" if TASKS[task].done(state, path[-1]) else "unfinished")
+    path, violation = execute(puzzle, plan)
+    outcome = violation or ("success" if puzzle.done(path[-1]) else "unfinished")
     return outcome, len(path) - 1
-
-
-# ---------------------------------------------------------------- rows
-
-def is_pair(row):
-    """Is it a row of a user's own?"""
-    return "symbols" in row or "prompt" in row
-
-
-def row_function(function):
-    """What a function of a row does for puzzles; tools/pairs.py has its namesake for pairs."""
-    @wraps(function)
-    def answer(row, *arguments, **options):
-        if not is_pair(row):
-            return function(row, *arguments, **options)
-        from tools import pairs  # here, for it imports this file
-        return getattr(pairs, function.__name__)(row, *arguments, **options)
-    return answer
 
 
 # ---------------------------------------------------------------- reading responses
@@ -672,8 +679,8 @@ def read_actions(text, names):
     return [names[name] for name in found]
 
 
-def read_state(task, text):
-    """The state that the first map in a text describes (see `listing`), or None."""
+def read_map(task, text):
+    """The puzzle that the first map in a text describes (see `listing`), or None."""
     head = re.search(r"map\s*:\s*([0-9]{1,2})\s*x\s*([0-9]{1,2})\b", text, re.IGNORECASE)
     if not head:
         return None
@@ -686,21 +693,6 @@ def read_state(task, text):
     if not cells or numbers != list(range(height)) or any(len(row) != width for row in cells):
         return None
     return TASKS[task].read(cells)
-
-
-@row_function
-def judge(row, text, parse=parse, tolerance=0):
-    """What a response is worth: its plan, how it ends, the state it describes and if that is right.
-
-    optimal: it succeeds, and as many steps were executed as the shortest plan has. What is written
-    after the goal was reached is not executed and does not count. parse(task, text): the reader.
-    tolerance: for answers of pairs that are numbers.
-    """
-    plan, state = parse(row["task"], text), read_state(row["task"], text)
-    outcome, executed = check(row["task"], row["state"], plan)
-    return {"plan": plan, "outcome": outcome,
-            "optimal": outcome == "success" and executed == len(row["plan"]),
-            "state": state, "state_right": state == row["state"]}
 
 
 def read_fact(name, text, actions):
@@ -717,12 +709,22 @@ def read_fact(name, text, actions):
         names = names_of(actions, WORDS)
         found = {names[word] for word in re.findall(rf"\b(?:{any_of(names)})\b", text.upper())}
     else:
-        pairs = re.findall(r"[(\[] ?([0-9]{1,4}) ?, ?([0-9]{1,4}) ?[)\]]"
-                           r"|\brow ([0-9]{1,4}),? (?:and )?col(?:umn)? ([0-9]{1,4})\b",
-                           text, re.IGNORECASE)
-        found = {(int(a or c), int(b or d)) for a, b, c, d in pairs}
-    if not found and not re.search(r"\b(none|no)\b", text, re.IGNORECASE):
-        return " ".join(text.casefold().split()).rstrip(".") or None
+        found = read_positions(text)
+    if found:
+        return found
+    if re.search(r"\b(none|no)\b", text, re.IGNORECASE):
+        return set()
+    words = " ".join(text.casefold().split()).rstrip(".")
+    return words if words else None
+
+
+def read_positions(text):
+    """{(row, column)} of all "(0,1)", "[0, 1]" or "row 0, column 1" in a text."""
+    found = set()
+    for pattern in (r"[(\[] ?([0-9]{1,4}) ?, ?([0-9]{1,4}) ?[)\]]",
+                    r"\brow ([0-9]{1,4}),? (?:and )?col(?:umn)? ([0-9]{1,4})\b"):
+        for row, column in re.findall(pattern, text, re.IGNORECASE):
+            found.add((int(row), int(column)))
     return found
 
 
@@ -739,148 +741,17 @@ def split_answers(names, text):
     return {name: answers.get(i, "") for i, name in enumerate(names, 1)}
 
 
-@row_function
-def score_perception(row, names, text):
-    """Read a free-form answer to `perception_prompt(row, names)`: {question: is it exactly right?}
-
-    What cannot be read is wrong; no text raises.
-    """
-    task, right = row["task"], {}
-    for name, answer in split_answers(names or questions(row), text).items():
-        read = partial(read_fact, name, actions=TASKS[task].actions)
-        if name == "map":
-            read = partial(read_state, task)
-        said = read(text=answer)
-        right[name] = said is not None and said == read(text=perception_target(row, (name,)))
-    return right
-
-
-# ---------------------------------------------------------------- prompts and targets
-# All the words that a model reads are here and in the classes' rules, legend and questions. Each
-# text is a function of a row.
-
-PICTURE = "The picture shows the map."
-SYMBOLS = "The map in symbols:"
-ASK_MAP = (
-    "Write down only the map: its size, then every row with its cells. The form, shown on another "
-    "map:\n")
-ASK_PLAN = (
-    "Write down the map: its size, then every row with its cells. Then write one sentence that "
-    "begins with Route: and names the start and, action by action, the position it leads to, as "
-    "(row,column) counted from 0 at the top left. Then write the actions, separated by commas, "
-    "inside <answer></answer>. The form, shown on another map:\n")
-ASK_FACTS = (
-    "Answer briefly: a size as 3x3, positions as (row,column) counted from 0 at the top left, "
-    "actions by name, or none.")
-HINT = "A reference plan: {plan}\nDo not mention that a reference plan is given."
-
-
-def listing(cells):
-    """The row-by-row text of a board: what the teacher reads and what a response states first."""
-    lines = [f"Map: {len(cells)}x{len(cells[0])}"]
-    for r, row in enumerate(cells):
-        lines.append(f"row {r}: " + " ".join(row))
-    return "\n".join(lines)
-
-
-def describe(task, state):
-    """A state as the symbols say it."""
-    return listing(TASKS[task].cells(state))
-
-
-@lru_cache
-def example(task):
-    """The row that stands as the worked example in every prompt of a task.
-
-    A board of the smallest level with a short plan; `split_of` keeps it out of every split.
-    """
-    rng, rows = np.random.default_rng(0), []
-    while len(rows) < 50:
-        state = TASKS[task].sample(rng, TASKS[task].levels[0])
-        plan = solve(task, state)
-        if plan:
-            rows.append({"task": task, "state": state, "plan": plan})
-    return min(rows, key=lambda row: abs(len(row["plan"]) - 3))
-
-
-def ask_map(row):
-    return ASK_MAP + describe(row["task"], example(row["task"])["state"])
-
-
-def ask_plan(row):
-    return ASK_PLAN + response(example(row["task"]))
-
-
-def legend(row):
-    """What the student reads beside the picture, where the teacher has the symbols."""
-    return f"{PICTURE} {TASKS[row['task']].legend}"
-
-
-@row_function
-def symbols(row):
-    """What the teacher reads in the picture's place."""
-    return f"{SYMBOLS}\n{describe(row['task'], row['state'])}"
-
-
-@row_function
-def student_prompt(row):
-    """What the student reads beside the picture: rules and answer format, no fact of the state."""
-    return "\n".join([TASKS[row["task"]].rules, legend(row), ask_plan(row)])
-
-
-@row_function
-def teacher_prompt(row, context="state+plan"):
-    """The student's prompt with symbols in the picture's place. context: "state+plan" | "state"."""
-    lines = [TASKS[row["task"]].rules, symbols(row)]
-    if context == "state+plan":
-        lines.append(HINT.format(plan=",".join(row["plan"])))
-    return "\n".join([*lines, ask_plan(row)])
-
-
-@row_function
-def response(row):
-    """The model response of three parts: the state, the route with its positions, the answer."""
-    plan, path = row["plan"], trace(row["task"], row["state"], row["plan"])
-    route = f"Route: from {places(path[:1])}"
-    for action, before, pos in zip(plan, path, path[1:], strict=False):
-        route += f" {action} {'at' if pos[:2] == before[:2] else 'to'} {places([pos])}"
-    answer = f"<answer>{','.join(plan)}</answer>"
-    return f"{describe(row['task'], row['state'])}\n{route}.\n{answer}"
-
-
-@row_function
-def questions(row):
-    """The names of a row's perception questions; "map" asks for the state part of a response."""
-    return ("map", *TASKS[row["task"]].questions)
-
-
-@row_function
-def perception_prompt(row, names=None, context=None):
-    """Ask about the picture (or about the text `context`): one question plainly, several numbered.
-
-    names: a tuple of `questions(row)`, default all.
-    """
-    names = names or questions(row)
-    texts = {"map": ask_map(row), **TASKS[row["task"]].questions}
-    lines = [TASKS[row["task"]].rules, context or legend(row)]
-    if tuple(names) != ("map",):
-        lines.append(ASK_FACTS)
-    return "\n".join([*lines, numbered([texts[name] for name in names])])
-
-
-@row_function
-def perception_target(row, names=None):
-    """The exact answer to `perception_prompt(row, names)`."""
-    answers = {"map": describe(row["task"], row["state"]),
-               **TASKS[row["task"]].facts(row["state"])}
-    return numbered([answers[name] for name in names or questions(row)])
-
-
-def numbered(lines):
-    """One line as it is, several with their numbers."""
-    if len(lines) == 1:
-        return lines[0]
-    return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))
+def same_answer(said, wanted, tolerance=0):
+    """Equal but for case, blanks and a full stop; numbers: up to the tolerance."""
+    number = re.compile(r"[+-]?(([0-9]{1,30}|[0-9]{1,3}(,[0-9]{3}){1,9})(\.[0-9]{1,30})?"
+                        r"|\.[0-9]{1,30})")
+    said, wanted = (text.strip().rstrip(".").replace("\u2212", "-") for text in (said, wanted))
+    if number.fullmatch(wanted):
+        if not number.fullmatch(said):
+            return False
+        a, b = (Decimal(text.replace(",", "")) for text in (said, wanted))
+        return abs(a - b) <= Decimal(str(tolerance))
+    return "".join(said.casefold().split()) == "".join(wanted.casefold().split())
 
 
 def part_of(pieces):
@@ -896,40 +767,300 @@ def part_of(pieces):
     return indices
 
 
-# ---------------------------------------------------------------- splits and sampling
+# ---------------------------------------------------------------- rows
+# All the words that a model reads are here and in the tasks' rules, legend and questions.
 
-@row_function
-def key_of(row):
-    """16 hex digits, the same for the same task and state."""
-    return digest(row["task"], row["state"])
+PICTURE = "The picture shows the map."
+SYMBOLS = "The map in symbols:"
+ASK_MAP = (
+    "Write down only the map: its size, then every row with its cells. The form, shown on another "
+    "map:\n")
+ASK_PLAN = (
+    "Write down the map: its size, then every row with its cells. Then write one sentence that "
+    "begins with Route: and names the start and, action by action, the position it leads to, as "
+    "(row,column) counted from 0 at the top left. Then write the actions, separated by commas, "
+    "inside <answer></answer>. The form, shown on another map:\n")
+ASK_FACTS = (
+    "Answer briefly: a size as 3x3, positions as (row,column) counted from 0 at the top left, "
+    "actions by name, or none.")
+HINT = "A reference plan: {plan}\nDo not mention that a reference plan is given."
+ASK_SYMBOLS = "Write down what the picture shows, in symbols and completely."
 
 
-def split_of(task, state):
-    """The split a state belongs to: a fixed function of its layout, 80% train, 10% val, 10% test.
+def listing(puzzle):
+    """The row-by-row text of a board: what the teacher reads and what a response states first."""
+    cells = puzzle.cells()
+    lines = [f"Map: {len(cells)}x{len(cells[0])}"]
+    for r, row in enumerate(cells):
+        lines.append(f"row {r}: " + " ".join(row))
+    return "\n".join(lines)
 
-    So no state is ever in two splits, whatever the seed, the counts or the run.
-    """
-    layout = TASKS[task].layout(state)
-    if layout == TASKS[task].layout(example(task)["state"]):
-        return "example"
-    digest = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
-    return {8: "val", 9: "test"}.get(int(digest, 16) % 10, "train")
+
+def reference_response(puzzle, plan):
+    """The model response of three parts: the map, the route with its positions, the answer."""
+    path, _ = execute(puzzle, plan)
+    route = f"Route: from {places(path[:1])}"
+    for action, before, pos in zip(plan, path, path[1:], strict=False):
+        route += f" {action} {'at' if pos[:2] == before[:2] else 'to'} {places([pos])}"
+    return f"{listing(puzzle)}\n{route}.\n<answer>{','.join(plan)}</answer>"
 
 
 @lru_cache
-def thirds(task, level, **options):
+def example(task):
+    """(puzzle, plan): the worked example in every prompt of a task.
+
+    A board of the smallest size with a short plan; `split_of` keeps it out of every split.
+    """
+    rng, found = np.random.default_rng(0), []
+    while len(found) < 50:
+        puzzle = TASKS[task].sample(rng, TASKS[task].levels[0])
+        plan = solve(puzzle)
+        if plan:
+            found.append((puzzle, plan))
+    return min(found, key=lambda pair: abs(len(pair[1]) - 3))
+
+
+def numbered(lines):
+    """One line as it is, several with their numbers."""
+    if len(lines) == 1:
+        return lines[0]
+    return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))
+
+
+class Row:
+    """A row of the data: a picture, what it shows in symbols, questions about it, an answer.
+
+    id, task, level (board size) and bucket (difficulty) tell rows apart; path is the file of the
+    picture, where the place of the row's line, data the line itself. A kind of row has its own
+    student_prompt, teacher_prompt, symbols, response, questions, judge, key and fault.
+    """
+    level, bucket = None, None
+
+    def __init__(self, data, path=None, where=None):
+        """LookupError, TypeError, ValueError: the line does not hold what a row needs."""
+        self.data, self.path, self.where = data, path, where
+        self.id = data["id"]
+
+    def introduction(self, names, reads):
+        """What stands above questions. reads: a text in the picture's place, or None."""
+        return [reads] if reads else []
+
+    def ask(self, names=None, reads=None):
+        """Ask perception questions: one plainly, several numbered. names: default all."""
+        questions = self.questions()
+        names = names or tuple(questions)
+        texts = [questions[name][0] for name in names]
+        return "\n".join([*self.introduction(names, reads), numbered(texts)])
+
+    def answers(self, names=None):
+        """The exact answer to `ask(names)`."""
+        questions = self.questions()
+        return numbered([questions[name][1] for name in names or questions])
+
+    def score(self, names, text):
+        """Read a free-form answer to `ask(names)`: {question: is it exactly right?}
+
+        What cannot be read is wrong; no text raises.
+        """
+        questions = self.questions()
+        names = names or tuple(questions)
+        whole = same_answer(text, self.answers(names))  # an own answer may hold "1." too
+        right = {}
+        for name, said in split_answers(names, text).items():
+            right[name] = whole or self.is_right(name, said, questions[name][1])
+        return right
+
+
+class PuzzleRow(Row):
+    """A puzzle with its shortest plan."""
+
+    def __init__(self, data, path=None, where=None):
+        super().__init__(data, path, where)
+        self.task, self.level, self.bucket = data["task"], data["level"], data.get("bucket")
+        self.puzzle, self.plan = TASKS[self.task](**data["state"]), data["plan"]
+
+    def fault(self):
+        """What is wrong with the row, or None: its plan is executed."""
+        outcome = check(self.puzzle, self.plan)[0]
+        if outcome != "success":
+            return f"the plan of {self.id} does not solve its puzzle: {outcome}"
+
+    def key(self):
+        """16 hex digits, the same for the same task and state."""
+        return digest(self.task, asdict(self.puzzle))
+
+    def picture_and_legend(self):
+        """What the student reads beside the picture, where the teacher has the symbols."""
+        return f"{PICTURE} {self.puzzle.legend}"
+
+    def symbols(self):
+        """What the teacher reads in the picture's place."""
+        return f"{SYMBOLS}\n{listing(self.puzzle)}"
+
+    def ask_plan(self):
+        return ASK_PLAN + reference_response(*example(self.task))
+
+    def student_prompt(self):
+        """What the student reads beside the picture: rules and form, no fact of the state."""
+        return "\n".join([self.puzzle.rules, self.picture_and_legend(), self.ask_plan()])
+
+    def teacher_prompt(self, reads):
+        """The student's prompt with symbols in the picture's place.
+
+        reads: "symbols+plan", "symbols", or "picture": as the student's.
+        """
+        if reads == "picture":
+            return self.student_prompt()
+        lines = [self.puzzle.rules, self.symbols()]
+        if reads == "symbols+plan":
+            lines.append(HINT.format(plan=",".join(self.plan)))
+        return "\n".join([*lines, self.ask_plan()])
+
+    def response(self):
+        """The reference response."""
+        return reference_response(self.puzzle, self.plan)
+
+    def questions(self):
+        """{name: (question, answer)}; "map" asks for the map of a response."""
+        questions = {"map": (ASK_MAP + listing(example(self.task)[0]), listing(self.puzzle))}
+        facts = self.puzzle.facts()
+        for name, text in self.puzzle.questions.items():
+            questions[name] = (text, facts[name])
+        return questions
+
+    def introduction(self, names, reads):
+        lines = [self.puzzle.rules, reads or self.picture_and_legend()]
+        return lines if tuple(names) == ("map",) else [*lines, ASK_FACTS]
+
+    def is_right(self, name, said, wanted):
+        """Does an answer to the question `name` say the same as the right one?"""
+        if name == "map":
+            return read_map(self.task, said) == self.puzzle
+        return read_fact(name, said, self.puzzle.actions) == read_fact(
+            name, wanted, self.puzzle.actions)
+
+    def judge(self, text, parse=parse, tolerance=0):
+        """What a response is worth: its plan, how it ends, the map it describes and if it is right.
+
+        optimal: it succeeds, and as many steps were executed as the shortest plan has. What is
+        written after the goal was reached is not executed and does not count. parse(task, text):
+        the reader. tolerance: for own rows.
+        """
+        plan, read = parse(self.task, text), read_map(self.task, text)
+        outcome, executed = check(self.puzzle, plan)
+        return {"plan": plan, "outcome": outcome,
+                "optimal": outcome == "success" and executed == len(self.plan),
+                "map": read and asdict(read), "map_right": read == self.puzzle}
+
+
+class OwnRow(Row):
+    """A row of a user's own: a picture and what it shows as symbols.
+
+        {"file_name", "id", "prompt", "symbols"} and optionally
+        "hint"       what only the teacher may read, with "symbols+plan"
+        "answer"     what a response is compared with
+        "questions"  [{"question", "answer"}] of the cold start, else it asks for the symbols
+        "group"      rows that are counted together
+    Texts reach the model as they stand. task is the group.
+    """
+
+    def __init__(self, data, path=None, where=None):
+        super().__init__(data, path, where)
+        self.task = data.get("group", "own")
+
+    def fault(self):
+        """What is wrong with the row, or None."""
+        row, asked = self.data, self.data.get("questions", [])
+        mixed = [name for name in ("task", "state", "plan") if name in row]
+        if mixed:
+            return f"half an own example, half a puzzle: it has prompt or symbols and {mixed[0]}"
+        if not isinstance(asked, list) or not all(isinstance(q, dict) for q in asked):
+            return '"questions": wanted a list of {"question", "answer"}'
+        texts = [(name, row.get(name)) for name in ("id", "prompt", "symbols")]
+        texts += [(name, row[name]) for name in ("hint", "answer", "group") if name in row]
+        for i, question in enumerate(asked, 1):
+            texts += [(f"{name} {i}", question.get(name)) for name in ("question", "answer")]
+        for name, text in texts:
+            if not isinstance(text, str) or not text.strip():
+                return f'"{name}": wanted a text, got {json.dumps(text)[:40]}'
+            if special := re.search(r"<\|\w+\|>", text):
+                return f'"{name}" holds {special[0]}, which the model would not read as text'
+            text.encode()  # half a surrogate pair is no text either: ValueError
+        if self.task in TASKS or self.task == "macro" or not re.fullmatch(
+                r"\w[\w .+-]{0,40}", self.task):
+            return f'"group": wanted a short name of its own, got {self.task[:40]!r}'
+
+    def key(self):
+        """16 hex digits, the same for the same symbols and prompt."""
+        return digest(self.data["symbols"], self.data["prompt"])
+
+    def symbols(self):
+        return self.data["symbols"]
+
+    def student_prompt(self):
+        return self.data["prompt"]
+
+    def teacher_prompt(self, reads):
+        """reads: as a puzzle's; the hint stands in the plan's place."""
+        if reads == "picture":
+            return self.student_prompt()
+        hint = [self.data["hint"]] if reads == "symbols+plan" and "hint" in self.data else []
+        return "\n\n".join([self.data["symbols"], *hint, self.data["prompt"]])
+
+    def response(self):
+        return f"<answer>{self.data.get('answer', '')}</answer>"
+
+    def questions(self):
+        """{name: (question, answer)}; "map" asks for the symbols."""
+        asked = self.data.get("questions", [])
+        if not asked:
+            return {"map": (ASK_SYMBOLS, self.data["symbols"])}
+        return {f"question {i}": (q["question"], q["answer"]) for i, q in enumerate(asked, 1)}
+
+    def is_right(self, name, said, wanted):
+        return same_answer(said, wanted)
+
+    def judge(self, text, parse=None, tolerance=0):
+        """"plan" is the answer given: the last complete <answer>…</answer>, else the last line."""
+        said, outcome = last_answer(text), "not judged"
+        if said is None:
+            said = text.strip().rpartition("\n")[2]
+        if "answer" in self.data:
+            right = same_answer(said, self.data["answer"], tolerance)
+            outcome = "success" if right else "wrong" if said.strip() else "no answer"
+        return {"plan": said.strip() or None, "outcome": outcome, "optimal": None, "map": None,
+                "map_right": None}
+
+
+# ---------------------------------------------------------------- splits and sampling
+
+def split_of(task, puzzle):
+    """The split a puzzle belongs to: a fixed function of its layout, 80% train, 10% val, 10% test.
+
+    So no state is ever in two splits, whatever the seed, the counts or the run.
+    """
+    layout = puzzle.layout()
+    if layout == example(task)[0].layout():
+        return "example"
+    number = int(hashlib.sha256(json.dumps(layout).encode()).hexdigest(), 16) % 10
+    return {8: "val", 9: "test"}.get(number, "train")
+
+
+@lru_cache
+def thirds(task, level):
     """(a, b): a plan of up to a actions is easy, of up to b medium, a longer one hard.
 
     The borders that cut the plans of 1,000 random puzzles into the three most equal parts.
     """
     rng = np.random.default_rng(0)
-    plans = [solve(task, TASKS[task].sample(rng, level, **options)) for _ in range(1000)]
+    plans = [solve(TASKS[task].sample(rng, level)) for _ in range(1000)]
     lengths = np.array([len(plan) for plan in plans if plan is not None])
-
-    def unevenness(borders):
-        edges = (0, borders[0] + 0.5, borders[1] + 0.5, np.inf)
-        return np.var(np.histogram(lengths, edges)[0])
-    return min(combinations_with_replacement(sorted(set(lengths.tolist())), 2), key=unevenness)
+    best, least = None, math.inf
+    for a, b in combinations_with_replacement(sorted(set(lengths.tolist())), 2):
+        unevenness = np.var(np.histogram(lengths, (0, a + 0.5, b + 0.5, math.inf))[0])
+        if unevenness < least:
+            best, least = (a, b), unevenness
+    return best
 
 
 def bucket(length, borders):
@@ -937,17 +1068,16 @@ def bucket(length, borders):
     return DIFFICULTIES[int(np.searchsorted(borders, length))]
 
 
-def sample_rows(task, level, split, number, seed, exclude=(), **options):
-    """`number` rows with distinct solvable states of one split, a third of each difficulty.
+def sample_rows(task, level, split, number, seed, exclude=()):
+    """`number` rows with distinct solvable puzzles of one split, a third of each difficulty.
 
-    exclude: states (as `key_of`) that may not appear. Fails with the number of rows to be had.
+    exclude: puzzles (as `key`) that may not appear. Fails with the number of rows to be had.
     """
-    rng = np.random.default_rng([seed, list(TASKS).index(task), level, SPLITS.index(split)])
-    borders = thirds(task, level, **options)
-    shares = np.array_split(np.arange(number), 3)
-    wanted = {name: len(share) for name, share in zip(DIFFICULTIES, shares, strict=True)}
+    name = zlib.crc32(task.encode())  # a task draws the same whatever other tasks there are
+    rng = np.random.default_rng([seed, name, level, SPLITS.index(split)])
+    borders, seen = thirds(task, level), set(exclude)
+    wanted = dict(zip(DIFFICULTIES, map(len, np.array_split(range(number), 3)), strict=True))
     found, latest = dict.fromkeys(wanted, 0), dict.fromkeys(wanted, 0)
-    seen = set(exclude)
     for attempt in count():
         short = [name for name in wanted if found[name] < wanted[name]]
         if not short:
@@ -955,89 +1085,28 @@ def sample_rows(task, level, split, number, seed, exclude=(), **options):
         if attempt - min(latest[name] for name in short) > PATIENCE:
             fail(f"{task} level {level}: {number} {split} rows wanted, a third of each difficulty; "
                  f"only {3 * min(found.values())} distinct ones can be had: lower --{split}")
-        state = TASKS[task].sample(rng, level, **options)
-        if split_of(task, state) != split:
+        puzzle = TASKS[task].sample(rng, level)
+        if split_of(task, puzzle) != split:
             continue
-        key = key_of({"task": task, "state": state})
-        plan = None if key in seen else solve(task, state)
-        name = plan and bucket(len(plan), borders)
-        if name not in short:
+        state = asdict(puzzle)
+        key = digest(task, state)
+        if key in seen:
+            continue
+        plan = solve(puzzle)
+        if not plan or bucket(len(plan), borders) not in short:
             continue
         seen.add(key)
+        difficulty = bucket(len(plan), borders)
         row_id = f"{task}_{level}_{sum(found.values()):05d}"
-        found[name] += 1
-        latest[name] = attempt
-        yield {"file_name": f"{row_id}.png", "id": f"{split}_{row_id}", "task": task,
-               "level": level, "seed": seed, "source": "gen_data.py", "bucket": name,
-               "state": state, "plan": plan}
+        found[difficulty] += 1
+        latest[difficulty] = attempt
+        yield PuzzleRow({
+            "file_name": f"{row_id}.png", "id": f"{split}_{row_id}", "task": task, "level": level,
+            "seed": seed, "source": "gen_data.py", "bucket": difficulty, "state": state,
+            "plan": plan})
 
 
-# ---------------------------------------------------------------- files
-
-def may_write(out, overwrite):
-    """Fails if there is a folder `out` that may not be replaced."""
-    if Path(out).exists():
-        if not overwrite:
-            fail(f"{out} exists: choose another --out, or --overwrite to replace it")
-        if not (Path(out) / "args.json").is_file():
-            fail(f"{out} was not made by gen_data.py (it has no args.json): not replaced, choose "
-                 "another --out")
-
-
-@row_function
-def row_fault(row):
-    """What is wrong with a row, or None: its plan is executed. LookupError: it is not whole."""
-    row["id"], row["level"]
-    outcome = check(row["task"], row["state"], row["plan"])[0]
-    if outcome != "success":
-        return f"the plan of {row['id']} does not solve its puzzle: {outcome}"
-
-
-def load_rows(data, split="*"):
-    """Rows of data/<split> (default: of every split), each checked: a puzzle's plan is executed.
-
-    A row that is broken stops here, with its line. Each gets "path", the file of its picture,
-    which must lie beside the metadata, and "where" its line is; a pair gets "task" and "level" too.
-    """
-    files = sorted(Path(data).glob(f"{split}/metadata.jsonl"))
-    if not files:
-        fail(f"no {data}/{split}/metadata.jsonl: make the data with "
-             f"`python gen_data.py --out {data}`")
-    rows = []
-    for file in files:
-        for number, line in enumerate(file.read_bytes().splitlines(), 1):
-            where = f"{file}, line {number}"
-            try:
-                row = json.loads(line)
-                path = file.parent / row["file_name"]
-                wrong = row_fault(row)
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                fail(f"{where}: not a row ({type(error).__name__}: {error}); make the data again")
-            if wrong:
-                fail(f"{where}: {wrong}")
-            if path.name != row["file_name"] or path.name == ".." or path.is_symlink():
-                fail(f"{where}: the picture {row['file_name']!r} is not a file in {file.parent}")
-            if is_pair(row):
-                row |= {"task": row.get("group", "pairs"), "level": None}
-                if not path.is_file():
-                    fail(f"{where}: there is no picture {path}")
-            rows.append(row | {"path": str(path), "where": where})
-    if any(map(is_pair, rows)):  # gen_data.py's own ids are distinct
-        check_ids(data)
-    return rows
-
-
-def check_ids(data):
-    """Fails where two rows of a folder, whatever their splits, have the same id."""
-    places = {}
-    for file in sorted(Path(data).glob("*/metadata.jsonl")):
-        for number, line in enumerate(file.read_bytes().splitlines(), 1):
-            with suppress(ValueError, LookupError, TypeError, RecursionError):  # load_rows tells
-                row_id, where = json.loads(line)["id"], f"{file}, line {number}"
-                first = places.setdefault(row_id, where)
-                if first != where:
-                    fail(f"{where}: the id {row_id!r} is that of {first} too")
-
+# ---------------------------------------------------------------- the data folder
 
 def open_picture(path):
     """The picture in a file, decoded. Fails if it is broken or too large to be decoded safely."""
@@ -1050,19 +1119,182 @@ def open_picture(path):
         fail(f"{path}: cannot be read as a picture ({error})")
 
 
+def read_metadata(file):
+    """Yields ("file, line n", the line's object) of a metadata.jsonl. Fails at a broken line."""
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        where = f"{file}, line {number}"
+        try:
+            yield where, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            fail(f"{where}: not a row ({type(error).__name__}: {str(error)[:200]})")
+
+
+def load_rows(data, split):
+    """The rows of data/<split>, each checked: a puzzle's plan is executed.
+
+    A row that is broken stops here, with its line. Its picture must lie beside the metadata.
+    """
+    file = Path(data, split, "metadata.jsonl")
+    if not file.is_file():
+        fail(f"no {file}: `python gen_data.py --out {data}` makes puzzles there")
+    rows = []
+    for where, line in read_metadata(file):
+        try:
+            kind = OwnRow if "prompt" in line or "symbols" in line else PuzzleRow
+            path = file.parent / line["file_name"]
+            row = kind(line, str(path), where)
+            fault = row.fault()
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            fail(f"{where}: not a row ({type(error).__name__}: {error})")
+        if fault:
+            fail(f"{where}: {fault}")
+        if path.name != line["file_name"] or path.name == ".." or path.is_symlink():
+            fail(f"{where}: the picture {line['file_name']!r} is not a file in {file.parent}")
+        if not path.is_file():
+            fail(f"{where}: there is no picture {path}")
+        rows.append(row)
+    if not rows:
+        fail(f"{file} is empty: wanted at least one row")
+    if any(isinstance(row, OwnRow) for row in rows):  # ids made by gen_data.py are distinct
+        check_ids(data)
+    return rows
+
+
+def check_ids(data):
+    """Fails where two rows of a folder, whatever their splits, have the same id."""
+    first = {}
+    for file in sorted(Path(data).glob("*/metadata.jsonl")):
+        for where, line in read_metadata(file):
+            row_id = line.get("id") if isinstance(line, dict) else None
+            if first.setdefault(str(row_id), where) != where:
+                fail(f"{where}: the id {row_id!r} is that of {first[str(row_id)]} too")
+
+
+def digest_rows(rows):
+    """16 hex digits, the same for the same lines and the same bytes of their pictures."""
+    return digest([(row.data, digest_file(row.path)) for row in rows])
+
+
+def draw(data, folder, cell_size, image_size):
+    """Write the PNG of a row's line. image_size: px of the square it is resized to, 0: as it is.
+
+    A line's own "picture", a file, is taken before one that is drawn (at `cell_size` px a cell).
+    """
+    target = Path(folder) / data["file_name"]
+    if data.get("picture") and not image_size:
+        shutil.copyfile(data["picture"], target)
+        return
+    if data.get("picture"):
+        image = open_picture(data["picture"])
+    else:
+        image = TASKS[data["task"]](**data["state"]).render(cell_size)
+    if image_size:
+        image = image.resize((image_size, image_size), Image.LANCZOS)
+    image.save(target, compress_level=1)
+
+
+def write_dataset(out, splits, settings, cell_size, image_size, workers=1, total=None):
+    """Write a data folder: pictures and metadata.jsonl per split, `settings` as args.json.
+
+    splits: {split: iterator of lines, as `Row.data`, and with "picture" as for `draw`}. One worker
+    draws in this process, more in others; the bytes do not depend on it. total: the number of rows,
+    for the progress bar. Everything is written aside and renamed at the end: the folder is complete
+    or not there.
+    """
+    out = Path(out)
+    aside = out.with_name(out.name + ".partial")
+    if aside.exists():
+        if kind_of(aside) != "data":
+            fail(f"{aside} is in the way: move it or choose another --out")
+        shutil.rmtree(aside)  # what a killed run left
+    aside.mkdir(parents=True)
+    write_text(aside / "args.json", json.dumps({"kind": "data", **settings}, indent=1) + "\n")
+    pool = multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext()
+    try:
+        with pool, tqdm(total=total, desc="rows", unit="row") as bar:
+            for split, lines in splits.items():
+                write_split(aside / split, lines, cell_size, image_size, pool, bar)
+        if out.exists():  # `check_out` has agreed
+            shutil.rmtree(out)
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    print(f"{bar.n} rows in {out}")
+
+
+def write_split(folder, lines, cell_size, image_size, pool, bar):
+    """Write one split of a data folder; pool: processes that draw, or None for this one."""
+    folder.mkdir()
+    job = partial(draw, folder=folder, cell_size=cell_size, image_size=image_size)
+    drawing = ()
+    with open(folder / "metadata.jsonl", "w", encoding="utf-8", newline="\n") as file:
+        while block := list(islice(lines, 256)):
+            for line in block:
+                facts = {key: value for key, value in line.items() if key != "picture"}
+                file.write(json.dumps(facts) + "\n")
+            # Processes begin at once; the next block is found while they draw.
+            drawn = drawing
+            drawing = pool.imap_unordered(job, block, 16) if pool else map(job, block)
+            bar.update(sum(1 for _ in drawn))
+        bar.update(sum(1 for _ in drawing))
+
+
+def is_data(folder):
+    """Does a folder's args.json say that this file (or a tool that writes data) made it?"""
+    try:
+        record = json.loads(Path(folder, "args.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    older = "args" not in record and ("source" in record or "preset" in record
+                                      or "benchmark" in record)  # before there were kinds
+    return record.get("kind", "data" if older else None) == "data"
+
+
+def check_out(out, overwrite):
+    """Fails if there is something at `out` that may not be replaced."""
+    out = Path(out)
+    if not out.exists():
+        return
+    if not overwrite:
+        fail(f"{out} exists: choose another --out, or --overwrite to replace it")
+    if not is_data(out):
+        fail(f"{out} is no data folder (no args.json in it says so): it is not replaced; choose "
+             "another --out")
+    own = {out / "args.json"}
+    for split in SPLITS:
+        file = out / split / "metadata.jsonl"
+        if file.is_file():
+            own |= {file, *(file.parent / line["file_name"] for _, line in read_metadata(file))}
+    foreign = sorted(path for path in out.rglob("*") if not path.is_dir() and path not in own)
+    if foreign:
+        fail(f"{foreign[0]} is not part of the data in {out}, which are not replaced: move it, or "
+             "choose another --out")
+
+
 def ensure(data, preset, seed):
-    """Make the data of a preset if there is no folder `data`; else say how it was made."""
-    settings = Path(data) / "args.json"
-    if not Path(data).exists():
-        words = ["--preset", preset, "--seed", str(seed), "--out", str(data)]
+    """Make the data of a preset if its own folder is not there; else say how they were made.
+
+    Fails where `data` is another folder that is not there, and where what lies in the preset's own
+    folder was made for another preset.
+    """
+    own = PRESETS[preset]["out"]
+    if not Path(data).is_dir():
+        if data != own:
+            fail(f"--data {data}: no such folder; `python gen_data.py --preset {preset} --out "
+                 f"{data}` makes it")
+        words = ["--preset", preset, "--seed", str(seed)]
         print(f"no {data}: making it with `python gen_data.py {' '.join(words)}`", flush=True)
         code = subprocess.run([sys.executable, __file__, *words]).returncode  # without torch
         if code:
             raise SystemExit(code)
-    elif settings.is_file():
-        made = json.loads(settings.read_text(encoding="utf-8"))
-        known = [key for key in ("benchmark", "source", "preset", "seed") if key in made]
-        print(f"data: {data}, made with " + ", ".join(f"{key} {made[key]}" for key in known))
+    elif is_data(data):
+        made = json.loads(Path(data, "args.json").read_text(encoding="utf-8"))
+        known = [f"{key} {made[key]}" for key in ("benchmark", "source", "preset", "seed")
+                 if key in made]
+        print(f"data: {data}, made with {', '.join(known)}")
+        if data == own and PRESETS.get(made.get("preset"), {}).get("out") != own:
+            fail(f"{data} was made with {', '.join(known)}, not for --preset {preset}: give --data "
+                 f"{data} to use it all the same, or move it")
 
 
 def parse_tasks(words):
@@ -1077,19 +1309,19 @@ def parse_tasks(words):
             low, _, high = levels.partition("-")
             tasks[name] = tuple(range(int(low), int(high or low) + 1) if levels else allowed)
         except ValueError:
-            fail(f"cannot read the levels in {word!r}, wanted for example "
+            fail(f"cannot read the board sizes in {word!r}, wanted for example "
                  f"{name}:{allowed[0]}-{allowed[-1]}")
         if not tasks[name] or not set(tasks[name]) <= set(allowed):
-            fail(f"{word}: {name} has levels {allowed[0]} to {allowed[-1]}")
+            fail(f"{word}: {name} has board sizes {allowed[0]} to {allowed[-1]}")
     return tasks
 
 
 def choose_rows(rows, tasks, limit=None):
-    """The rows of these tasks ("maze", "maze:3-4"; default all), at most `limit` of a level."""
+    """The rows of these tasks ("maze", "maze:3-4"; default all), at most `limit` of a size."""
     levels, groups = tasks and parse_tasks(tasks), {}
     for row in rows:
-        if not tasks or row["level"] in levels.get(row["task"], ()):
-            groups.setdefault((row["task"], row["level"]), []).append(row)
+        if not tasks or row.level in levels.get(row.task, ()):
+            groups.setdefault((row.task, row.level), []).append(row)
     if not groups:
         words = f"--tasks {' '.join(tasks or TASKS)}"
         fail(f"{words}: the data has no such row; choose others or make them: "
@@ -1097,67 +1329,57 @@ def choose_rows(rows, tasks, limit=None):
     return [row for group in groups.values() for row in group[:limit]]
 
 
+# ---------------------------------------------------------------- main
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--preset", default="4b", help=f"sets the defaults below: {', '.join(PRESETS)}")
-    add("--tasks", nargs="+", help="task, task:level or task:low-high (default: the preset's)")
-    add("--train", type=int, help="rows per task and level; so too --val and --test")
-    add("--val", type=int)
-    add("--test", type=int)
-    add("--cell_size", type=int, help="px a cell is drawn at")
-    add("--image_size", type=int, help="px of the square the picture is resized to, 0: as drawn")
-    for name, rules in TASKS.items():
-        for flag, (default, text) in getattr(rules, "options", {}).items():
-            add(f"--{flag}", type=type(default), default=default, help=f"{name}: {text}")
+    add("--preset", default="tiny", choices=PRESETS, help="sets the defaults below")
+    add("--tasks", nargs="+", help="task, task:size or task:low-high")
+    add("--train", type=whole_number(0), help="rows per task and board size; so too below")
+    add("--val", type=whole_number(0), help="rows of the validation split")
+    add("--test", type=whole_number(0), help="rows of the test split")
+    add("--cell_size", type=whole_number(8), help="px a cell is drawn at")
+    add("--image_size", type=whole_number(0),
+        help="px of the square the picture is resized to, 0: as drawn")
     add("--exclude", nargs="+", default=[], metavar="DIR",
-        help="folders made by this script whose states may not appear")
-    add("--seed", type=int, default=0, help="same seed, same bytes")
-    add("--workers", type=int, default=os.cpu_count(),
+        help="data folders whose puzzles may not appear")
+    add("--seed", type=whole_number(0), default=0, help="same seed, same bytes")
+    add("--workers", type=whole_number(1), default=os.cpu_count(),
         help="processes that draw; the bytes do not depend on it")
-    add("--out", "--data", default="data", help="output folder")
+    add("--out", "--data", help="output folder")
     add("--overwrite", action="store_true", help="replace the output folder")
-    add("--show", nargs="?", const="puzzles.png", metavar="PNG",
-        help="only draw a contact sheet (puzzles.png) and print the prompts")
     args = parser.parse_args(argv)
-    if args.preset not in PRESETS:
-        fail(f"unknown preset {args.preset!r}, known: {', '.join(PRESETS)}")
+    args.tasks = parse_tasks(args.tasks) if args.tasks else None
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if not isinstance(args.tasks, dict):
-        args.tasks = parse_tasks(args.tasks)
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not 0 <= value <= 1:
-            fail(f"--{name} {value} is outside 0..1")
-    least = {"cell_size": 8, "workers": 1}
-    for name in ("train", "val", "test", "seed", "cell_size", "image_size", "workers"):
-        if getattr(args, name) < least.get(name, 0):
-            fail(f"--{name} {getattr(args, name)}: wanted at least {least.get(name, 0)}")
-    if not args.show:
-        may_write(args.out, args.overwrite)
     return args
 
 
-def generated_rows(args, split, exclude=()):
-    """The rows of one split, task by task and level by level."""
+def generated_lines(args, split, exclude):
+    """The lines of one split, task by task and size by size."""
     for task, levels in args.tasks.items():
-        options = {flag: getattr(args, flag) for flag in getattr(TASKS[task], "options", {})}
         for level in levels:
-            yield from sample_rows(task, level, split, getattr(args, split), args.seed, exclude,
-                                   **options)
+            number = getattr(args, split)
+            for row in sample_rows(task, level, split, number, args.seed, exclude):
+                yield row.data
 
 
 def main(args):
-    from tools import data_folder, show  # here, for they import this file
-    if args.show:
-        return show.show(args)
-    exclude = {key_of(row) for folder in args.exclude for row in load_rows(folder)}
-    splits = {split: generated_rows(args, split, exclude) for split in SPLITS}
+    check_out(args.out, args.overwrite)
+    exclude = set()
+    for folder in args.exclude:
+        splits = [split for split in SPLITS if Path(folder, split, "metadata.jsonl").is_file()]
+        if not splits:
+            fail(f"--exclude {folder}: no data folder")
+        for split in splits:
+            exclude |= {row.key() for row in load_rows(folder, split)}
+    splits = {split: generated_lines(args, split, exclude) for split in SPLITS}
     total = sum(map(len, args.tasks.values())) * (args.train + args.val + args.test)
-    data_folder.write_dataset(args.out, splits, vars(args), args.cell_size, args.image_size,
-                              args.workers, total)
+    write_dataset(args.out, splits, vars(args), args.cell_size, args.image_size, args.workers,
+                  total)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(parse_args, main)
