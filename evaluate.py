@@ -1,7 +1,7 @@
 """Evaluation: plans are executed by the rules. Did the modality gap close, and what is left of it?
 
-    python evaluate.py                                # base, out/coldstart, out/distill if there
-    python evaluate.py --limit 20                     # a quick look: 20 rows per task and level
+    python evaluate.py                                # base, cold start and distilled, where there
+    python evaluate.py --limit 20                     # a quick look: 20 rows per task and size
     python evaluate.py --perception                   # also every question about every picture
     python evaluate.py --input swapped                # control: the picture of another puzzle
     python evaluate.py --adapter base out/mine --temperature 1 --samples 8
@@ -10,72 +10,99 @@
 A condition is a model with what it reads: base-image, distill-text. Every row counts: an answer
 that cannot be read is a failure. The gap is success from symbols minus success from pictures.
 
-out/eval/<condition>/{predictions.jsonl, perception.jsonl, summary.json} belong to one condition;
-out/eval/{results.md, results.json, report.html} show all those there that answered the same rows.
-Answers are written as they come: the same command goes on where it was stopped; answers that were
-given under other settings are put aside (*.old).
+out/<preset>/eval/<condition>/{predictions.jsonl, perception.jsonl, summary.json} belong to one
+condition; {results.md, results.json, report.html} show all those there that answered the same rows.
+Answers are kept as they come in <condition>/answers/, one file for each way of asking (model,
+adapter, prompts, pictures, temperature, ...), so that the same command resumes where it was stopped
+and no answer is ever replaced by another model's.
 
 Left out on purpose: asking a server (tools/ask.py), drawing the page (tools/report.py).
 """
-import argparse
 import json
 import re
 from collections import Counter
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy.stats import binomtest, bootstrap
 from tqdm import tqdm
 
 import common
 import gen_data
-from gen_data import fail
-from tools import lenient, report, responses, run_files
+from gen_data import (
+    Parser,
+    digest,
+    digest_file,
+    fail,
+    kind_of,
+    lock_folder,
+    real_number,
+    whole_number,
+    write_text,
+)
+from tools import report
 
-RUNS = ("out/coldstart", "out/distill")
 STAGES = ("base", "coldstart", "distill")
-RATES = ("success", "optimal", "parsed", "state_right", "cut")
+INPUTS = ("image", "text", "swapped")
+RATES = ("success", "optimal", "parsed", "map_right", "cut")
 PLANS = ("shortest", "longer", "failed")
 FAILURES = ("perception", "planning", "unclear")
+ANSWER = ("id", "response", "plan", "tokens", "cut", "error", "model")  # of a line from elsewhere
+
+# Defaults of the flags.
+QWEN = {
+    "rollout_batch": 32,
+    "max_new_tokens": 512,
+}
+SETTINGS = {
+    "tiny": {
+        "rollout_batch": 96,
+        "max_new_tokens": 120,
+    },
+    "2b": QWEN,
+    "4b": QWEN,
+    "8b": QWEN,
+}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     common.add_flags(parser)
     add = parser.add_argument
-    add("--out", default="out/eval", help="output folder")
+    add("--out", help="output folder (default: out/<preset>/eval)")
     add("--split", default="test", choices=("test", "val"), help="rows that are asked about")
     add("--adapter", nargs="+", metavar="RUN", help="runs to evaluate, base for none (default: "
-        "base, out/coldstart, out/distill)")
-    add("--input", default="both", choices=("both", *responses.INPUTS), help="the picture, the "
-        "symbols (without a plan), both, or, as a control, the picture of another puzzle")
-    add("--tasks", nargs="+", help="task, or task:level, or task:low-high (default: all)")
-    add("--limit", type=int, help="rows per task and level (default: all)")
-    add("--rollout_batch", type=int, help="rows answered at a time (default: the preset's)")
-    add("--max_new_tokens", type=int, help="length limit of an answer, tokens")
-    add("--temperature", type=float, default=0.0, help="0: greedy")
-    add("--samples", type=int, default=1, help="answers per row: their mean, and pass@k")
+        "base, out/<preset>/coldstart and out/<preset>/distill, where they are)")
+    add("--input", default="both", choices=("both", *INPUTS), help="the picture, the symbols "
+        "(without a plan), both, or, as a control, the picture of another puzzle")
+    add("--tasks", nargs="+", help="task, or task:size, or task:low-high (default: all)")
+    add("--limit", type=whole_number(1), help="rows per task and board size (default: all)")
+    add("--rollout_batch", type=whole_number(1), help="rows answered at a time")
+    add("--max_new_tokens", type=whole_number(1), help="length limit of an answer, tokens")
+    add("--temperature", type=real_number(), default=0.0, help="0: greedy")
+    add("--samples", type=whole_number(1), default=1,
+        help="answers per row: their mean, and pass@k")
     add("--perception", action="store_true", help="also ask, greedily, every perception question")
-    add("--responses", metavar="FILE", help='score {"id", "response"} lines; loads no model')
+    add("--responses", metavar="FILE", help='score {"id", "response"} lines, their "plan" as it is '
+        "where they have one (tools/lenient.py); loads no model")
     add("--allow_missing", action="store_true", help="rows without a response are failures")
-    add("--lenient", action="store_true", help="also read plans that are written in other forms")
-    add("--tolerance", type=float, default=0.0,
-        help="how far an answer of a pair that is a number may be off")
-    add("--name", help="name of the condition (default: the run's folder, the file's stem)")
+    add("--tolerance", type=real_number(), default=0.0,
+        help="how far an own row's answer that is a number may be off")
+    add("--name", help="name of the one condition (default: the run's folder, the file's stem)")
     add("--reference", metavar="CONDITION", help="what differences are taken against (default: "
         "base-image, else the first)")
-    args = common.resolve(parser.parse_args(argv))
-    for name in ("limit", "samples"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            fail(f"--{name} {getattr(args, name)}: wanted at least 1")
-    if not 0 <= args.tolerance < float("inf"):
-        fail(f"--tolerance {args.tolerance}: wanted a number from 0 on")
-    if args.temperature < 0 or (args.samples > 1 and args.temperature == 0):
-        fail(f"--samples {args.samples} --temperature {args.temperature}: several answers need "
-             "a --temperature above 0")
+    args = parser.parse_args(argv)
+    if not args.adapter and not args.responses:
+        runs = [f"out/{args.preset or 'tiny'}/{stage}" for stage in STAGES[1:]]
+        args.adapter = ["base", *(run for run in runs if Path(run, "adapter").is_dir())]
+    runs = [run for run in args.adapter or () if run != "base"]
+    common.resolve(args, SETTINGS, runs[0] if runs else None)
+    args.out = args.out or f"out/{args.preset}/eval"
+    args.data = args.data or gen_data.PRESETS[args.preset]["out"]
+    if args.samples > 1 and args.temperature == 0:
+        fail(f"--samples {args.samples}: several answers need a --temperature above 0")
     if args.responses and (args.samples > 1 or args.perception):
         fail("--responses scores one plan per row, without --samples or --perception")
     if args.name and not re.fullmatch(r"\w[\w.+-]*", args.name):
@@ -83,166 +110,302 @@ def parse_args(argv=None):
     return args
 
 
-def digest_rows(rows):
-    """What two conditions must share to stand in one table: their puzzles, their pairs' answers."""
-    return responses.digest([(row["id"], gen_data.key_of(row),
-                              row.get("bucket", row.get("answer"))) for row in rows])
+def find_adapters(args):
+    """{name: adapter folder, None for the base model} of args.adapter; all must be of one model."""
+    found = {}
+    for run in args.adapter:
+        if run == "base":
+            name, folder = "base", None
+        else:
+            folder = Path(run, "adapter") if Path(run, "adapter").is_dir() else Path(run)
+            for file in ("adapter_config.json", "adapter_model.safetensors"):
+                if not (folder / file).is_file():
+                    fail(f"--adapter {run}: no adapter there ({folder}/{file} is missing)")
+            place = folder.resolve()
+            name = place.parent.name if place.name == "adapter" else place.name
+            old = common.read_run(run)
+            if old and (old["bits"] != args.bits or common.digest_folder(old["model"])
+                        != common.digest_folder(args.model)):
+                fail(f"--adapter {run}: trained on {old['model']} in {old['bits']} bits, not on "
+                     f"{args.model} in {args.bits}: evaluate it by itself")
+        name = args.name or name
+        if name in found:
+            fail(f"two runs are called {name!r}: evaluate them one at a time with --name")
+        found[name] = folder
+    return found
 
 
-def weight_files(folder):
-    """Name, size and time of a folder's weights, to notice new ones; [] for a hub name."""
-    files = sorted(Path(folder).glob("*.safetensors")) if folder else []
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+# ---------------------------------------------------------------- what is asked
+# A question is (key, prompt, picture or None): its key {"id"} with a "sample" or a "question" where
+# a row has several. An answer is the key with "response", "tokens", "cut" (no EOS within the
+# limit), or with an "error".
+
+def other_pictures(rows, pool):
+    """{id: picture of the next puzzle in `pool` of the same task and size}, never a row's own."""
+    groups, pictures = {}, {}                                # (task, level): {symbols: picture}
+    for row in pool:
+        groups.setdefault((row.task, row.level), {})[row.symbols()] = row.path
+    for row in rows:
+        group = groups[row.task, row.level]
+        keys, paths = list(group), list(group.values())
+        if len(keys) == 1:
+            fail(f"--input swapped: {row.task}, board size {row.level}, has a single puzzle; "
+                 "choose other --tasks or make more rows")
+        pictures[row.id] = paths[(keys.index(row.symbols()) + 1) % len(paths)]
+    return pictures
+
+
+def planning_questions(rows, source, pool, samples=1):
+    """What is asked about rows. source: one of INPUTS; pool: rows to swap pictures with."""
+    swapped, asked = other_pictures(rows, pool) if source == "swapped" else {}, []
+    for sample in range(samples):
+        for row in rows:
+            key = {"id": row.id, "sample": sample} if samples > 1 else {"id": row.id}
+            if source == "text":
+                asked.append((key, row.teacher_prompt("symbols"), None))
+            else:
+                asked.append((key, row.student_prompt(), swapped.get(row.id, row.path)))
+    return asked
+
+
+def perception_questions(rows):
+    """Every question about every picture, one at a time."""
+    asked = []
+    for row in rows:
+        for name in row.questions():
+            asked.append(({"id": row.id, "question": name}, row.ask((name,)), row.path))
+    return asked
+
+
+def digest_questions(questions):
+    """16 hex digits, the same for the same prompts and bytes of pictures."""
+    pictures = {path: digest_file(path) for path in {path for _, _, path in questions if path}}
+    return digest([(key, prompt, pictures.get(path)) for key, prompt, path in questions])
 
 
 # ---------------------------------------------------------------- answers
 
-class Answerer:
-    """The model on this machine: loaded at the first question without an answer."""
-
-    def __init__(self, args):
-        self.args, self.model, self.adapter = args, None, None
-
-    def use(self, adapter):
-        """Load the model if it is not, and exchange its adapter (None: the base model)."""
-        if self.model is None:
-            self.model, self.processor = common.load(self.args.model, self.args.bits)
-        if adapter != self.adapter:
-            self.model = self.model.unload() if self.adapter else self.model
-            self.model = common.add_lora(self.model, path=adapter) if adapter else self.model
-            self.adapter = adapter
-        self.model.eval()
-
-    def answer(self, adapter, condition, temperature, batch):
-        """The lines of one batch of (key, prompt, picture or None). temperature 0: greedy."""
-        self.use(adapter)
-        device, keys = self.model.device, [key for key, _, _ in batch]
-        images = [path and gen_data.open_picture(path) for _, _, path in batch]
-        uniforms = None
-        if temperature:                # they depend on (seed, condition, row, sample, position)
-            names = [responses.digest(self.args.seed, condition, key) for key in keys]
-            numbers = [np.random.default_rng(int(name, 16)).random(self.args.max_new_tokens)
-                       for name in names]
-            uniforms = np.stack(numbers)                                           # [B, T]
-        try:
-            prompt = common.encode(self.processor, [text for _, text, _ in batch], images, device)
-            ids, mask = common.sample(                               # [B, T] both
-                self.model, self.processor, prompt, self.args.max_new_tokens, uniforms,
-                temperature or 1.0)
-        except torch.OutOfMemoryError:
-            fail(f"the GPU's memory does not suffice for {len(batch)} rows of up to "
-                 f"{self.args.max_new_tokens} new tokens: the same command goes on with a lower "
-                 f"--rollout_batch (it is {self.args.rollout_batch})")
-        texts, lengths = common.decode(self.processor, ids, mask), mask.sum(1).tolist()
-        cut = common.was_cut(self.model, self.processor, ids, mask)
-        return [{**key, "response": text, "tokens": length, "cut": is_cut}
-                for key, text, length, is_cut in zip(keys, texts, lengths, cut, strict=True)]
+def label(line):
+    """What tells one answer of a condition from another."""
+    return line["id"], line.get("sample"), line.get("question")
 
 
-def find_adapters(args):
-    """{name: adapter folder, None for the base model}, of the runs given or found."""
-    found = {}
-    for run in args.adapter or ["base", *(run for run in RUNS if Path(run, "adapter").is_dir())]:
-        path = Path(run, "adapter") if Path(run, "adapter").is_dir() else Path(run)
-        folder = path.parent if path.name == "adapter" else path
-        name = "base" if run == "base" else args.name or folder.name
-        if name in found:
-            fail(f"two runs are called {name!r}: evaluate them one at a time with --name")
-        found[name] = None if run == "base" else str(path)
-    return found
+def read_answers(file):
+    """{label: line} of the answers in a file; half a line that a kill left is cut off the file."""
+    if not file.is_file():
+        return {}
+    content, lines = file.read_bytes(), {}
+    whole = content[:content.rfind(b"\n") + 1]
+    if whole != content:
+        file.write_bytes(whole)
+    for line in map(json.loads, whole.splitlines()):
+        if "error" not in line:  # what failed is asked again
+            lines[label(line)] = line
+    return lines
 
 
-def trained_keys(adapter):
-    """The keys of the puzzles an adapter was trained on; None if its run does not say."""
-    file = Path(adapter).parent / "trained_rows.json" if adapter else None
-    if file and not file.is_file():
-        tqdm.write(f"{file} is missing: rows that {adapter} was trained on cannot be counted")
-        return None
-    return set(json.loads(file.read_text())) if file else set()
+@dataclass
+class Job:
+    """Questions to one model, and the file of their answers."""
+    adapter: Path       # or None for the base model
+    folder: Path        # of the condition
+    kind: str           # predictions or perception
+    questions: list
+    settings: dict      # what an answer depends on
+
+    def file(self):
+        """Its name follows from the settings: each way of asking has a file of its own."""
+        return self.folder / "answers" / f"{self.kind}-{digest(self.settings)}.jsonl"
+
+    def batches(self, size):
+        """The batches in which an answer is missing; whole ones, so that a resume changes none."""
+        lines = read_answers(self.file())
+        for i in range(0, len(self.questions), size):
+            batch = self.questions[i:i + size]
+            if any(label(key) not in lines for key, _, _ in batch):
+                yield batch
+
+    def answers(self):
+        """The lines of all questions, in their order."""
+        lines = read_answers(self.file())
+        return [lines[label(key)] for key, _, _ in self.questions]
 
 
-def ask_model(args, rows, test):
-    """Ask the model for the answers of every condition, and judge them."""
-    answerer, adapters = Answerer(args), find_adapters(args)
-    trained = {stage: trained_keys(adapter) for stage, adapter in adapters.items()}
+def plan_jobs(args, rows, pool, adapters):
+    """What is to be asked: for every adapter, for every input."""
     sources = ("image", "text") if args.input == "both" else (args.input,)
-    asked = {source: responses.planning_prompts(rows, source, test, args.samples)
-             for source in sources}
-    looks = responses.perception_prompts(rows)
-    settings = {"model": args.model, "weights": weight_files(args.model), "bits": args.bits,
-                "max_new_tokens": args.max_new_tokens, "versions": common.versions()}
-    conditions = [(stage, source) for stage in adapters for source in sources]
-    with_looks = [names for names in conditions if names[1] == "image" and (    # or asked before
-        args.perception or Path(args.out, "-".join(names), "perception.jsonl").is_file())]
-    print(f"{len(rows)} rows; conditions: {', '.join('-'.join(names) for names in conditions)}")
-    total = len(adapters) * sum(map(len, asked.values())) + len(with_looks) * len(looks)
+    asked = {source: planning_questions(rows, source, pool, args.samples) for source in sources}
+    about = perception_questions(rows) if args.perception else []
+    model, jobs = common.digest_folder(args.model), []
+    for name, adapter in adapters.items():
+        for source in sources:
+            settings = {
+                "model": Path(args.model).name, "files": model, "bits": args.bits,
+                "adapter": common.digest_folder(adapter), "max_new_tokens": args.max_new_tokens,
+                "temperature": args.temperature, "samples": args.samples,
+                "seed": args.seed if args.temperature else None,
+                "questions": digest_questions(asked[source]), "versions": common.versions()}
+            folder = Path(args.out, f"{name}-{source}")
+            jobs.append(Job(adapter, folder, "predictions", asked[source], settings))
+            if args.perception and source == "image":
+                greedy = {"temperature": 0.0, "samples": 1, "seed": None,
+                          "questions": digest_questions(about)}
+                jobs.append(Job(adapter, folder, "perception", about, settings | greedy))
+    return jobs
+
+
+def answer_batch(model, processor, batch, settings, condition):
+    """The answer lines of one batch of questions."""
+    keys = [key for key, _, _ in batch]
+    images = [path and gen_data.open_picture(path) for _, _, path in batch]
+    limit, uniforms = settings["max_new_tokens"], None
+    if settings["temperature"]:        # they depend on (seed, condition, row, sample, position)
+        numbers = []
+        for key in keys:
+            seed = int(digest(settings["seed"], condition, key), 16)
+            numbers.append(np.random.default_rng(seed).random(limit))
+        uniforms = np.stack(numbers)                                               # [B, T]
+    prompt = common.encode(processor, [text for _, text, _ in batch], images, model.device)
+    ids, mask = common.sample(model, processor, prompt, limit, uniforms,           # [B, T] both
+                              settings["temperature"] or 1.0)
+    texts, lengths = common.decode(processor, ids, mask), mask.sum(1).tolist()
+    cut = common.was_cut(model, processor, ids, mask)
+    return [{**key, "response": text, "tokens": length, "cut": is_cut}
+            for key, text, length, is_cut in zip(keys, texts, lengths, cut, strict=True)]
+
+
+def ask_model(args, jobs):
+    """Ask for the answers that are missing. Nothing is written before everything is checked."""
+    missing = {}
+    for i, job in enumerate(jobs):
+        missing[i] = list(job.batches(args.rollout_batch))
+    if not any(missing.values()):
+        return
+    model, processor = common.load(args.model, args.bits)
+    for adapter in {job.adapter for job in jobs} - {None}:
+        common.add_lora(model, path=adapter).unload()
+    for path in sorted({path for job in jobs for _, _, path in job.questions if path}):
+        gen_data.open_picture(path)
+    using, total = None, sum(len(batch) for batches in missing.values() for batch in batches)
     with tqdm(total=total, desc="answers", unit="row") as bar:
+        for i, job in enumerate(jobs):
+            if job.adapter != using:
+                model = model.unload() if using else model
+                model = common.add_lora(model, path=job.adapter) if job.adapter else model
+                using = job.adapter
+            model.eval()
+            file = job.file()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(f"{file}.settings.json", json.dumps(job.settings, indent=1) + "\n")
+            with open(file, "a", encoding="utf-8", newline="\n") as out:
+                for batch in missing[i]:
+                    lines = answer_batch(model, processor, batch, job.settings, job.folder.name)
+                    out.writelines(json.dumps(line) + "\n" for line in lines)
+                    out.flush()
+                    bar.update(len(batch))
 
-        def answers(folder, name, adapter, questions, temperature):
-            fixed = {**settings, "adapter": weight_files(adapter), "temperature": temperature,
-                     "seed": args.seed if temperature else None}
-            answer = partial(answerer.answer, adapter, folder.name, temperature)
-            return responses.collect(folder / name, fixed, questions, args.rollout_batch, answer,
-                                     map, bar)
 
-        for stage, source in conditions:
-            folder, adapter, seen = Path(args.out, f"{stage}-{source}"), adapters[stage], []
-            (folder / "summary.json").unlink(missing_ok=True)  # it may tell of other answers
-            lines = answers(folder, "predictions.jsonl", adapter, asked[source], args.temperature)
-            if (stage, source) in with_looks:
-                seen = answers(folder, "perception.jsonl", adapter, looks, 0)
-            conclude(folder, rows, lines, seen, args, trained[stage])
+def read_responses(file, rows, pool, allow_missing):
+    """The answers in `file`, one per row; ids that are unknown, duplicate or missing are errors."""
+    known, lines = {row.id for row in pool}, {}
+    try:
+        texts = Path(file).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"cannot read --responses {file}: {error}")
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+        except ValueError:
+            fail(f'{file}, line {number}: not JSON; wanted one {{"id", "response"}} per line')
+        if not isinstance(line, dict) or not all(isinstance(line.get(name), str)
+                                                 for name in ("id", "response")):
+            fail(f'{file}, line {number}: wanted an object with "id" and "response", both text; '
+                 f"got {str(line)[:60]}")
+        plan = line.get("plan")
+        if plan is not None and not (isinstance(plan, list)
+                                     and all(isinstance(action, str) for action in plan)):
+            fail(f'{file}, line {number}: "plan": wanted a list of actions or null, got '
+                 f"{str(plan)[:60]}")
+        if line["id"] in lines:
+            fail(f"{file}, line {number}: the id {line['id']!r} is a duplicate")
+        if line["id"] not in known:
+            fail(f"{file}, line {number}: id {line['id']!r} is not among the rows of --data")
+        lines[line["id"]] = {name: line[name] for name in ANSWER if name in line}
+    missing = [row.id for row in rows if row.id not in lines]
+    if missing and not allow_missing:
+        fail(f"{file}: no response for {len(missing)} rows, the first {missing[0]!r}; "
+             "--allow_missing makes them failures")
+    return [lines.get(row.id, {"id": row.id, "response": ""}) for row in rows]
 
 
 # ---------------------------------------------------------------- verdicts
 
-def judge(row, line, parse=gen_data.parse, trained=None, tolerance=0):
-    """An answer with its verdict: gen_data.judge's, who failed, and if the puzzle was trained on.
+def verdict_of(row, line, trained=None, tolerance=0):
+    """An answer with its verdict: the row's, who failed, and if the puzzle was trained on.
+
+    A line that has a "plan" (a list of actions, or None) was read by somebody else's reader.
 
     A failure is perception's if the plan works in the world that the response describes,
     planning's if it fails there too or there is no plan, unclear if no map could be read. Rows
-    that are no puzzles have neither. trained: keys of puzzles, None if they are not known.
+    that are no puzzles have neither. trained: keys of rows, None if they are not known.
     """
-    verdict = gen_data.judge(row, line["response"], parse, tolerance)
+    parse = (lambda task, text: line["plan"]) if "plan" in line else gen_data.parse
+    verdict = row.judge(line["response"], parse, tolerance)
     if "error" in line and verdict["outcome"] != "not judged":
         verdict["outcome"] = "error"
     failure = None
-    if verdict["outcome"] != "success" and verdict["state_right"] is not None:
+    if verdict["outcome"] != "success" and verdict["map_right"] is not None:
         failure = "unclear"
-        if verdict["state"] is not None:
-            described = {**row, "state": verdict["state"]}
-            works = gen_data.judge(described, line["response"], parse)["outcome"] == "success"
+        if verdict["map"] is not None:
+            described = gen_data.TASKS[row.task](**verdict["map"])
+            works = gen_data.check(described, verdict["plan"])[0] == "success"
             failure = "perception" if works else "planning"
-    return {**line, "task": row["task"], "level": row["level"], "bucket": row.get("bucket"),
-            **verdict, "failure": failure,
-            "trained_on": None if trained is None else gen_data.key_of(row) in trained}
+    return {**line, "task": row.task, "level": row.level, "bucket": row.bucket, **verdict,
+            "failure": failure, "trained_on": None if trained is None else row.key() in trained}
 
 
-def conclude(folder, rows, lines, looks, args, trained=None):
-    """Judge a condition's answers: predictions.jsonl, perception.jsonl, summary.json."""
-    by_id, seen = {row["id"]: row for row in rows}, []
-    parse = lenient.parse if args.lenient else gen_data.parse
-    verdicts = [judge(by_id[line["id"]], line, parse, trained, args.tolerance) for line in lines]
-    for line in looks:
+def trained_keys(adapter):
+    """The keys of the rows an adapter was trained on; None if its run does not say."""
+    if adapter is None:
+        return set()
+    file = Path(adapter).resolve().parent / "trained_rows.json"
+    if not file.is_file():
+        tqdm.write(f"{file} is missing: rows that {adapter} was trained on cannot be counted")
+        return None
+    return set(json.loads(file.read_text(encoding="utf-8")))
+
+
+def conclude(folder, rows, lines, seen, settings, args, trained=None):
+    """Judge a condition's answers: predictions.jsonl, perception.jsonl, summary.json.
+
+    lines: answers to the planning questions; seen: to the perception questions; settings: how both
+    were asked.
+    """
+    by_id = {row.id: row for row in rows}
+    verdicts = [verdict_of(by_id[line["id"]], line, trained, args.tolerance) for line in lines]
+    perception = []
+    for line in seen:
         row, name = by_id[line["id"]], line["question"]
-        right = gen_data.score_perception(row, (name,), line["response"])[name]
-        seen.append({**line, "task": row["task"], "level": row["level"], "right": right})
+        right = row.score((name,), line["response"])[name]
+        perception.append({**line, "task": row.task, "level": row.level, "right": right})
     table = summarise(verdicts)
-    whole = next(cell for cell in table if cell["task"] == "macro")
+    whole = next(line for line in table if line["task"] == "macro")
     success = "not judged" if whole["success"] is None else f"{whole['success']:.0%}"
     words = f"{folder.name}: success {success}"
     if whole["trained_on"] is not None:
         words += f"; {whole['trained_on']} of its {whole['n']} rows are puzzles it was trained on"
     tqdm.write(words)
-    summary = {"rows": digest_rows(rows), "table": table, "diagnosis": diagnose(verdicts),
-               "perception": summarise_perception(seen), "args": vars(args),
-               "versions": common.versions()}
+    summary = {"rows": gen_data.digest_rows(rows), "table": table,
+               "diagnosis": diagnose(verdicts), "perception": summarise_perception(perception),
+               "asked": settings, "args": vars(args), "versions": common.versions()}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, things in (("predictions", verdicts), ("perception", seen)):
+    for name, things in (("predictions", verdicts), ("perception", perception)):
         if things:
             text = "".join(json.dumps(thing) + "\n" for thing in things)
-            run_files.write_aside(folder / f"{name}.jsonl", text)
-    run_files.write_aside(folder / "summary.json", json.dumps(summary, indent=1))
+            write_text(folder / f"{name}.jsonl", text)
+    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------- numbers
@@ -283,7 +446,7 @@ def answer_frame(verdicts):
     What does not apply to a row is NaN: it counts in no rate.
     """
     frame = pd.DataFrame(verdicts, columns=[
-        "id", "task", "level", "bucket", "outcome", "plan", "optimal", "state_right", "cut",
+        "id", "task", "level", "bucket", "outcome", "plan", "optimal", "map_right", "cut",
         "tokens", "trained_on"])
     frame["success"] = frame["outcome"].eq("success").astype(float)
     frame["parsed"] = frame["plan"].notna().astype(float)
@@ -306,10 +469,10 @@ def by_task(rows, column):
     return [group[column].to_numpy() for _, group in known.groupby("task", sort=False)]
 
 
-def cell(answers):
+def table_line(answers, bucket=None):
     """The numbers of one line of the table: n, rates with intervals; all tasks weigh the same."""
     rows = by_row(answers)
-    numbers = {"n": len(rows)}
+    numbers = {"bucket": bucket, "n": len(rows)}
     for name in RATES:
         numbers |= rate(name, by_task(rows, name))
     if len(answers) > len(rows):
@@ -319,31 +482,31 @@ def cell(answers):
     numbers["trained_on"] = len(rows) - len(unseen) if known else None
     numbers |= rate("success_unseen", by_task(unseen, "success"))
     numbers["tokens"] = None if answers["tokens"].isna().all() else float(answers["tokens"].mean())
-    faults = Counter(outcome for outcome in answers["outcome"] if outcome != "success")
-    return numbers | {"faults": dict(faults.most_common())}
+    failures = Counter(outcome for outcome in answers["outcome"] if outcome != "success")
+    return numbers | {"failures": dict(failures.most_common())}
 
 
 def summarise(verdicts):
     """The table: a dict per task and level, per task, for all tasks, for all tasks by bucket."""
     answers, table = answer_frame(verdicts), []
     for task, of_task in answers.groupby("task", sort=False):
-        for level, of_level in of_task.groupby("level"):  # pairs have none
-            table.append({"task": task, "level": int(level), "bucket": None, **cell(of_level)})
-        table.append({"task": task, "level": None, "bucket": None, **cell(of_task)})
-    table.append({"task": "macro", "level": None, "bucket": None, **cell(answers)})
+        for level, of_level in of_task.groupby("level"):  # own rows have none
+            table.append({"task": task, "level": int(level), **table_line(of_level)})
+        table.append({"task": task, "level": None, **table_line(of_task)})
+    table.append({"task": "macro", "level": None, **table_line(answers)})
     for bucket in gen_data.DIFFICULTIES:
         of_bucket = answers[answers["bucket"] == bucket]
         if len(of_bucket):
-            table.append({"task": "macro", "level": None, "bucket": bucket, **cell(of_bucket)})
+            table.append({"task": "macro", "level": None, **table_line(of_bucket, bucket)})
     return table
 
 
-def summarise_perception(looks):
+def summarise_perception(answers):
     """Exact match per question and of all questions about a picture, per task, level and question.
 
-    looks: [{"id", "task", "level", "question", "right"}].
+    answers: [{"id", "task", "level", "question", "right"}].
     """
-    frame, numbers = pd.DataFrame(looks, columns=["id", "task", "level", "question", "right"]), []
+    frame, numbers = pd.DataFrame(answers, columns=["id", "task", "level", "question", "right"]), []
     for task, of_task in frame.groupby("task", sort=False):
         for level in [None, *sorted(map(int, of_task["level"].dropna().unique()))]:
             some = of_task if level is None else of_task[of_task["level"] == level]
@@ -357,10 +520,10 @@ def summarise_perception(looks):
 
 def diagnose(verdicts):
     """Counts: the map described (right, wrong) against the plan (PLANS), and who failed."""
-    counts, verdicts = Counter(), [v for v in verdicts if v["state_right"] is not None]
+    counts, verdicts = Counter(), [v for v in verdicts if v["map_right"] is not None]
     for v in verdicts:
         plan = "shortest" if v["optimal"] else "longer" if v["outcome"] == "success" else "failed"
-        counts["right" if v["state_right"] else "wrong", plan] += 1
+        counts["right" if v["map_right"] else "wrong", plan] += 1
     failed = Counter(v["failure"] for v in verdicts)
     table = {f"{side}_{plan}": counts[side, plan] for side in ("right", "wrong") for plan in PLANS}
     return table | {name: failed[name] for name in FAILURES}
@@ -411,47 +574,73 @@ def compare(verdicts, reference=None):
 
 # ---------------------------------------------------------------- main
 
+def take_folder(out):
+    """Make the folder of an evaluation, or take the one that is there, and lock it -> the lock."""
+    out.mkdir(parents=True, exist_ok=True)
+    found = sorted(path.name for path in out.iterdir() if path.name != ".lock")
+    if found and kind_of(out) != "evaluation":
+        fail(f"{out} holds {found[0]} and is not the folder of an evaluation: choose another --out")
+    lock = lock_folder(out)
+    write_text(out / "args.json", json.dumps({"kind": "evaluation"}) + "\n")
+    return lock
+
+
 def finished_conditions(out, rows):
     """{condition: its summary.json} of those in `out` that answered `rows`, stages first."""
-    finished = {}
+    finished, wanted = {}, gen_data.digest_rows(rows)
     for path in sorted(Path(out).glob("*/summary.json")):
         summary = json.loads(path.read_text(encoding="utf-8"))
-        if summary["rows"] == digest_rows(rows):
+        if summary["rows"] == wanted:
             finished[path.parent.name] = summary
         else:
             print(f"{path.parent.name} answered other rows: left out of the tables")
-    stages = [f"{stage}-{source}" for stage in STAGES for source in responses.INPUTS]
+    stages = [f"{stage}-{source}" for stage in STAGES for source in INPUTS]
     order = [name for name in stages if name in finished]
     order += [name for name in finished if name not in order]
     return {name: finished[name] for name in order}
 
 
 def main(args):
+    adapters = {} if args.responses else find_adapters(args)
+    levels = gen_data.parse_tasks(args.tasks) if args.tasks else None
+    if args.responses and not Path(args.responses).is_file():
+        fail(f"--responses {args.responses}: no such file")
+    common.announce(args)
     gen_data.ensure(args.data, args.preset, args.seed)
-    test, out = gen_data.load_rows(args.data, args.split), Path(args.out)
-    rows = gen_data.choose_rows(test, args.tasks, args.limit)
+    pool, out = gen_data.load_rows(args.data, args.split), Path(args.out)
+    rows = gen_data.choose_rows(pool, levels and args.tasks, args.limit)
+    lock = take_folder(out)
     if args.responses:
         folder = out / (args.name or Path(args.responses).stem)
-        if list(folder.glob("*.settings.json")):
+        if (folder / "answers").is_dir():
             fail(f"{folder} holds answers that were asked for here: choose another --name")
-        lines = responses.read(args.responses, rows, test, args.allow_missing)
-        conclude(folder, rows, lines, [], args)
+        lines = read_responses(args.responses, rows, pool, args.allow_missing)
+        conclude(folder, rows, lines, [], {"responses": Path(args.responses).name}, args)
     else:
-        ask_model(args, rows, test)
+        jobs = plan_jobs(args, rows, pool, adapters)
+        ask_model(args, jobs)
+        for job in jobs:
+            if job.kind == "predictions":
+                seen = [other for other in jobs
+                        if other.folder == job.folder and other.kind == "perception"]
+                conclude(job.folder, rows, job.answers(), seen[0].answers() if seen else [],
+                         job.settings, args, trained_keys(job.adapter))
 
     summaries = finished_conditions(out, rows)
     verdicts = {name: report.read_lines(out / name / "predictions.jsonl") for name in summaries}
     comparison = compare(verdicts, args.reference)
     tables = report.make_tables(summaries, comparison)
-    runs = [Path(run) for run in dict.fromkeys((*RUNS, *(args.adapter or ())))]
-    page = report.make_page(rows, tables, summaries, verdicts, runs)
-    run_files.write_aside(out / "results.md", report.make_text(tables))
-    run_files.write_aside(out / "results.json",
-                       json.dumps({"conditions": summaries, **comparison}, indent=1))
-    run_files.write_aside(out / "report.html", page)
-    print(f"\n{report.markdown(tables[0])}\nmore in {out}/results.md and {out}/report.html; every "
-          f"answer in {out}/<condition>/predictions.jsonl")
+    runs = [Path(f"out/{args.preset}/{stage}") for stage in STAGES[1:]]
+    runs += [Path(run) for run in args.adapter or () if run != "base"]
+    page = report.make_page(rows, tables, summaries, verdicts, list(dict.fromkeys(runs)))
+    write_text(out / "results.md", report.make_text(tables))
+    write_text(out / "results.json",
+               json.dumps({"conditions": summaries, **comparison}, indent=1) + "\n")
+    write_text(out / "report.html", page)
+    lock.release()
+    print(f"\n{report.differing(summaries)}{report.markdown(tables[0])}\nmore in {out}/results.md "
+          f"and {out}/report.html; every answer in {out}/<condition>/predictions.jsonl")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    common.run_script(parse_args, main)

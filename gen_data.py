@@ -787,9 +787,8 @@ HINT = "A reference plan: {plan}\nDo not mention that a reference plan is given.
 ASK_SYMBOLS = "Write down what the picture shows, in symbols and completely."
 
 
-def listing(puzzle):
+def listing(cells):
     """The row-by-row text of a board: what the teacher reads and what a response states first."""
-    cells = puzzle.cells()
     lines = [f"Map: {len(cells)}x{len(cells[0])}"]
     for r, row in enumerate(cells):
         lines.append(f"row {r}: " + " ".join(row))
@@ -802,7 +801,7 @@ def reference_response(puzzle, plan):
     route = f"Route: from {places(path[:1])}"
     for action, before, pos in zip(plan, path, path[1:], strict=False):
         route += f" {action} {'at' if pos[:2] == before[:2] else 'to'} {places([pos])}"
-    return f"{listing(puzzle)}\n{route}.\n<answer>{','.join(plan)}</answer>"
+    return f"{listing(puzzle.cells())}\n{route}.\n<answer>{','.join(plan)}</answer>"
 
 
 @lru_cache
@@ -895,7 +894,7 @@ class PuzzleRow(Row):
 
     def symbols(self):
         """What the teacher reads in the picture's place."""
-        return f"{SYMBOLS}\n{listing(self.puzzle)}"
+        return f"{SYMBOLS}\n{listing(self.puzzle.cells())}"
 
     def ask_plan(self):
         return ASK_PLAN + reference_response(*example(self.task))
@@ -922,7 +921,8 @@ class PuzzleRow(Row):
 
     def questions(self):
         """{name: (question, answer)}; "map" asks for the map of a response."""
-        questions = {"map": (ASK_MAP + listing(example(self.task)[0]), listing(self.puzzle))}
+        shown = listing(example(self.task)[0].cells())
+        questions = {"map": (ASK_MAP + shown, listing(self.puzzle.cells()))}
         facts = self.puzzle.facts()
         for name, text in self.puzzle.questions.items():
             questions[name] = (text, facts[name])
@@ -1211,9 +1211,9 @@ def write_dataset(out, splits, settings, cell_size, image_size, workers=1, total
     write_text(aside / "args.json", json.dumps({"kind": "data", **settings}, indent=1) + "\n")
     pool = multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext()
     try:
-        with pool, tqdm(total=total, desc="rows", unit="row") as bar:
+        with pool as processes, tqdm(total=total, desc="rows", unit="row") as bar:
             for split, lines in splits.items():
-                write_split(aside / split, lines, cell_size, image_size, pool, bar)
+                write_split(aside / split, lines, cell_size, image_size, processes, bar)
         if out.exists():  # `check_out` has agreed
             shutil.rmtree(out)
         aside.rename(out)

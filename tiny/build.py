@@ -22,6 +22,7 @@ import random
 import re
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -215,7 +216,7 @@ def art_picture(rng, row, named=True, cell=32):
     named: the text says what the things are; else it is the task's own legend, of which nothing is
     there to see, and the marks may be pixel art: what they are has to be guessed.
     """
-    grid, marks = TASKS[row["task"]].cells(row["state"]), MARKS[row["task"]]
+    grid, marks = row.puzzle.cells(), MARKS[row.task]
     walled = any(len(text) > 1 for text in grid[0])  # a cell says its open sides
     looks = art_looks(rng, marks)
     if walled:  # one floor, walls of one colour, two marks on it
@@ -257,7 +258,7 @@ def art_picture(rng, row, named=True, cell=32):
                          "R": [x + end - w // 2, y, x + end, y + end]}
                 for action in walls.keys() - set(text[1:]):
                     draw.rectangle(walls[action], ink)
-    return add_noise(image, rng), f"{SHOWS}{legend}." if named else gen_data.legend(row)
+    return add_noise(image, rng), f"{SHOWS}{legend}." if named else row.picture_and_legend()
 
 
 # ---------------------------------------------------------------- tokenizer, processor, config
@@ -270,12 +271,11 @@ def build_tokenizer(seed=0):
     corpus = []
     phrases = {gen_data.ASK_FACTS, ASK_GRID, ASK_LINES, ASK_FIND, SHOWS, *SYMBOLS}
     for task, level in BOARDS:
-        any_row = {"task": task}
-        phrases |= {TASKS[task].rules, *TASKS[task].questions.values(), gen_data.legend(any_row),
-                    gen_data.ask_map(any_row), gen_data.ask_plan(any_row)}
         for row in board_pool(task, level, 200, seed):
-            corpus += [gen_data.teacher_prompt(row), gen_data.response(row),
-                       gen_data.perception_target(row), art_picture(rng, row)[1]]
+            corpus += [row.teacher_prompt("symbols+plan"), row.response(), row.answers(),
+                       art_picture(rng, row)[1]]
+        phrases |= {row.puzzle.rules, *[question for question, _ in row.questions().values()],
+                    row.picture_and_legend(), row.ask_plan()}
     corpus.append(" ".join(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES))
     corpus += [generic_picture(rng)[2] for _ in range(2000)]
     for phrase in phrases:
@@ -343,29 +343,29 @@ def board_pool(task, level, count, seed):
     """Rows of the train split; repeated ones are kept, this is a stream and not a data set."""
     rng, rows = np.random.default_rng([seed, level, len(task)]), []
     while len(rows) < count:
-        state = TASKS[task].sample(rng, level)
-        plan = solve(task, state) if gen_data.split_of(task, state) == "train" else None
+        puzzle = TASKS[task].sample(rng, level)
+        plan = solve(puzzle) if gen_data.split_of(task, puzzle) == "train" else None
         if plan:
-            rows.append({"task": task, "level": level, "state": state, "plan": plan})
+            rows.append(gen_data.PuzzleRow({"id": None, "task": task, "level": level,
+                                            "state": asdict(puzzle), "plan": plan}))
     return rows
 
 
-def random_plan(rng, row):
+def random_plan(rng, puzzle):
     """A shortest plan at random: at every position any action that comes one step closer."""
-    task, state = row["task"], row["state"]
-    rules, start = TASKS[task], TASKS[task].start(state)
+    start = puzzle.start_pos()
     # Per distance: position -> the (previous position, action) pairs that lead there.
     layers, seen = [{start: []}], {start}
-    while not any(rules.done(state, pos) for pos in layers[-1]):
+    while not any(puzzle.done(pos) for pos in layers[-1]):
         layer = {}
         for pos in layers[-1]:
-            for action in rules.actions:
-                new, fault = rules.step(state, pos, action)
-                if not fault and new not in seen:
+            for action in puzzle.actions:
+                new, violation = puzzle.step(pos, action)
+                if not violation and new not in seen:
                     layer.setdefault(new, []).append((pos, action))
         seen |= layer.keys()
         layers.append(layer)
-    pos, plan = rng.choice([pos for pos in layers[-1] if rules.done(state, pos)]), []
+    pos, plan = rng.choice([pos for pos in layers[-1] if puzzle.done(pos)]), []
     for layer in layers[:0:-1]:
         pos, action = rng.choice(layer[pos])
         plan.append(action)
@@ -399,7 +399,7 @@ def cycle_at(step):
 def draw_sample(rng, pools, cycle):
     """One pretraining sample: (kind, prompt, image or None, [(text, supervised?), ...]).
 
-    The end token goes with the last text.
+    The EOS goes with the last text.
     """
     kind = rng.choices(list(cycle["kinds"]), cycle["kinds"].values())[0]
     if kind == "picture":
@@ -408,42 +408,41 @@ def draw_sample(rng, pools, cycle):
     board = rng.choices(BOARDS, cycle["boards"])[0]
     row = rng.choice(pools[board])
     if kind in ("perception", "art"):  # questions: the map alone, or one, some, or all of them
-        image, context = None, gen_data.symbols(row)
+        image, reads = None, row.symbols()
         if kind == "art":
-            image, context = art_picture(rng, row, rng.random() < .6)
-        names = gen_data.questions(row)
+            image, reads = art_picture(rng, row, rng.random() < .6)
+        names = tuple(row.questions())
         if rng.random() < .5:
             names = names[:1]
         else:
             names = tuple(rng.sample(names, rng.choice((1, 2, 3, len(names)))))
-        prompt = gen_data.perception_prompt(row, names, context)
-        return kind, prompt, image, [(gen_data.perception_target(row, names), True)]
+        return kind, row.ask(names, reads), image, [(row.answers(names), True)]
     if kind == "no map":  # the response states the map; its form and what follows are learned
-        map_text, rest = gen_data.response(row).split("\nRoute", 1)
-        prompt, image = gen_data.student_prompt(row), None
+        map_text, rest = row.response().split("\nRoute", 1)
+        prompt, image = row.student_prompt(), None
         if rng.random() < .5:  # beside a picture of another board: the map is never read off it
             image, legend = art_picture(rng, rng.choice(pools[board]), rng.random() < .6)
-            prompt = prompt.replace(gen_data.legend(row), legend)
+            prompt = prompt.replace(row.picture_and_legend(), legend)
         heads = re.split(r"(\nrow \d+:)", map_text)
         pieces = [(text, i % 2 == 1) for i, text in enumerate(heads)]
         pieces[0] = pieces[0][0], image is not None  # the size
         return kind, prompt, image, [*pieces, ("\nRoute" + rest, True)]
     if kind == "look":  # asked for a plan of a picture: its map is learned, nothing that follows
         image, legend = art_picture(rng, row, rng.random() < .6)
-        map_text, rest = gen_data.response(row).split("\nRoute", 1)
-        prompt = gen_data.student_prompt(row).replace(gen_data.legend(row), legend)
+        map_text, rest = row.response().split("\nRoute", 1)
+        prompt = row.student_prompt().replace(row.picture_and_legend(), legend)
         return kind, prompt, image, [(map_text, True), ("\nRoute" + rest, False)]
     with_plan = kind == "given plan" or (kind == "corrupted" and rng.random() < .5)
     if with_plan and rng.random() < .4:
-        row = row | {"plan": random_plan(rng, row)}
-    prompt = gen_data.teacher_prompt(row, "state+plan" if with_plan else "state")
-    text = gen_data.response(row)
+        row = gen_data.PuzzleRow({**row.data, "plan": random_plan(rng, row.puzzle)})
+    prompt = row.teacher_prompt("symbols+plan" if with_plan else "symbols")
+    text = row.response()
     if kind != "corrupted":
         return kind, prompt, None, [(text, True)]
     # Corrupted: some cells of the stated map are wrong; the true plan follows all the same.
     map_text, rest = text.split("\nRoute", 1)
     words, share = re.split(r"( )", map_text), rng.choice((.1, .3, .6))
-    other = gen_data.response(rng.choice(pools[board])).split("\nRoute")[0]
+    other = rng.choice(pools[board]).response().split("\nRoute")[0]
     pieces = []
     for mine, wrong in zip(words, re.split(r"( )", other), strict=True):  # same level, same words
         cell = mine.strip() and not any(part in mine for part in ("row", "Map", "x", "\n"))
@@ -581,21 +580,19 @@ def report(model, processor, count, split):
     shares = {}
     for task, level in BOARDS:
         rows = list(gen_data.sample_rows(task, level, split, count, seed=7))
-        images = [TASKS[task].render(row["state"], 32) for row in rows]
-        symbols = [gen_data.symbols(row) for row in rows]
-        from_text = greedy(model, processor, [gen_data.teacher_prompt(r, "state") for r in rows])
-        from_image = greedy(model, processor, [gen_data.student_prompt(r) for r in rows], images)
-        asked = greedy(model, processor, [gen_data.perception_prompt(row, ("map",), context)
-                                          for row, context in zip(rows, symbols, strict=True)])
-        asked += greedy(model, processor, [gen_data.perception_prompt(row, ("map",))
-                                           for row in rows], images)
-        text = [gen_data.judge(row, answer) for row, answer in zip(rows, from_text, strict=True)]
-        image = [gen_data.judge(row, answer) for row, answer in zip(rows, from_image, strict=True)]
+        images = [row.puzzle.render(32) for row in rows]
+        from_text = greedy(model, processor, [row.teacher_prompt("symbols") for row in rows])
+        from_image = greedy(model, processor, [row.student_prompt() for row in rows], images)
+        prompts = [row.ask(("map",), row.symbols()) for row in rows]
+        asked = greedy(model, processor, prompts)
+        asked += greedy(model, processor, [row.ask(("map",)) for row in rows], images)
+        text = [row.judge(answer) for row, answer in zip(rows, from_text, strict=True)]
+        image = [row.judge(answer) for row, answer in zip(rows, from_image, strict=True)]
         shares[task, level] = {
             "symbols": np.mean([verdict["outcome"] == "success" for verdict in text]),
             "pictures": np.mean([verdict["outcome"] == "success" for verdict in image]),
             "parsed": np.mean([verdict["plan"] is not None for verdict in image]),
-            "map": np.mean([verdict["state_right"] for verdict in image]),
+            "map": np.mean([verdict["map_right"] for verdict in image]),
             "asked": np.mean([text.startswith("Map:") and "Route" not in text for text in asked])}
     return shares
 
@@ -603,7 +600,7 @@ def report(model, processor, count, split):
 def table(shares):
     """The report in Markdown, in %."""
     columns = list(next(iter(shares.values())))
-    lines = ["| task | level | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
+    lines = ["| task | size | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
     for (task, level), share in shares.items():
         numbers = " | ".join(f"{100 * share[name]:.1f}" for name in columns)
         lines.append(f"| {task} | {level} | {numbers} |")

@@ -2,13 +2,13 @@
 
     pip install openai                                 # the key, if one is needed: $OPENAI_API_KEY
     python -m tools.ask --api_base http://localhost:8000/v1 --api_model NAME --out answers.jsonl
-    python evaluate.py --responses answers.jsonl --lenient
+    python -m tools.lenient answers.jsonl --out read.jsonl
+    python evaluate.py --responses read.jsonl
 
-Answers are written as they come: the same command goes on where it was stopped, and asks again for
-the rows that failed; answers that were given under other settings are put aside (*.old). A row
-that got no answer has an "error" and is a failure of the evaluation, never a row less.
+Answers are written as they come: the same command resumes where it was stopped, and asks again for
+the rows that failed. How was asked stands in FILE.settings.json; other settings want another FILE.
+A row that got no answer has an "error" and is a failure of the evaluation, never a row less.
 """
-import argparse
 import base64
 import json
 import mimetypes
@@ -16,99 +16,148 @@ import os
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+import common
+import evaluate
 import gen_data
-from gen_data import fail
-from tools import responses, run_files
+from gen_data import Parser, digest, fail, real_number, whole_number, write_text
 
 RETRIES = 5     # of 408, 409, 429, 5xx, a time-out or a broken connection; 0.5 to 8 s apart
 TIMEOUT = 300   # seconds
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tools.ask", description=__doc__.split("\n")[0])
+    parser = Parser(prog="-m tools.ask", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--api_base", required=True, metavar="URL", help="for example http://localhost:8000/v1")
     add("--api_model", required=True, metavar="NAME", help="the server's name for the model")
     add("--out", required=True, metavar="FILE", help="answers, one JSON object a line")
-    add("--data", default="data", help="folder made by gen_data.py")
-    add("--input", default="image", choices=responses.INPUTS, help="the picture, the symbols, or, "
+    add("--data", default=gen_data.PRESETS["tiny"]["out"], help="data folder")
+    add("--input", default="image", choices=evaluate.INPUTS, help="the picture, the symbols, or, "
         "as a control, the picture of another puzzle")
-    add("--tasks", nargs="+", help="task, or task:level, or task:low-high (default: all)")
-    add("--limit", type=int, help="rows per task and level (default: all)")
-    add("--max_new_tokens", type=int, default=1024, help="length limit of an answer, tokens")
-    add("--temperature", type=float, default=0.0, help="0: greedy")
-    add("--seed", type=int, default=0, help="with a temperature: draws the answers")
-    add("--concurrency", type=int, default=8, help="requests at a time")
+    add("--tasks", nargs="+", help="task, or task:size, or task:low-high (default: all)")
+    add("--limit", type=whole_number(1), help="rows per task and board size (default: all)")
+    add("--max_new_tokens", type=whole_number(1), default=1024,
+        help="length limit of an answer, tokens")
+    add("--temperature", type=real_number(), default=0.0, help="0: greedy")
+    add("--seed", type=whole_number(0), default=0, help="with a temperature: draws the answers")
+    add("--concurrency", type=whole_number(1), default=8, help="requests at a time")
     args = parser.parse_args(argv)
-    for name in ("limit", "max_new_tokens", "concurrency"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            fail(f"--{name} {getattr(args, name)}: wanted at least 1")
     if not args.api_base.startswith("http"):
         fail(f"--api_base {args.api_base}: wanted a URL such as http://localhost:8000/v1")
     return args
 
 
-def asker(args):
-    """answer([(key, prompt, picture or None)]) -> [line], one row at a time.
+def hide(text, secret):
+    """The text without the key, in whatever way it is written."""
+    for form in {secret, repr(secret)[1:-1], json.dumps(secret)[1:-1]}:
+        text = text.replace(form, "***")
+    return text
+
+
+class Asker:
+    """A client of the server: `asker(question)` -> the answer line.
 
     A row that failed for good has an "error". ConnectionError where no row would get an answer: a
     server that is not there, a refused key, an unknown model.
     """
-    try:
-        import openai
-    except ImportError:
-        fail("the client for the server is missing: pip install openai")
-    secret = os.environ.get("OPENAI_API_KEY") or "no key"
-    client = openai.OpenAI(base_url=args.api_base, api_key=secret, max_retries=RETRIES,
-                           timeout=TIMEOUT)
-    useless = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError,
-               openai.APIConnectionError)
 
-    def answer(batch):
-        (key, prompt, picture), = batch
+    def __init__(self, args):
+        try:
+            import openai
+        except ImportError:
+            fail("the client for the server is missing: pip install openai")
+        self.args, self.openai = args, openai
+        self.secret = os.environ.get("OPENAI_API_KEY", "").strip() or "no key"  # a .env's line end
+        if not self.secret.isascii() or not self.secret.isprintable():
+            fail("$OPENAI_API_KEY holds a character that no key has (a line end within it?)")
+        self.client = openai.OpenAI(base_url=args.api_base, api_key=self.secret,
+                                    max_retries=RETRIES, timeout=TIMEOUT)
+
+    def __call__(self, question):
+        key, prompt, picture = question
         content = [{"type": "text", "text": prompt}]
         if picture:
             kind = mimetypes.guess_type(picture)[0] or "image/png"
             url = f"data:{kind};base64,{base64.b64encode(Path(picture).read_bytes()).decode()}"
             content.insert(0, {"type": "image_url", "image_url": {"url": url}})
-        seed = int(responses.digest(args.seed, key), 16) % 2**31
-        sampling = {"temperature": args.temperature, **({"seed": seed} if args.temperature else {})}
+        sampling = {"temperature": self.args.temperature}
+        if self.args.temperature:
+            sampling["seed"] = int(digest(self.args.seed, key), 16) % 2**31
+        line = {**key, "model": self.args.api_model}
         try:
-            reply = client.chat.completions.create(
-                model=args.api_model, messages=[{"role": "user", "content": content}],
-                max_tokens=args.max_new_tokens, **sampling)
+            reply = self.client.chat.completions.create(
+                model=self.args.api_model, messages=[{"role": "user", "content": content}],
+                max_tokens=self.args.max_new_tokens, **sampling)
             choice = reply.choices[0]
-            return [{**key, "response": choice.message.content or "",
-                     "tokens": reply.usage and reply.usage.completion_tokens,
-                     "cut": choice.finish_reason == "length"}]
-        except (openai.OpenAIError, TypeError, IndexError, AttributeError, ValueError) as problem:
+            return {**line, "response": choice.message.content or "",
+                    "tokens": reply.usage and reply.usage.completion_tokens,
+                    "cut": choice.finish_reason == "length"}
+        except (self.openai.OpenAIError, TypeError, IndexError, AttributeError,
+                ValueError) as problem:
             error = f"{type(problem).__name__}: {problem} {problem.__cause__ or ''}"
-            error = error.replace(secret, "***")[:300].strip()
-            if isinstance(problem, useless) and not isinstance(problem, openai.APITimeoutError):
+            error = "a header was refused" if "header" in error.lower() else error
+            error = hide(error, self.secret)[:300].strip()
+            useless = (self.openai.AuthenticationError, self.openai.PermissionDeniedError,
+                       self.openai.NotFoundError, self.openai.APIConnectionError)
+            slow = isinstance(problem, self.openai.APITimeoutError)
+            if isinstance(problem, useless) and not slow:
                 raise ConnectionError(error) from None
-            return [{**key, "response": "", "error": error}]
-    return answer
+            return {**line, "response": "", "error": error}
+
+
+def open_answers(out, settings):
+    """{label: line} of the answers that FILE holds; fails if they were asked for otherwise."""
+    record = Path(f"{out}.settings.json")
+    if out.is_file() and out.stat().st_size:
+        if not record.is_file():
+            fail(f"{out} is there, and no {record} says how it was made: choose another --out")
+        old = json.loads(record.read_text(encoding="utf-8"))
+        other = [f"{name} was {old.get(name)!r} and is {value!r}"
+                 for name, value in settings.items() if old.get(name) != value]
+        if other:
+            fail(f"{out} was asked for with other settings ({'; '.join(other)}): choose another "
+                 "--out")
+    write_text(record, json.dumps(settings, indent=1) + "\n")
+    return evaluate.read_answers(out)
 
 
 def main(args):
     test, out = gen_data.load_rows(args.data, "test"), Path(args.out)
     rows = gen_data.choose_rows(test, args.tasks, args.limit)
-    asked, answer = responses.planning_prompts(rows, args.input, test), asker(args)
+    asked, asker = evaluate.planning_questions(rows, args.input, test), Asker(args)
     settings = {name: getattr(args, name) for name in
                 ("api_base", "api_model", "max_new_tokens", "temperature", "seed")}
-    with ThreadPool(args.concurrency) as pool, tqdm(total=len(asked), unit="row") as bar:
+    settings["questions"] = evaluate.digest_questions(asked)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{out}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        fail(f"another process is writing to {out}: wait for its end or choose another --out")
+    lines = open_answers(out, settings)
+    todo = [question for question in asked if evaluate.label(question[0]) not in lines]
+    with ThreadPool(args.concurrency) as pool, tqdm(total=len(todo), unit="row") as bar, \
+            open(out, "a", encoding="utf-8", newline="\n") as file:
         try:
-            lines = responses.collect(out, settings, asked, 1, answer, pool.imap_unordered, bar)
+            for line in pool.imap_unordered(asker, todo):
+                lines[evaluate.label(line)] = line
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                bar.update()
         except ConnectionError as problem:
             fail(f"{args.api_base} does not answer for {args.api_model}: {problem}")
-    run_files.write_aside(out, "".join(json.dumps(line) + "\n" for line in lines))
-    failed = sum("error" in line for line in lines)
-    print(f"{out}: {len(lines) - failed} of {len(lines)} rows answered" + (
-        "; the same command asks again for the others" if failed else "")
-        + f"; next: python evaluate.py --data {args.data} --responses {out}")
+    ordered = [lines[evaluate.label(key)] for key, _, _ in asked]
+    write_text(out, "".join(json.dumps(line) + "\n" for line in ordered))
+    lock.release()
+    failed = sum("error" in line for line in ordered)
+    print(f"{out}: {len(ordered) - failed} of {len(ordered)} rows answered" + (
+        "; the same command asks again for the others" if failed else "") + "; next: "
+        + common.command("evaluate.py", responses=(out, None),
+                         data=(args.data, gen_data.PRESETS["tiny"]["out"])))
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    common.run_script(parse_args, main)

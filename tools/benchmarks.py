@@ -9,17 +9,27 @@ visualplanning: a JSONL file of VisualPlanning, one task a file; the pictures ar
 The first record that is broken, or whose stated length is not that of the shortest plan, ends the
 import with its file and line; nothing is written then.
 """
-import argparse
 import json
 import os
 import re
 from collections import Counter
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
 import gen_data
-from gen_data import TASKS, Maze, at, fail, find, neighbour
-from tools import data_folder
+from gen_data import (
+    FrozenLake,
+    Maze,
+    MiniBehaviour,
+    Parser,
+    at,
+    fail,
+    find,
+    neighbour,
+    run_script,
+    whole_number,
+)
 
 CELLS = {"@": "S", "*": "G", "#": "H", "_": "F"}  # VSP's
 SIDES = {"U": "north", "D": "south", "L": "west", "R": "east"}  # VisualPlanning's
@@ -29,7 +39,7 @@ MARKS = {"frozenlake": ("SG", "FH"), "minibehaviour": ("AP", "T.")}  # once each
 # ---------------------------------------------------------------- VSP
 
 def vsp_records(folder):
-    """Yields (where, task, level, state, stated length, picture) of each map, level by level."""
+    """Yields (where, task, level, puzzle, stated length, picture) of each map, level by level."""
     tables = sorted(Path(folder).glob("level*/table/*.txt"), key=numbers_in)
     if not tables:
         fail(f"no VSP tables in {folder}: wanted {folder}/level3/table/0.txt and so on")
@@ -41,7 +51,7 @@ def vsp_records(folder):
             fail(f"{picture}: {width}x{height} px, wanted a square")
         level = table.parents[1].name.removeprefix("level")
         level = int(level) if level.isdigit() else level
-        yield table.as_posix(), "frozenlake", level, {"grid": grid}, None, picture
+        yield table.as_posix(), "frozenlake", level, FrozenLake(grid), None, picture
 
 
 def numbers_in(path):
@@ -68,17 +78,17 @@ def vsp_grid(table):
 # ---------------------------------------------------------------- VisualPlanning
 
 def visualplanning_records(file, task):
-    """Yields (where, task, level, state, stated length, None) of each line."""
+    """Yields (where, task, level, puzzle, stated length, None) of each line."""
     for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
         where = f"{Path(file).as_posix()}, line {number}"
         try:
             record = json.loads(line)
             meta, level = record["meta"], record["meta"]["level"]
-            state, stated = READERS[task](meta, level), stated_length(record)
+            puzzle, stated = READERS[task](meta, level), stated_length(record)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             fail(f"{where}: not a {task} record of VisualPlanning "
                  f"({type(error).__name__}: {error})")
-        yield where, task, level, state, stated, None
+        yield where, task, level, puzzle, stated, None
 
 
 def stated_length(record):
@@ -93,7 +103,7 @@ def stated_length(record):
     return lengths.pop() if lengths else None
 
 
-def lake_state(meta, level):
+def read_lake(meta, level):
     """A lake from its layout, if start and target are where it says."""
     grid = ["".join(row) for row in meta["layout"]]
     if any(len(row) != level for row in grid):
@@ -101,10 +111,10 @@ def lake_state(meta, level):
     for mark, pos in (("S", meta["start_pos"]), ("G", meta["target_pos"])):
         if at(grid, divmod(pos, level)) != mark:
             raise ValueError(f"no {mark} at its position {pos}")
-    return {"grid": grid}
+    return FrozenLake(grid)
 
 
-def maze_state(meta, level):
+def read_maze(meta, level):
     """A maze from the walls of its cells, if the two sides of every border agree and it is shut."""
     walls = []
     for row in meta["layout"]:
@@ -118,10 +128,10 @@ def maze_state(meta, level):
     start, goal = (list(divmod(meta[key], level)) for key in ("start_pos", "target_pos"))
     if at(walls, start) is None or at(walls, goal) is None:
         raise ValueError("start or target is off the map")
-    return {"walls": walls, "start": start, "goal": goal}
+    return Maze(walls, start, goal)
 
 
-def office_state(meta, level):
+def read_office(meta, level):
     """An office from the places of its things, if none overlap and the table lies down."""
     grid = [["."] * level for _ in range(level)]
     table = sorted(map(tuple, meta["table_pos"]))
@@ -132,17 +142,17 @@ def office_state(meta, level):
         if at(grid, pos) != ".":
             raise ValueError(f"{mark} at {tuple(pos)} is off the map or on another thing")
         grid[pos[0]][pos[1]] = mark
-    return {"grid": ["".join(row) for row in grid]}
+    return MiniBehaviour(["".join(row) for row in grid])
 
 
-READERS = {"frozenlake": lake_state, "maze": maze_state, "minibehaviour": office_state}
+READERS = {"frozenlake": read_lake, "maze": read_maze, "minibehaviour": read_office}
 
 
 # ---------------------------------------------------------------- rows
 
-def examine(where, task, level, state, stated=None):
-    """The shortest plan of a record's state, after every check. Fails naming the record."""
-    levels, board = TASKS[task].levels, TASKS[task].layout(state)
+def examine(where, task, level, puzzle, stated=None):
+    """The shortest plan of a record's puzzle, after every check. Fails naming the record."""
+    levels, board = puzzle.levels, puzzle.layout()
     if level not in levels:
         fail(f"{where}: level {level}, wanted {levels[0]} to {levels[-1]} for {task}")
     if len(board) != level or any(len(row) != level for row in board):
@@ -155,7 +165,7 @@ def examine(where, task, level, state, stated=None):
             number = len(find(board, mark))
             if mark in once and number != 1:
                 fail(f"{where}: {number} cells with {mark}, wanted exactly one")
-    plan = gen_data.solve(task, state)
+    plan = gen_data.solve(puzzle)
     if plan is None:
         fail(f"{where}: the goal cannot be reached")
     if not plan:
@@ -169,55 +179,52 @@ def examine(where, task, level, state, stated=None):
 def benchmark_rows(records, base):
     """Rows of the split test; a picture that came with a record is its "picture"."""
     numbers = Counter()
-    for where, task, level, state, stated, picture in records:
-        plan = examine(where, task, level, state, stated)
+    for where, task, level, puzzle, stated, picture in records:
+        plan = examine(where, task, level, puzzle, stated)
         name = f"{task}_{level}_{numbers[level]:05d}"
         numbers[level] += 1
         yield {"file_name": f"{name}.png", "id": f"test_{name}", "task": task, "level": level,
                "seed": None, "source": Path(os.path.relpath(where, Path(base).parent)).as_posix(),
                "bucket": gen_data.bucket(len(plan), gen_data.thirds(task, level)),
-               "state": state, "plan": plan, "picture": picture}
+               "state": asdict(puzzle), "plan": plan,
+               "picture": picture and str(picture)}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(prog="-m tools.benchmarks", description=__doc__.split("\n")[0])
     kinds = parser.add_subparsers(dest="benchmark", required=True)
     vsp = kinds.add_parser("vsp", help="VSP's FrozenLake maps with their pictures")
     vsp.add_argument("source", metavar="DIR", help="the folder that holds level3/ and so on")
     planning = kinds.add_parser("visualplanning", help="a JSONL file of VisualPlanning")
     planning.add_argument("source", metavar="FILE", help="the file")
-    planning.add_argument("--task", required=True, help=f"its task: {', '.join(READERS)}")
+    planning.add_argument("--task", required=True, choices=READERS)
     for kind, image_size in ((vsp, 0), (planning, 256)):
         add = kind.add_argument
         add("--out", required=True, help="output folder")
         add("--overwrite", action="store_true", help="replace the output folder")
-        add("--image_size", type=int, default=image_size,
+        add("--image_size", type=whole_number(0), default=image_size,
             help="px of the square a picture is resized to, 0: as it is (default: %(default)s)")
-        add("--cell_size", type=int, default=64, help="px a cell is drawn at (where it is drawn)")
-        add("--workers", type=int, default=os.cpu_count(), help="processes that draw")
+        add("--cell_size", type=whole_number(8), default=64,
+            help="px a cell is drawn at (where it is drawn)")
+        add("--workers", type=whole_number(1), default=os.cpu_count(), help="processes that draw")
     args = parser.parse_args(argv)
-    for name, least in (("image_size", 0), ("cell_size", 8), ("workers", 1)):
-        if getattr(args, name) < least:
-            fail(f"--{name} {getattr(args, name)}: wanted at least {least}")
-    if args.benchmark == "visualplanning" and args.task not in READERS:
-        fail(f"--task {args.task!r}: wanted one of {', '.join(READERS)}")
     if not Path(args.source).exists():
         fail(f"{args.source} does not exist")
     if args.benchmark == "visualplanning" and not Path(args.source).is_file():
         fail(f"{args.source}: wanted a JSONL file, this is a folder")
-    gen_data.may_write(args.out, args.overwrite)
     return args
 
 
 def main(args):
+    gen_data.check_out(args.out, args.overwrite)
     if args.benchmark == "vsp":
         records = vsp_records(args.source)
     else:
         records = visualplanning_records(args.source, args.task)
     rows = list(benchmark_rows(records, args.source))  # all are checked before one is written
-    data_folder.write_dataset(args.out, {"test": iter(rows)}, vars(args), args.cell_size,
+    gen_data.write_dataset(args.out, {"test": iter(rows)}, vars(args), args.cell_size,
                               args.image_size, args.workers, len(rows))
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(parse_args, main)

@@ -2,17 +2,15 @@
 
     python -m tools.charts --out data/charts --train 200 --val 20 --test 50 --seed 0
 
-Rows are pairs, see docs/your_own_task.md: the picture is a chart, the symbols its table as CSV, the
-prompt a question that needs reading and comparing. Same seed, same rows and pictures.
+Rows as in docs/your_own_task.md: the picture is a chart, the symbols its table as CSV, the prompt a
+question that needs reading and comparing. Same seed, same rows and pictures.
 """
-import argparse
 import tempfile
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from gen_data import SPLITS, fail, may_write
-from tools.data_folder import write_dataset
+from gen_data import SPLITS, Parser, check_out, run_script, whole_number, write_dataset
 
 LABELS = {"bar": "Ada Ben Cleo Dan Eve Finn".split(), "line": "Mon Tue Wed Thu Fri Sat".split()}
 AS_CSV = "Write the table of this chart as CSV: a line of names, then a line per label."
@@ -63,19 +61,23 @@ def chart_rows(split, number, seed, folder):
                "questions": [{"question": AS_CSV, "answer": table}, last], "picture": file}
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, value in zip(("out", *SPLITS, "seed"), ("data/charts", 200, 20, 50, 0), strict=True):
-        parser.add_argument(f"--{name}", type=type(value), default=value)
-    parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
-    args = parser.parse_args(argv)
-    if min(args.train, args.val, args.test, args.seed) < 0:
-        fail("--train, --val, --test, --seed: wanted at least 0")
-    may_write(args.out, args.overwrite)
+def parse_args(argv=None):
+    parser = Parser(prog="-m tools.charts", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--out", default="data/charts", help="output folder")
+    for split, number in zip(SPLITS, (200, 20, 50), strict=True):
+        add(f"--{split}", type=whole_number(0), default=number, help="rows")
+    add("--seed", type=whole_number(0), default=0)
+    add("--overwrite", action="store_true", help="replace the output folder")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    check_out(args.out, args.overwrite)
     with tempfile.TemporaryDirectory() as folder:
         splits = {name: chart_rows(name, vars(args)[name], args.seed, folder) for name in SPLITS}
         write_dataset(args.out, splits, {**vars(args), "source": "tools/charts.py"}, 0, 0)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(parse_args, main)

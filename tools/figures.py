@@ -1,27 +1,28 @@
 """The README's two pictures, from an evaluation and the log of a distillation.
 
-    python -m tools.figures --eval out/eval --distill out/distill --out docs
+    python -m tools.figures --eval out/tiny/eval --distill out/tiny/distill --out docs
 
 docs/answers.png:  the same held-out puzzles as different models answer them, one row per task: the
-                   one with the longest plan in its largest level, whatever became of it. Plans are
-                   drawn from the start, green or red (failed), with a cross at the fault.
+                   one with the longest plan of its largest board size, whatever became of it.
+                   Plans are drawn from the start, green or red (failed), with a cross at the
+                   violation.
 docs/training.png: what the rollouts of the distillation were worth, and the KL between student and
                    teacher in the three parts of a response.
 """
-import argparse
 import io
+import os
 from itertools import pairwise
 from pathlib import Path
 
-import matplotlib
+os.environ["MPLBACKEND"] = "Agg"  # no window, whatever a notebook has set
+
 import matplotlib.pyplot as plt
 from PIL import Image
 
 import gen_data
-from gen_data import PARTS, fail, open_picture
+from gen_data import PARTS, Parser, fail, open_picture, run_script
 from tools.report import read_lines, walk
 
-matplotlib.use("Agg")  # no window
 GOOD, BAD, INK, SOFT = "#109a55", "#d92c26", "#1c2330", "#5b6575"
 COLOURS = ("#0072b2", "#e69f00", "#009e73")
 COLUMNS = {"base-image": "base model", "coldstart-image": "after the cold start",
@@ -30,12 +31,11 @@ WINDOW = 9  # steps over which a curve is smoothed
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tools.figures",
-                                     description=__doc__.split("\n")[0])
+    parser = Parser(prog="-m tools.figures", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--eval", default="out/eval", help="folder of an evaluation")
-    add("--distill", default="out/distill", help="folder of a distillation")
-    add("--data", default="data", help="the data that was evaluated")
+    add("--eval", default="out/tiny/eval", help="folder of an evaluation")
+    add("--distill", default="out/tiny/distill", help="folder of a distillation")
+    add("--data", default="data/tiny", help="the data that was evaluated")
     add("--conditions", nargs="+", default=list(COLUMNS), help="columns of answers.png")
     add("--rows", nargs="+", metavar="ID", help="puzzles of answers.png (default: see above)")
     add("--out", default="docs", help="output folder")
@@ -43,36 +43,36 @@ def parse_args(argv=None):
 
 
 def choose_puzzles(rows, answered, ids=None):
-    """The rows with these ids; else of each task's largest level the one with the longest plan."""
-    rows = [row for row in rows if row["id"] in answered]
+    """The rows with these ids; else of each task's largest size the one with the longest plan."""
+    rows = [row for row in rows if row.id in answered]
     if ids:
-        by_id = {row["id"]: row for row in rows}
+        by_id = {row.id: row for row in rows}
         unknown = [name for name in ids if name not in by_id]
         if unknown:
             fail(f"--rows {unknown[0]}: not among the rows that all conditions answered")
         return [by_id[name] for name in ids]
     chosen = {}
     for row in rows:
-        rank = (row["level"], len(row["plan"]))
-        if row["task"] not in chosen or rank > chosen[row["task"]][0]:
-            chosen[row["task"]] = rank, row
+        rank = (row.level, len(row.plan))
+        if row.task not in chosen or rank > chosen[row.task][0]:
+            chosen[row.task] = rank, row
     return [row for _, row in chosen.values()]
 
 
 def draw_answer(axes, row, verdict):
     """A puzzle's picture with the plan on it, and below it the outcome and the plan."""
-    cells = gen_data.TASKS[row["task"]].cells(row["state"])
+    cells = row.puzzle.cells()
     height, width = len(cells), len(cells[0])
     colour = GOOD if verdict["outcome"] == "success" else BAD
-    axes.imshow(open_picture(row["path"]), extent=(0, width, height, 0), interpolation="lanczos")
-    path, fault_at = walk(row, verdict["plan"])
-    points = path + ([fault_at] if fault_at else [])
+    axes.imshow(open_picture(row.path), extent=(0, width, height, 0), interpolation="lanczos")
+    path, violation_at = walk(row, verdict["plan"])
+    points = path + ([violation_at] if violation_at else [])
     xs, ys = [c + 0.5 for _, c in points], [r + 0.5 for r, _ in points]
     for line_colour, line_width in (("white", 6), (colour, 3.2)):
         style = {"color": line_colour, "linewidth": line_width, "clip_on": False}
         if verdict["plan"]:
             axes.plot(xs, ys, solid_capstyle="round", solid_joinstyle="round", **style)
-        if fault_at:
+        if violation_at:
             axes.plot(xs[-1], ys[-1], marker="x", markersize=11, markeredgewidth=line_width,
                       **style)
     for before, here in pairwise(path):
@@ -103,7 +103,7 @@ def draw_answers(rows, verdicts, titles):
                                 gridspec_kw=gaps)
     for line, row in zip(grid, rows, strict=True):
         for axes, answers in zip(line, verdicts.values(), strict=True):
-            draw_answer(axes, row, answers[row["id"]])
+            draw_answer(axes, row, answers[row.id])
         line[0].set_ylabel(f"{row['task']} {row['level']}", fontsize=11, color=INK)
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=12, color=INK, pad=9)
@@ -174,4 +174,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(parse_args, main)

@@ -1,10 +1,17 @@
 """Plans as other models write them: words, arrows, bold letters, labelled lines.
 
-`gen_data.parse` reads the one form that is asked for; `evaluate.py --lenient` reads with this.
-"""
-import re
+    python -m tools.lenient answers.jsonl --data data/tiny --out read.jsonl
+    python evaluate.py --responses read.jsonl
 
-from gen_data import TASKS, WORDS, names_of, read_actions
+A filter: each line of answers gets a "plan", a list of actions or null, which evaluate.py takes in
+place of its own reading (`gen_data.parse`, which reads the one form that is asked for).
+"""
+import json
+import re
+from pathlib import Path
+
+import gen_data
+from gen_data import TASKS, WORDS, Parser, fail, names_of, read_actions, run_script, write_text
 
 TAG = re.compile("<answer>((?:(?!<answer>).)*?)</answer>", re.IGNORECASE | re.DOTALL)
 ARROWS = {"↑": "U", "↓": "D", "←": "L", "→": "R", "⬆": "U", "⬇": "D", "⬅": "L", "➡": "R"}
@@ -59,3 +66,38 @@ def read_loosely(text, actions):
             return None
         plan += found
     return plan
+
+
+def parse_args(argv=None):
+    parser = Parser(prog="-m tools.lenient", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("answers", metavar="FILE", help='{"id", "response"} lines')
+    add("--data", default=gen_data.PRESETS["tiny"]["out"], help="data folder")
+    add("--split", default="test", choices=gen_data.SPLITS)
+    add("--out", required=True, metavar="FILE", help="the same lines, with a plan each")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    tasks = {row.id: row.task for row in gen_data.load_rows(args.data, args.split)}
+    lines, read = [], 0
+    if not Path(args.answers).is_file():
+        fail(f"{args.answers}: no such file")
+    if Path(args.out).exists():
+        fail(f"{args.out} exists: choose another --out")
+    for where, line in gen_data.read_metadata(Path(args.answers)):
+        if not isinstance(line, dict) or not isinstance(line.get("response"), str):
+            fail(f'{where}: wanted an object with "id" and "response"')
+        if line.get("id") not in tasks:
+            fail(f"{where}: id {line.get('id')!r} is not in {args.data}/{args.split}")
+        if tasks[line["id"]] in TASKS:  # an own row's answer is no plan
+            line["plan"] = parse(tasks[line["id"]], line["response"])
+            read += line["plan"] is not None
+        lines.append(json.dumps(line) + "\n")
+    write_text(args.out, "".join(lines))
+    print(f"{args.out}: a plan was read in {read} of {len(lines)} answers; next: python "
+          f"evaluate.py --responses {args.out} --data {args.data}")
+
+
+if __name__ == "__main__":
+    run_script(parse_args, main)

@@ -40,6 +40,28 @@ def make_text(tables):
     return "\n".join(f"## {t['title']}\n\n{t['about']}\n\n{markdown(t)}" for t in tables)
 
 
+def differing(summaries):
+    """A line for every setting in which the conditions were not asked alike, else nothing.
+
+    Prompts and pictures are compared among the conditions of one input.
+    """
+    values = {}                                     # setting: {value: conditions}
+    for name, summary in summaries.items():
+        for key, value in summary["asked"].items():
+            if key == "questions":
+                key = f"prompts or pictures ({name.rpartition('-')[2]})"
+            if key not in ("adapter", "files", "seed", "responses"):
+                value = json.dumps(value, sort_keys=True)
+                values.setdefault(key, {}).setdefault(value, []).append(name)
+    lines = []
+    for key, found in values.items():
+        if len(found) > 1:
+            parts = [", ".join(names) + ("" if "prompts" in key else f": {value}")
+                     for value, names in found.items()]
+            lines.append(f"The conditions differ in {key}: {'; '.join(parts)}\n")
+    return "".join(lines)
+
+
 # ---------------------------------------------------------------- tables
 # Each is {"title", "about", "head": [text], "lines": [[text or number]]}.
 # summaries: {condition: its summary.json}; comparison: from evaluate.compare.
@@ -64,11 +86,10 @@ def macro_table(summaries):
     lines = []
     for name, cell in whole.items():
         line = [name, *(with_interval(cell.get(key), cell.get(f"{key}_ci")) for key in rates)]
-        line += [percent(cell[key]) for key in ("parsed", "state_right", "cut")]
+        line += [percent(cell[key]) for key in ("parsed", "map_right", "cut")]
         line.append("" if cell["tokens"] is None else round(cell["tokens"]))
-        faults = [f"{fault} {count}" for fault, count in cell["faults"].items()]
-        lines.append([*line, ", ".join(faults) or "none"])
-    lenient = [name for name, summary in summaries.items() if summary["args"]["lenient"]]
+        failures = [f"{outcome} {count}" for outcome, count in cell["failures"].items()]
+        lines.append([*line, ", ".join(failures) or "none"])
     near = [f"{name} {summary['args']['tolerance']:g}" for name, summary in summaries.items()
             if summary["args"].get("tolerance")]
     return {
@@ -76,9 +97,9 @@ def macro_table(summaries):
         "about": "In % with 95% intervals; the tasks weigh the same and every row counts. image: "
                  "the picture; text: the symbols, without a reference plan; swapped: the picture "
                  "of another puzzle. answer: one could be read; map: the one described is "
-                 "right; cut: no end within the limit. Answers in other forms were read too "
-                 f"(--lenient) from: {', '.join(lenient) or 'none'}."
-                 + (f" Numbers could be off (--tolerance): {', '.join(near)}." if near else ""),
+                 "right; cut: no EOS within the limit."
+                 + (f" Numbers could be off (--tolerance): {', '.join(near)}." if near else "")
+                 + (f" {differing(summaries)}".rstrip().replace("\n", ". ")),
         "head": ["condition", *rates.values(), "answer", "map", "cut", "tokens", "failures"],
         "lines": lines}
 
@@ -92,7 +113,7 @@ def table_rows(summaries):
 
 
 def level_table(summaries):
-    """Success by task, level and difficulty."""
+    """Success by task, board size and difficulty."""
     lines = []
     for line, cells in table_rows(summaries):
         for cell in cells:
@@ -100,9 +121,9 @@ def level_table(summaries):
             line.append(f"{percent(cell['success'])}{optimal}")
         lines.append(line)
     return {
-        "title": "By task and level",
+        "title": "By task and board size",
         "about": "Success in %, in brackets with the shortest plan.",
-        "head": ["task", "level", "difficulty", "n", *summaries], "lines": lines}
+        "head": ["task", "size", "difficulty", "n", *summaries], "lines": lines}
 
 
 def trained_table(summaries):
@@ -117,7 +138,7 @@ def trained_table(summaries):
         "title": "Rows that were trained on",
         "about": "How many of the rows are puzzles that a condition's run was trained on: its "
                  "success in % without them.",
-        "head": ["task", "level", "difficulty", "n", *summaries], "lines": lines}
+        "head": ["task", "size", "difficulty", "n", *summaries], "lines": lines}
 
 
 def diagnosis_table(summaries):
@@ -185,45 +206,46 @@ def read_lines(file):
 
 def small_picture(row):
     """The row's picture as a small data URL, for looking at."""
-    image, file = gen_data.open_picture(row["path"]), io.BytesIO()
+    image, file = gen_data.open_picture(row.path), io.BytesIO()
     image.thumbnail((PICTURE, PICTURE))
     image.quantize(64).save(file, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def walk(row, plan):
-    """A plan as it is drawn: ([(row, column)] from the start, the point of its fault or None).
+    """A plan as it is drawn: ([(row, column)] from the start, the point of its violation or None).
 
     The point is the cell that should not have been entered, or half a step towards it.
     """
-    task, state, plan = gen_data.TASKS[row["task"]], row["state"], plan or []
-    path = gen_data.trace(row["task"], state, plan)
-    here, executed, fault_at = path[-1], len(path) - 1, None
-    if executed < len(plan) and not task.done(state, here):
+    puzzle, plan = row.puzzle, plan or []
+    path, _ = gen_data.execute(puzzle, plan)
+    here, executed, violation_at = path[-1], len(path) - 1, None
+    if executed < len(plan) and not puzzle.done(here):
         action = plan[executed]
         down, right = gen_data.MOVES.get(action, (0, 0))
-        fault_at = (here[0] + down / 2, here[1] + right / 2)
-        there = task.step(state, here, action)[0] if action in task.actions else here
+        violation_at = (here[0] + down / 2, here[1] + right / 2)
+        there = puzzle.step(here, action)[0] if action in puzzle.actions else here
         if there[:2] != here[:2]:
-            fault_at = there[:2]
-    return [tuple(pos[:2]) for pos in path], fault_at
+            violation_at = there[:2]
+    return [tuple(pos[:2]) for pos in path], violation_at
 
 
 def on_the_page(row, verdict):
     """What the gallery shows of one answer."""
-    shown = {name: verdict[name] for name in ("response", "outcome", "optimal", "state_right")}
-    if row["task"] in gen_data.TASKS:
-        task, state = gen_data.TASKS[row["task"]], verdict["state"]
-        shown["described"] = None if state is None else task.cells(state)
-        shown["path"], shown["fault_at"] = walk(row, verdict["plan"])
+    shown = {name: verdict[name] for name in ("response", "outcome", "optimal", "map_right")}
+    if row.level is not None:
+        described = verdict["map"]
+        shown["described"] = described and gen_data.TASKS[row.task](**described).cells()
+        shown["path"], shown["violation_at"] = walk(row, verdict["plan"])
     return shown
 
 
 def row_on_the_page(row):
-    """What the gallery shows of a row: its picture and its cells, or the texts of a pair."""
-    shown = {name: row.get(name) for name in ("id", "task", "level", "prompt", "symbols", "answer")}
-    if row["task"] in gen_data.TASKS:
-        shown["cells"] = gen_data.TASKS[row["task"]].cells(row["state"])
+    """What the gallery shows of a row: its picture and its cells, or an own row's texts."""
+    shown = {name: row.data.get(name) for name in ("prompt", "symbols", "answer")}
+    shown |= {"id": row.id, "task": row.task, "level": row.level}
+    if row.level is not None:
+        shown["cells"] = row.puzzle.cells()
     return shown | {"picture": small_picture(row)}
 
 
@@ -247,7 +269,7 @@ def make_page(rows, tables, summaries, verdicts, runs):
     answers = {}
     for name, lines in verdicts.items():
         first = {line["id"]: line for line in reversed(lines)}
-        answers[name] = [on_the_page(row, first[row["id"]]) for row in shown]
+        answers[name] = [on_the_page(row, first[row.id]) for row in shown]
     curves = {run.name: read_lines(run / "metrics.jsonl") for run in runs}
     data = {"tables": tables, "levels": level_points(summaries), "total": len(rows),
             "conditions": list(summaries), "answers": answers,

@@ -7,7 +7,6 @@ questions about boards that are given in symbols. Both are drawn anew, the same 
 are greedy and must match exactly. Prints a table and writes retention.json into --out.
 Another backbone was pretrained on other things: --model must be the bundled one or made alike.
 """
-import argparse
 import json
 import random
 from pathlib import Path
@@ -16,28 +15,25 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 import common
+import evaluate
 import gen_data
-from evaluate import RUNS, Answerer, find_adapters
+from gen_data import Parser, fail, whole_number, write_text
 from tiny import build
-from tools import run_files
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tools.retention",
-                                     description=__doc__.split("\n")[0])
+    parser = Parser(prog="-m tools.retention", description=__doc__.split("\n")[0])
     common.add_flags(parser)
     add = parser.add_argument
-    add("--adapter", nargs="+", metavar="RUN", help=f"runs, base for none (default: base "
-        f"{' '.join(RUNS)}, where they are)")
+    add("--adapter", nargs="+", metavar="RUN", default=["base"], help="runs, base for none")
     add("--name", help="name of the one run (default: its folder's)")
-    add("--count", type=int, default=280, help="pictures, and questions about symbols")
-    add("--rollout_batch", type=int, help="rows answered at a time (default: the preset's)")
-    add("--max_new_tokens", type=int, help="length limit of an answer, tokens")
-    add("--out", default="out/retention", help="output folder")
-    args = common.resolve(parser.parse_args(argv))
-    if args.count < 1:
-        common.fail(f"--count {args.count}: wanted at least 1")
-    return args
+    add("--count", type=whole_number(1), default=280, help="pictures, and questions about symbols")
+    add("--rollout_batch", type=whole_number(1), help="rows answered at a time")
+    add("--max_new_tokens", type=whole_number(1), help="length limit of an answer, tokens")
+    add("--out", default="out/tiny/retention", help="output folder")
+    args = parser.parse_args(argv)
+    runs = [run for run in args.adapter if run != "base"]
+    return common.resolve(args, evaluate.SETTINGS, runs[0] if runs else None)
 
 
 def ask_pictures(count):
@@ -55,48 +51,47 @@ def ask_symbols(count):
     for k, (task, level) in enumerate(build.BOARDS):
         share = len(range(k, count, len(build.BOARDS)))
         for row in gen_data.sample_rows(task, level, "test", share, seed=11):
-            names = (rng.choice(gen_data.questions(row)),)
-            prompt = gen_data.perception_prompt(row, names, gen_data.symbols(row))
-            asked.append((prompt, None, gen_data.perception_target(row, names)))
+            names = (rng.choice(tuple(row.questions())),)
+            asked.append((row.ask(names, row.symbols()), None, row.answers(names)))
     return asked
 
 
-def score(answerer, adapter, asked, args):
+def score(model, processor, asked, args):
     """[exact match, 0 or 1] of greedy answers to [(prompt, picture or None, answer)]."""
-    answerer.use(adapter)
     right = []
     for i in range(0, len(asked), args.rollout_batch):
         prompts, images, answers = zip(*asked[i:i + args.rollout_batch], strict=True)
-        batch = common.encode(answerer.processor, prompts, images, answerer.model.device)
-        ids, mask = common.sample(answerer.model, answerer.processor, batch, args.max_new_tokens)
-        texts = common.decode(answerer.processor, ids, mask)
+        batch = common.encode(processor, prompts, images, model.device)
+        texts = common.decode(processor, *common.sample(model, processor, batch,
+                                                        args.max_new_tokens))
         right += [int(text == answer) for text, answer in zip(texts, answers, strict=True)]
     return right
 
 
 def main(args):
-    answerer = Answerer(args)
-    adapters = find_adapters(args)
-    answerer.use(None)
-    if build.ASK_GRID not in answerer.processor.tokenizer.get_vocab():
-        common.fail(f"--model {args.model} was not pretrained on tiny/build.py's pictures: wanted "
-                    f"the bundled backbone, --model {common.TINY}")
+    adapters = evaluate.find_adapters(args)
+    network, processor = common.load(args.model, args.bits)
+    if build.ASK_GRID not in processor.tokenizer.get_vocab():
+        fail(f"--model {args.model} was not pretrained on tiny/build.py's pictures: wanted the "
+             f"bundled backbone, --model {common.TINY}")
     asked = {"pictures": ask_pictures(args.count), "symbols": ask_symbols(args.count)}
     results, lines = {}, ["| | pictures | symbols |", "|---|---|---|"]
     for name, adapter in tqdm(adapters.items(), desc="retention", unit="run"):
+        model = common.add_lora(network, path=adapter).eval() if adapter else network
         results[name], texts = {}, [name]
         for kind, questions in asked.items():
-            right = score(answerer, adapter, questions, args)
+            right = score(model, processor, questions, args)
             ci = binomtest(sum(right), len(right)).proportion_ci(method="wilson")
             results[name][kind] = {"exact": sum(right) / len(right), "exact_ci": list(ci),
                                    "n": len(right), "right": right}
             texts.append(f"{100 * sum(right) / len(right):.1f} "
                          f"[{100 * ci.low:.1f}, {100 * ci.high:.1f}]")
         lines.append(f"| {' | '.join(texts)} |")
+        network = model.unload() if adapter else model
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    run_files.write_aside(Path(args.out, "retention.json"), json.dumps(results))
+    write_text(Path(args.out, "retention.json"), json.dumps(results) + "\n")
     print("exact answers, % [95% interval]\n" + "\n".join(lines))
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    common.run_script(parse_args, main)
