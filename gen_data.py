@@ -1370,11 +1370,12 @@ def main(args):
     check_out(args.out, args.overwrite)
     exclude = set()
     for folder in args.exclude:
-        splits = [split for split in SPLITS if Path(folder, split, "metadata.jsonl").is_file()]
-        if not splits:
+        files = [Path(folder, split, "metadata.jsonl") for split in SPLITS]
+        if not any(file.is_file() for file in files):
             fail(f"--exclude {folder}: no data folder")
-        for split in splits:
-            exclude |= {row.key() for row in load_rows(folder, split)}
+        for split, file in zip(SPLITS, files, strict=True):
+            if file.is_file() and file.stat().st_size:
+                exclude |= {row.key() for row in load_rows(folder, split)}
     splits = {split: generated_lines(args, split, exclude) for split in SPLITS}
     total = sum(map(len, args.tasks.values())) * (args.train + args.val + args.test)
     write_dataset(args.out, splits, vars(args), args.cell_size, args.image_size, args.workers,

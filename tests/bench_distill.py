@@ -152,11 +152,10 @@ def rollout(how, folder, batch=8, tokens=128):
     import torch
 
     import common
-    import gen_data
     model, processor = common.load(folder, 32)
     model = common.add_lora(model, 16)
     rows, images = rows_and_pictures(batch)
-    prompt = common.encode(processor, [gen_data.student_prompt(row) for row in rows], images)
+    prompt = common.encode(processor, [row.student_prompt() for row in rows], images)
     torch.manual_seed(0)
     uniforms = np.random.default_rng(0).random((batch, tokens))
 
@@ -201,12 +200,11 @@ def trl_step(how, folder, batch, tokens):
     from transformers import TrainerCallback
 
     import common
-    import gen_data
     rows, images = rows_and_pictures(batch)
     lines = []
     for row, image in zip(rows, images, strict=True):
-        ask = [{"role": "user", "content": gen_data.student_prompt(row)}]
-        answer = [{"role": "assistant", "content": gen_data.response(row)}]
+        ask = [{"role": "user", "content": row.student_prompt()}]
+        answer = [{"role": "assistant", "content": row.response()}]
         lines.append({"prompt": ask, "image": image, "completion": answer})
     shared = dict(
         per_device_train_batch_size=batch, max_steps=2, beta=1.0, temperature=1.0, top_p=1.0,

@@ -195,7 +195,7 @@ def measure_model(preset, bits, data, own):
     rows = gen_data.load_rows(data, "train")
     rows = distill.draw_rows(rows, args.batch, np.random.default_rng(0))
     prompts, contexts = distill.encode_roles(processor, rows, args.teacher_context, device)
-    texts = [gen_data.response(row) for row in rows]
+    texts = [row.response() for row in rows]
     references = common.encode_responses(processor, texts, device)
     pairs = coldstart.draw_questions(rows, cold.batch, np.random.default_rng(0), cold.map_share)
     answers = coldstart.encode(processor, pairs, device)

@@ -1,5 +1,6 @@
 """What several test files share: the bundled backbone, an adapted student, rows, a toy data set."""
 import os
+from dataclasses import asdict
 
 # Two processes (pytest-xdist), a thread each: more threads than cores would slow each other down.
 os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
@@ -9,22 +10,27 @@ import pytest
 import torch
 
 import common
-import evaluate
 import gen_data
-from gen_data import TASKS, solve
+from gen_data import TASKS, PuzzleRow, solve
+
+
+def row_of(puzzle, plan=None, level=3, **more):
+    """A row of this puzzle, of whatever task, with its shortest plan or another one."""
+    task = next(name for name, kind in TASKS.items() if type(puzzle) is kind)
+    return PuzzleRow({"id": "row", "task": task, "level": level, "state": asdict(puzzle),
+                      "plan": plan or solve(puzzle), **more})
 
 
 def make_rows(count=4, seed=0):
-    """Rows of mixed tasks and levels, and their pictures."""
+    """Rows of mixed tasks and board sizes, and their pictures."""
     rng, rows = np.random.default_rng(seed), []
     boards = [("frozenlake", 3), ("maze", 4), ("minibehaviour", 5), ("maze", 3), ("frozenlake", 4)]
     while len(rows) < count:
         task, level = boards[len(rows) % len(boards)]
-        state = TASKS[task].sample(rng, level)
-        plan = solve(task, state)
-        if plan:
-            rows.append({"task": task, "level": level, "state": state, "plan": plan})
-    return rows, [TASKS[row["task"]].render(row["state"], 32) for row in rows]
+        puzzle = TASKS[task].sample(rng, level)
+        if solve(puzzle):
+            rows.append(row_of(puzzle, level=level))
+    return rows, [row.puzzle.render(32) for row in rows]
 
 
 def adapted(model, vision=True):
@@ -47,12 +53,6 @@ def stops(capsys, function, *words):
     return lines[0]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def no_runs():
-    """An evaluation finds no runs by itself: what lies in out/ is its user's, not the tests'."""
-    evaluate.RUNS = ()
-
-
 @pytest.fixture(scope="session")
 def tiny():
     """(model, processor) of the bundled backbone in 32 bits; a test leaves it as it was."""
@@ -69,7 +69,7 @@ def student(tiny):
 
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory):
-    """A folder with a few rows of every task and level of the preset tiny."""
+    """A folder with a few rows of every task and board size of the preset tiny."""
     folder = tmp_path_factory.mktemp("toy") / "data"
     words = ["--preset", "tiny", "--train", "12", "--val", "8", "--test", "4", "--workers", "1"]
     gen_data.main(gen_data.parse_args([*words, "--out", str(folder)]))

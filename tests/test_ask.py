@@ -94,7 +94,7 @@ def test_a_busy_server_and_a_row_that_fails(data, tmp_path, monkeypatch, capsys)
     """Requests meet a 429 and a 500 first; one row is never answered, and asked again alone."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     rows, broken, out = gen_data.load_rows(data, "test"), {"yes": True}, tmp_path / "answers.jsonl"
-    answers = {base64.b64encode(Path(row["path"]).read_bytes()).decode(): gen_data.response(row)
+    answers = {base64.b64encode(Path(row.path).read_bytes()).decode(): row.response()
                for row in rows}
 
     def script(body, attempt):
@@ -108,7 +108,7 @@ def test_a_busy_server_and_a_row_that_fails(data, tmp_path, monkeypatch, capsys)
     (tmp_path / "summary.json").write_text("somebody else's")
     ask_for(server.url, data, out)
     lines = read_lines(out)
-    assert [line["id"] for line in lines] == [row["id"] for row in rows]
+    assert [line["id"] for line in lines] == [row.id for row in rows]
     assert "503" in lines[2]["error"] and (lines[0]["tokens"], lines[0]["cut"]) == (7, False)
     assert "7 of 8 rows answered; the same command" in capsys.readouterr().out
     verdicts, macro = score(data, out, tmp_path / "eval")
@@ -117,7 +117,7 @@ def test_a_busy_server_and_a_row_that_fails(data, tmp_path, monkeypatch, capsys)
     path, key, body = server.bodies[0]
     assert (path, key) == ("/v1/chat/completions", f"Bearer {KEY}")
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("org/m", 0, 1024)
-    assert body["messages"][0]["content"][1]["text"] == gen_data.student_prompt(rows[0])
+    assert body["messages"][0]["content"][1]["text"] == rows[0].student_prompt()
     assert server.most_at_once <= 3
     assert max(server.attempts.values()) == 1 + ask.RETRIES
     broken["yes"] = False
@@ -140,7 +140,7 @@ def test_a_stopped_run_goes_on_and_other_settings_begin_anew(data, tmp_path, cap
     prompts = [body["messages"][0]["content"] for _, _, body in server.bodies]
     rows = gen_data.load_rows(data, "test")
     assert sorted(content[0]["text"] for content in prompts) == sorted(
-        gen_data.teacher_prompt(row, "state") for row in rows)
+        row.teacher_prompt("symbols") for row in rows)
     assert all(len(content) == 1 for content in prompts)             # no picture
     whole = out.read_bytes()
     out.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]) + b'{"id": "test_')

@@ -10,7 +10,7 @@ from PIL import Image
 from test_gen_data import LAKE, MAZE
 
 import gen_data
-from gen_data import TASKS
+from gen_data import FrozenLake, MiniBehaviour
 from tools import benchmarks
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +48,7 @@ def vsp_folder(folder, changes=None):
         for kind in ("table", "img"):
             (folder / f"level{level}" / kind).mkdir(parents=True)
         (folder / f"level{level}/table/0.txt").write_text(table(rows))
-        picture = TASKS["frozenlake"].render({"grid": rows}, 64)
+        picture = FrozenLake(rows).render(64)
         picture.save(folder / f"level{level}/img/0.png")
     for name, text in (changes or {}).items():
         (folder / name).unlink()
@@ -62,21 +62,22 @@ def test_import_of_vsp(tmp_path):
     words = ["vsp", source, "--out", tmp_path / "kept"]
     command = [sys.executable, "-m", "tools.benchmarks", *map(str, words)]  # as a user starts it
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0 and "2 puzzles" in result.stdout, result.stderr
+    assert result.returncode == 0 and "2 rows" in result.stdout, result.stderr
     rows = gen_data.load_rows(tmp_path / "kept", "test")
-    assert [row["state"]["grid"] for row in rows] == [
+    assert [row.puzzle.grid for row in rows] == [
         ["FFS", "HFF", "GFF"], ["SFFF", "FHHF", "FFFF", "FFHG"]]
-    assert [len(row["plan"]) for row in rows] == [4, 6]
-    assert [row["source"] for row in rows] == ["vsp/level3/table/0.txt", "vsp/level4/table/0.txt"]
-    assert list(rows[0]) == ["file_name", "id", "task", "level", "seed", "source", "bucket",
-                             "state", "plan", "path", "where"]
+    assert [len(row.plan) for row in rows] == [4, 6]
+    assert [row.data["source"] for row in rows] == [
+        "vsp/level3/table/0.txt", "vsp/level4/table/0.txt"]
+    assert list(rows[0].data) == ["file_name", "id", "task", "level", "seed", "source", "bucket",
+                                  "state", "plan"]
     for level, row in zip((3, 4), rows, strict=True):  # the benchmark's own bytes
         own = source / f"level{level}/img/0.png"
-        assert Path(row["path"]).read_bytes() == own.read_bytes()
+        assert Path(row.path).read_bytes() == own.read_bytes()
     make("vsp", source, "--out", tmp_path / "small", "--image_size", 256)
     for row in gen_data.load_rows(tmp_path / "small", "test"):
-        own = Image.open(source / f"level{row['level']}/img/0.png")
-        assert np.array_equal(Image.open(row["path"]), own.resize((256, 256), Image.LANCZOS))
+        own = Image.open(source / f"level{row.level}/img/0.png")
+        assert np.array_equal(Image.open(row.path), own.resize((256, 256), Image.LANCZOS))
 
 
 def test_maps_are_taken_in_the_order_of_their_numbers(tmp_path):
@@ -116,7 +117,7 @@ def test_a_broken_vsp_record_stops_the_import(tmp_path, capsys, name, text, mess
 LAYOUT = [["S", "F", "H"], ["F", "F", "F"], ["H", "F", "G"]]
 BITS = {"north": 1, "south": 2, "west": 4, "east": 8}
 WALLS = []
-for bits_of_row in MAZE["walls"]:
+for bits_of_row in MAZE.walls:
     WALLS.append([])
     for bits in bits_of_row:
         WALLS[-1].append({side: bool(bits & BITS[side]) for side in BITS})
@@ -144,21 +145,21 @@ def records(folder, *lines):
     return folder / "file.jsonl"
 
 
-@pytest.mark.parametrize("task, state, length", [
+@pytest.mark.parametrize("task, puzzle, length", [
     ("frozenlake", LAKE, 4), ("maze", MAZE, 8),
-    ("minibehaviour", {"grid": [".....", ".P...", "....A", ".TTT.", ".TTT."]}, 5)])
-def test_import_of_visualplanning(tmp_path, task, state, length):
+    ("minibehaviour", MiniBehaviour([".....", ".P...", "....A", ".TTT.", ".TTT."]), 5)])
+def test_import_of_visualplanning(tmp_path, task, puzzle, length):
     file = records(tmp_path / "in", RECORDS[task], RECORDS[task])
     make("visualplanning", file, "--task", task, "--out", tmp_path / "out")
     rows = gen_data.load_rows(tmp_path / "out", "test")
-    assert [row["state"] for row in rows] == [state, state]
-    assert [len(row["plan"]) for row in rows] == [length, length]
+    assert [row.puzzle for row in rows] == [puzzle, puzzle]
+    assert [len(row.plan) for row in rows] == [length, length]
     level = RECORDS[task]["meta"]["level"]
-    assert [row["id"] for row in rows] == [f"test_{task}_{level}_0000{i}" for i in range(2)]
-    assert rows[1]["source"] == "file.jsonl, line 2"
-    assert rows[1]["bucket"] in gen_data.DIFFICULTIES
-    wanted = TASKS[task].render(state, 64).resize((256, 256), Image.LANCZOS)
-    assert np.array_equal(Image.open(rows[0]["path"]), wanted)
+    assert [row.id for row in rows] == [f"test_{task}_{level}_0000{i}" for i in range(2)]
+    assert rows[1].data["source"] == "file.jsonl, line 2"
+    assert rows[1].bucket in gen_data.DIFFICULTIES
+    wanted = puzzle.render(64).resize((256, 256), Image.LANCZOS)
+    assert np.array_equal(Image.open(rows[0].path), wanted)
 
 
 def row_with(row, column, **sides):
@@ -203,8 +204,8 @@ def test_a_broken_visualplanning_record_stops_the_import(tmp_path, capsys, task,
     (["vsp", "."], "no VSP tables in ."),
     (["visualplanning", "nowhere", "--task", "maze"], "nowhere does not exist"),
     (["visualplanning", ".", "--task", "maze"], "wanted a JSONL file"),
-    (["visualplanning", ".", "--task", "chess"], "--task 'chess': wanted one of frozenlake"),
-    (["vsp", ".", "--image_size", "-1"], "--image_size -1: wanted at least 0"),
+    (["visualplanning", ".", "--task", "chess"], "--task: invalid choice: 'chess'"),
+    (["vsp", ".", "--image_size", "-1"], "--image_size: got '-1', must be a whole number"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, words, message):
     refused(capsys, tmp_path, message, *words)

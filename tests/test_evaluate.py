@@ -27,7 +27,7 @@ GOOD, LONGER, EDGE, HOLE, NONE = ("<answer>D,D,R,R</answer>", "<answer>R,L,D,D,R
 
 
 def judged(row, answer, text=MAP, trained=None, **line):
-    line = {"id": row["id"], "response": f"{text}\nRoute: so.\n{answer}", **line}
+    line = {"id": row.id, "response": f"{text}\nRoute: so.\n{answer}", **line}
     return evaluate.judge(row, line, trained=trained)
 
 
@@ -94,7 +94,7 @@ def test_several_samples_by_hand():
 def test_rows_that_were_trained_on_are_told_apart():
     """Of three lakes, the run knew one, which it solves; the maze it knew too."""
     other = {**LAKE, "state": {"grid": ["SFF", "FFF", "FFG"]}}
-    trained = {gen_data.key_of(LAKE), gen_data.key_of(MAZE)}
+    trained = {LAKE.key(), MAZE.key()}
     verdicts = [judged(LAKE, GOOD, trained=trained), judged(MAZE, NONE, "no map", trained=trained)]
     verdicts += [judged({**other, "id": name}, answer, trained=trained)
                  for name, answer in (("a", GOOD), ("b", EDGE))]
@@ -205,7 +205,7 @@ def files(folder):
 def test_responses_from_elsewhere(data, tmp_path, capsys):
     """Two wrong, one error, and the rest is bookkeeping; no model is loaded (there is none)."""
     rows = gen_data.load_rows(data, "test")
-    lines = [{"id": row["id"], "response": gen_data.response(row)} for row in rows]
+    lines = [{"id": row.id, "response": row.response()} for row in rows]
     lines[1]["response"], lines[2]["response"] = "<answer>U,U,U,U,U,U</answer>", ""
     lines[3] |= {"response": "", "error": "HTTP 500", "tokens": {"not": "a number"}}
     file, out = tmp_path / "gpt.jsonl", tmp_path / "eval"
@@ -216,11 +216,11 @@ def test_responses_from_elsewhere(data, tmp_path, capsys):
     words = ["--responses", file, "--data", data, "--out", out, "--model", "nowhere"]
     run(*words)
     found = lines_of(out / "gpt/predictions.jsonl")
-    assert [v["id"] for v in found] == [row["id"] for row in rows]
+    assert [v["id"] for v in found] == [row.id for row in rows]
     assert [v["outcome"] for v in found] == ["success", "edge", "no answer", "error",
                                              *["success"] * 4]
-    assert found[0] | {"state": rows[0]["state"], "plan": rows[0]["plan"], "optimal": True,
-                       "trained_on": None, "level": 3, "bucket": rows[0]["bucket"]} == found[0]
+    assert found[0] | {"state": rows[0]["state"], "plan": rows[0].plan, "optimal": True,
+                       "trained_on": None, "level": 3, "bucket": rows[0].bucket} == found[0]
     summary = json.loads((out / "gpt/summary.json").read_text())
     macro = next(cell for cell in summary["table"] if cell["task"] == "macro")
     assert {"args", "versions"} <= summary.keys() and (macro["n"], macro["success"]) == (8, 0.625)
@@ -248,8 +248,8 @@ def test_lenient_reading_is_asked_for(data, tmp_path):
     rows = gen_data.load_rows(data, "test")
     words = {"U": "up", "D": "down", "L": "left", "R": "right"}
     file = tmp_path / "prose.jsonl"
-    file.write_text("".join(json.dumps({"id": row["id"], "response": "<answer>" + ", ".join(
-        words[action] for action in row["plan"]) + "</answer>"}) + "\n" for row in rows))
+    file.write_text("".join(json.dumps({"id": row.id, "response": "<answer>" + ", ".join(
+        words[action] for action in row.plan) + "</answer>"}) + "\n" for row in rows))
     for more, wanted in (([], {"no answer"}), (["--lenient"], {"success"})):
         run("--responses", file, "--data", data, "--out", tmp_path / "eval", *more)
         verdicts = lines_of(tmp_path / "eval/prose/predictions.jsonl")
@@ -265,29 +265,29 @@ def test_what_is_asked(data):
     for source in ("image", "text"):
         asked = responses.planning_prompts(rows, source, rows)
         assert asked == responses.planning_prompts(changed, source, rows)    # no plan in a prompt
-        assert [key for key, _, _ in asked] == [{"id": row["id"]} for row in rows]
-        assert [path for _, _, path in asked] == [row["path"] if source == "image" else None
+        assert [key for key, _, _ in asked] == [{"id": row.id} for row in rows]
+        assert [path for _, _, path in asked] == [row.path if source == "image" else None
                                                   for row in rows]
     pictures = responses.other_pictures(rows, rows)
-    assert sorted(pictures.values()) == sorted(row["path"] for row in rows)
-    assert all(pictures[row["id"]] != row["path"] for row in rows)
-    assert all(Path(pictures[row["id"]]).name.startswith(row["task"]) for row in rows)
+    assert sorted(pictures.values()) == sorted(row.path for row in rows)
+    assert all(pictures[row.id] != row.path for row in rows)
+    assert all(Path(pictures[row.id]).name.startswith(row.task) for row in rows)
     swapped = responses.planning_prompts(rows[:2], "swapped", rows, samples=2)
-    assert [path for _, _, path in swapped] == [rows[1]["path"], rows[2]["path"]] * 2
+    assert [path for _, _, path in swapped] == [rows[1].path, rows[2].path] * 2
     again = {**rows[0], "id": "again", "path": "copy.png"}                   # the same puzzle
-    assert responses.other_pictures([again], [*rows, again]) == {"again": rows[1]["path"]}
+    assert responses.other_pictures([again], [*rows, again]) == {"again": rows[1].path}
     with pytest.raises(SystemExit):
         responses.other_pictures(rows[:1], [rows[0], again, *rows[4:]])
     looks = responses.perception_prompts(rows[:1])
-    assert [key["question"] for key, _, _ in looks] == list(gen_data.questions(rows[0]))
-    assert {path for _, _, path in looks} == {rows[0]["path"]}
+    assert [key["question"] for key, _, _ in looks] == list(tuple(rows[0].questions()))
+    assert {path for _, _, path in looks} == {rows[0].path}
 
 
 def test_rows_are_chosen(data):
     rows = gen_data.load_rows(data, "test")
 
     def chosen(*words):
-        return [(row["task"], row["level"]) for row in gen_data.choose_rows(rows, *words)]
+        return [(row.task, row.level) for row in gen_data.choose_rows(rows, *words)]
     assert chosen(None, None) == [("frozenlake", 3)] * 4 + [("maze", 3)] * 4
     assert chosen(["maze"], 2) == [("maze", 3)] * 2
     assert chosen(["frozenlake:3-4", "maze"], 1) == [("frozenlake", 3), ("maze", 3)]
@@ -339,7 +339,7 @@ evaluate.main(evaluate.parse_args(sys.argv[1:]))"""
     run(*words)
     assert files(whole) == files(broken)
     predictions = lines_of(file)
-    lakes = [row["id"] for row in gen_data.load_rows(data, "test")][:4]
+    lakes = [row.id for row in gen_data.load_rows(data, "test")][:4]
     assert [(v["sample"], v["id"]) for v in predictions] == [(k, i) for k in (0, 1) for i in lakes]
     assert len({v["response"] for v in predictions}) > 2
     assert "pass@k" in (broken / "eval/results.md").read_text()
@@ -402,7 +402,7 @@ def test_a_run_with_an_adapter(data, tmp_path, monkeypatch, capsys):
         if "lora_B" in name:                                         # so that it does something
             torch.nn.init.normal_(weight)
     model.save_pretrained(tmp_path / "mine/adapter")
-    (tmp_path / "mine/trained_rows.json").write_text(json.dumps([gen_data.key_of(rows[0])]))
+    (tmp_path / "mine/trained_rows.json").write_text(json.dumps([rows[0].key()]))
     given, encode = [], common.encode
 
     def spy(processor, prompts, images, device):
@@ -415,12 +415,12 @@ def test_a_run_with_an_adapter(data, tmp_path, monkeypatch, capsys):
     given.clear()
     words += ["--out", out, "--adapter", tmp_path / "mine", "base"]
     run(*words, "--perception")
-    own = [gen_data.open_picture(row["path"]).tobytes() for row in rows]
+    own = [gen_data.open_picture(row.path).tobytes() for row in rows]
     some = [rows[i] for i in (0, 1, 4, 5)]
     for prompts, images in (given[0], given[-1 - 2]):                # mine-image, base-image
-        assert prompts == [gen_data.student_prompt(row) for row in some]
+        assert prompts == [row.student_prompt() for row in some]
         assert images == [own[i] for i in (0, 1, 4, 5)]
-    assert given[-1][0] == [gen_data.teacher_prompt(row, "state") for row in some]
+    assert given[-1][0] == [row.teacher_prompt("symbols") for row in some]
     assert given[-1][1] == [None] * 4
     said = capsys.readouterr().out
     assert "mine-image: success 0%; 1 of its 4 rows are puzzles it was trained on" in said
@@ -432,7 +432,7 @@ def test_a_run_with_an_adapter(data, tmp_path, monkeypatch, capsys):
     looks = lines_of(out / "mine-image/perception.jsonl")
     settings = json.loads((out / "mine-image/perception.settings.json").read_text())
     assert settings | {"temperature": 0, "seed": None} == settings   # perception is asked greedily
-    assert len(looks) == sum(len(gen_data.questions(row)) for row in some)
+    assert len(looks) == sum(len(tuple(row.questions())) for row in some)
     assert "| maze | all | 2 | 0 [" in text.split("## Perception questions")[1]
     for folder in ("eval/base", "eval/mine", "alone/base"):
         lines = lines_of(tmp_path / f"{folder}-text/predictions.jsonl")

@@ -17,7 +17,7 @@ def test_both_pictures_from_files(tmp_path, capsys):
     texts = {"right": gen_data.response, "wrong": lambda row: "<answer>U,U,U,U</answer>",
              "silent": lambda row: "the map is white"}
     for name, text in texts.items():
-        lines = [{"id": row["id"], "response": text(row), **gen_data.judge(row, text(row))}
+        lines = [{"id": row.id, "response": text(row), **row.judge(text(row))}
                  for row in rows]
         (tmp_path / "eval" / name).mkdir(parents=True)
         file = tmp_path / "eval" / name / "predictions.jsonl"
@@ -31,11 +31,11 @@ def test_both_pictures_from_files(tmp_path, capsys):
     figures.main(figures.parse_args(words))
     for name in ("answers", "training"):
         assert min(Image.open(tmp_path / f"docs/{name}.png").size) > 300
-    chosen = figures.choose_puzzles(rows, {row["id"] for row in rows})
-    assert [(row["task"], row["level"]) for row in chosen] == [("frozenlake", 3), ("maze", 4)]
-    longest = max(len(row["plan"]) for row in rows if row["level"] == 4)
+    chosen = figures.choose_puzzles(rows, {row.id for row in rows})
+    assert [(row.task, row.level) for row in chosen] == [("frozenlake", 3), ("maze", 4)]
+    longest = max(len(row.plan) for row in rows if row.level == 4)
     assert len(chosen[1]["plan"]) == longest
-    named = figures.choose_puzzles(rows, {row["id"] for row in rows}, [rows[2]["id"]])
+    named = figures.choose_puzzles(rows, {row.id for row in rows}, [rows[2].id])
     assert named == [rows[2]]
     for more, message in ((["--rows", "x"], "--rows x"), (["--conditions", "y"], "y/predictions"),
                           (["--distill", "z"], "z/metrics.jsonl")):

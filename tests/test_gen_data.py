@@ -3,19 +3,20 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import networkx as nx
 import numpy as np
 import pytest
-from conftest import stops
+from conftest import row_of, stops
 from PIL import Image
 
 import gen_data
-from gen_data import TASKS, check, judge, parse, solve
-from tools import data_folder, lenient
+from gen_data import TASKS, FrozenLake, Maze, MiniBehaviour, check, listing, parse, solve
+from tools import lenient
 
-LAKE = {"grid": ["SFH", "FFF", "HFG"]}
+LAKE = FrozenLake(["SFH", "FFF", "HFG"])
 # +--+--+--+
 # |S  .  . |   one corridor: along row 0, down column 2, back along row 1, down column 0,
 # +--+--+  +   along row 2
@@ -23,26 +24,22 @@ LAKE = {"grid": ["SFH", "FFF", "HFG"]}
 # +  +--+--+
 # | .  . G |
 # +--+--+--+
-MAZE = {"walls": [[7, 3, 9], [5, 3, 10], [6, 3, 11]], "start": [0, 0], "goal": [2, 2]}
-OFFICE = {"grid": ["A...", "..P.", "TTT.", "TTT."]}
-STATES = {"frozenlake": LAKE, "maze": MAZE, "minibehaviour": OFFICE}
+MAZE = Maze([[7, 3, 9], [5, 3, 10], [6, 3, 11]], [0, 0], [2, 2])
+OFFICE = MiniBehaviour(["A...", "..P.", "TTT.", "TTT."])
+PUZZLES = {"frozenlake": LAKE, "maze": MAZE, "minibehaviour": OFFICE}
 
 
-def row_of(task, state, level=3):
-    return {"task": task, "level": level, "state": state, "plan": solve(task, state)}
-
-
-def boards(count=40):
-    """(task, level, state) of solvable boards of every task and level."""
+def boards(count=40, tasks=TASKS):
+    """(task, level, puzzle) of solvable boards of every task and size."""
     rng = np.random.default_rng(0)
-    for task, rules in TASKS.items():
-        for level in rules.levels:
+    for task in tasks:
+        for level in TASKS[task].levels:
             found = 0
             while found < count:
-                state = rules.sample(rng, level)
-                if solve(task, state) is not None:
+                puzzle = TASKS[task].sample(rng, level)
+                if solve(puzzle):
                     found += 1
-                    yield task, level, state
+                    yield task, level, puzzle
 
 
 def run(*words):
@@ -100,48 +97,60 @@ def test_importing_gen_data_does_not_import_torch_or_common():
     ("minibehaviour", "D R PICK", "unfinished", 3, False),
 ])
 def test_verdicts(task, plan, outcome, executed, optimal):
-    row, plan = row_of(task, STATES[task]), plan and plan.split()
-    assert check(task, row["state"], plan) == (outcome, executed)
+    puzzle, plan = PUZZLES[task], plan and plan.split()
+    assert check(puzzle, plan) == (outcome, executed)
     if outcome != "no such action":  # a response cannot hold one: see test_parse
         answer = f"<answer>{','.join(plan or ())}</answer>"
-        assert judge(row, f"{gen_data.describe(task, row['state'])}\nRoute: so.\n{answer}") == {
-            "plan": plan, "outcome": outcome, "optimal": optimal, "state": row["state"],
-            "state_right": True}
+        text = f"{listing(puzzle.cells())}\nRoute: so.\n{answer}"
+        assert row_of(puzzle).judge(text) == {
+            "plan": plan, "outcome": outcome, "optimal": optimal, "map": asdict(puzzle),
+            "map_right": True}
 
 
-def test_a_trace_ends_at_the_first_fault_or_at_the_goal():
-    assert gen_data.trace("frozenlake", LAKE, "R R D".split()) == [(0, 0), (0, 1)]
-    assert gen_data.trace("frozenlake", LAKE, "R D D R U".split())[-1] == (2, 2)
-    assert gen_data.trace("minibehaviour", OFFICE, ["D", "R", "PICK"]) == [
+def test_a_plan_ends_at_the_first_violation_or_at_the_goal():
+    assert gen_data.execute(LAKE, "R R D".split()) == ([(0, 0), (0, 1)], "hole")
+    assert gen_data.execute(LAKE, "R D D R U".split())[0][-1] == (2, 2)
+    assert gen_data.execute(OFFICE, ["D", "R", "PICK"])[0] == [
         (0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1)]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_puzzle_comes_back_through_json(task):
+    """What stands in a row is the whole puzzle, and nothing of its class."""
+    for _, _, puzzle in boards(3, [task]):
+        state = asdict(puzzle)
+        assert TASKS[task](**json.loads(json.dumps(state))) == puzzle
+        assert json.loads(json.dumps(state)) == state
+        assert TASKS[task].read(puzzle.cells()) == puzzle       # so do its cells
+        assert not set(state) & {"levels", "rules", "legend", "actions", "questions"}
+        assert set(puzzle.facts()) == set(puzzle.questions)
 
 
 def test_plans_are_legal_and_no_shorter_one_exists():
     """Against an independent count: sets of positions reachable in exactly k steps."""
-    assert {task: len(solve(task, state)) for task, state in STATES.items()} == {
-        "frozenlake": 4, "maze": 8, "minibehaviour": 4}
-    for task, _, state in boards(10):
-        rules, plan = TASKS[task], solve(task, state)
-        assert check(task, state, plan) == ("success", len(plan))
-        reached = {rules.start(state)}
+    assert [len(solve(puzzle)) for puzzle in (LAKE, MAZE, OFFICE)] == [4, 8, 4]
+    for _, _, puzzle in boards(10):
+        plan = solve(puzzle)
+        assert check(puzzle, plan) == ("success", len(plan))
+        reached = {puzzle.start_pos()}
         for _ in plan:
-            assert not any(rules.done(state, pos) for pos in reached)
-            steps = [rules.step(state, pos, a) for pos in reached for a in rules.actions]
-            reached = {pos for pos, fault in steps if not fault}
-        assert any(rules.done(state, pos) for pos in reached)
+            assert not any(puzzle.done(pos) for pos in reached)
+            steps = [puzzle.step(pos, action) for pos in reached for action in puzzle.actions]
+            reached = {pos for pos, violation in steps if not violation}
+        assert any(puzzle.done(pos) for pos in reached)
 
 
-def maze_length(state, level):
+def maze_length(maze, level):
     graph = nx.grid_2d_graph(level, level)
     for (r, c), (below, right) in list(graph.edges):
-        if state["walls"][r][c] & (2 if below > r else 8):
+        if maze.walls[r][c] & (2 if below > r else 8):
             graph.remove_edge((r, c), (below, right))
-    return nx.shortest_path_length(graph, tuple(state["start"]), tuple(state["goal"]))
+    return nx.shortest_path_length(graph, tuple(maze.start), tuple(maze.goal))
 
 
-def grid_graph(state, level, walls):
+def grid_graph(grid, level, walls):
     """The cells without `walls`; {mark: its position}; {mark: the cells beside it}."""
-    cells = {(r, c): mark for r, row in enumerate(state["grid"]) for c, mark in enumerate(row)}
+    cells = {(r, c): mark for r, row in enumerate(grid) for c, mark in enumerate(row)}
     graph, beside = nx.grid_2d_graph(level, level), {}
     for pos, mark in cells.items():
         beside.setdefault(mark, set()).update(graph[pos])
@@ -149,14 +158,14 @@ def grid_graph(state, level, walls):
     return graph, {mark: pos for pos, mark in cells.items()}, beside
 
 
-def lake_length(state, level):
-    graph, place, _ = grid_graph(state, level, "H")
+def lake_length(lake, level):
+    graph, place, _ = grid_graph(lake.grid, level, "H")
     return nx.shortest_path_length(graph, place["S"], place["G"])
 
 
-def office_length(state, level):
+def office_length(office, level):
     """Beside the printer without entering it, from there over any floor to beside the table."""
-    graph, place, beside = grid_graph(state, level, "T")
+    graph, place, beside = grid_graph(office.grid, level, "T")
     blocked = nx.restricted_view(graph, [place["P"]], [])
     before = nx.single_source_shortest_path_length(blocked, place["A"])
     lengths = []
@@ -166,33 +175,35 @@ def office_length(state, level):
     return min(lengths)
 
 
+LENGTHS = {"frozenlake": lake_length, "maze": maze_length, "minibehaviour": office_length}
+
+
 def test_lengths_agree_with_networkx():
     """Shortest paths on graphs built from the facts alone, by another library; no `step` in it."""
-    lengths = {"frozenlake": lake_length, "maze": maze_length, "minibehaviour": office_length}
-    for task, level, state in boards(60):
-        assert len(solve(task, state)) == lengths[task](state, level)
+    for task, level, puzzle in boards(60, LENGTHS):
+        assert len(solve(puzzle)) == LENGTHS[task](puzzle, level)
 
 
 def test_frozenlake_agrees_with_gymnasium():
-    """2,000 boards of every level, a random walk on each; leaving the board aside."""
+    """2,000 boards of every size, a random walk on each; leaving the board aside."""
     from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
-    rng, rules, seen = np.random.default_rng(1), TASKS["frozenlake"], set()
+    rng, seen = np.random.default_rng(1), set()
     for board in range(2000):
         level = 3 + board % 6
-        state = rules.sample(rng, level)
-        env = FrozenLakeEnv(desc=state["grid"], is_slippery=False)
+        lake = FrozenLake.sample(rng, level)
+        env = FrozenLakeEnv(desc=lake.grid, is_slippery=False)
         env.reset(seed=0)
-        pos = rules.start(state)
+        pos = lake.start_pos()
         assert env.s == pos[0] * level + pos[1]
         for action in rng.choice(list(gen_data.MOVES), 30):
-            new, fault = rules.step(state, pos, action)
-            seen.add(fault)
-            if fault == "edge":  # gymnasium stays where it is
+            new, violation = lake.step(pos, action)
+            seen.add(violation)
+            if violation == "edge":  # gymnasium stays where it is
                 continue
             cell, reward, ended, _, _ = env.step("LDRU".index(action))
             assert divmod(int(cell), level) == new
-            assert (reward == 1) == rules.done(state, new)
-            assert ended == (fault == "hole" or rules.done(state, new))
+            assert (reward == 1) == lake.done(new)
+            assert ended == (violation == "hole" or lake.done(new))
             if ended:
                 break
             pos = new
@@ -200,10 +211,9 @@ def test_frozenlake_agrees_with_gymnasium():
 
 
 def test_mazes_are_perfect():
-    for task, level, state in boards(10):
-        if task == "maze":
-            opened = sum(bin(15 - bits).count("1") for row in state["walls"] for bits in row)
-            assert opened == 2 * (level * level - 1)  # a spanning tree, seen from both sides
+    for _, level, maze in boards(10, ["maze"]):
+        opened = sum(bin(15 - bits).count("1") for row in maze.walls for bits in row)
+        assert opened == 2 * (level * level - 1)  # a spanning tree, seen from both sides
 
 
 # ---------------------------------------------------------------- reading responses
@@ -282,13 +292,13 @@ def test_lenient_parse_knows_words_of_the_task():
 
 
 def test_reference_responses_are_read_back():
-    for task, level, state in boards(5):
-        row = row_of(task, state, level)
-        text = gen_data.response(row)
-        assert judge(row, text) == judge(row, text, lenient.parse) == {
-            "plan": row["plan"], "outcome": "success", "optimal": True, "state": state,
-            "state_right": True}
-        assert text.startswith(gen_data.describe(task, state) + "\nRoute: from ")
+    for _, level, puzzle in boards(5):
+        row = row_of(puzzle, level=level)
+        text = row.response()
+        assert row.judge(text) == row.judge(text, lenient.parse) == {
+            "plan": row.plan, "outcome": "success", "optimal": True, "map": asdict(puzzle),
+            "map_right": True}
+        assert text.startswith(listing(puzzle.cells()) + "\nRoute: from ")
         names = [gen_data.PARTS[i] for i in gen_data.part_of(list(text))]
         assert names == sorted(names, key=gen_data.PARTS.index)
         assert set(names) == set(gen_data.PARTS)
@@ -307,57 +317,56 @@ def test_reference_responses_are_read_back():
     ("minibehaviour", "Map: 2x2\nrow 0: A .\nrow 1: P ."),     # no table
 ])
 def test_maps_that_cannot_be_read(task, text):
-    assert gen_data.read_state(task, text) is None
+    assert gen_data.read_map(task, text) is None
 
 
 def test_a_maze_is_read_as_it_stands():
     """Two sides of the border between (0,0) and (0,1) disagree: only one cell is open to it."""
-    state = gen_data.read_state("maze", "Map: 2x2\nrow 0: SR .D\nrow 1: .R GUL")
-    assert state == {"walls": [[7, 13], [7, 10]], "start": [0, 0], "goal": [1, 1]}
+    maze = gen_data.read_map("maze", "Map: 2x2\nrow 0: SR .D\nrow 1: .R GUL")
+    assert maze == Maze([[7, 13], [7, 10]], [0, 0], [1, 1])
 
 
-@pytest.mark.parametrize("task, state, name, text, right", [
-    ("frozenlake", LAKE, "size", "3x3", True),
-    ("frozenlake", LAKE, "size", "The map has 3 rows and 3 columns.", True),
-    ("frozenlake", LAKE, "size", "3", False),
-    ("frozenlake", LAKE, "size", "3x4", False),
-    ("frozenlake", LAKE, "player", "The start is at [0, 0].", True),
-    ("frozenlake", LAKE, "player", "row 0, column 0", True),
-    ("frozenlake", LAKE, "player", "(0,0) or (0,1)", False),
-    ("frozenlake", LAKE, "holes", "(2,0), (0,2)", True),
-    ("frozenlake", LAKE, "holes", "( 0 , 2 ) and (2,0), that is all", True),
-    ("frozenlake", LAKE, "holes", "(0,2)", False),
-    ("frozenlake", LAKE, "holes", "none", False),
-    ("frozenlake", LAKE, "holes", "", False),
-    ("frozenlake", LAKE, "holes", "(99999,2), (2,0)", False),
-    ("frozenlake", {"grid": ["SF", "FG"]}, "holes", "None.", True),
-    ("frozenlake", {"grid": ["SF", "FG"]}, "holes", "There are no holes.", True),
-    ("frozenlake", {"grid": ["SF", "FG"]}, "holes", "", False),
-    ("frozenlake", {"grid": ["SF", "FG"]}, "holes", "(0,1)", False),
-    ("maze", MAZE, "moves", "Right", True),
-    ("maze", MAZE, "moves", "r", True),
-    ("maze", MAZE, "moves", "R, D", False),
-    ("minibehaviour", OFFICE, "moves", "right and down", True),
-    ("minibehaviour", OFFICE, "moves", "R D PICK", False),
-    ("minibehaviour", OFFICE, "near_printer", "(1,3) (1,1) (0,2)", True),
-    ("maze", MAZE, "map",  # letters in any order
+@pytest.mark.parametrize("puzzle, name, text, right", [
+    (LAKE, "size", "3x3", True),
+    (LAKE, "size", "The map has 3 rows and 3 columns.", True),
+    (LAKE, "size", "3", False),
+    (LAKE, "size", "3x4", False),
+    (LAKE, "player", "The start is at [0, 0].", True),
+    (LAKE, "player", "row 0, column 0", True),
+    (LAKE, "player", "(0,0) or (0,1)", False),
+    (LAKE, "holes", "(2,0), (0,2)", True),
+    (LAKE, "holes", "( 0 , 2 ) and (2,0), that is all", True),
+    (LAKE, "holes", "(0,2)", False),
+    (LAKE, "holes", "none", False),
+    (LAKE, "holes", "", False),
+    (LAKE, "holes", "(99999,2), (2,0)", False),
+    (FrozenLake(["SF", "FG"]), "holes", "None.", True),
+    (FrozenLake(["SF", "FG"]), "holes", "There are no holes.", True),
+    (FrozenLake(["SF", "FG"]), "holes", "", False),
+    (FrozenLake(["SF", "FG"]), "holes", "(0,1)", False),
+    (MAZE, "moves", "Right", True),
+    (MAZE, "moves", "r", True),
+    (MAZE, "moves", "R, D", False),
+    (OFFICE, "moves", "right and down", True),
+    (OFFICE, "moves", "R D PICK", False),
+    (OFFICE, "near_printer", "(1,3) (1,1) (0,2)", True),
+    (MAZE, "map",  # letters in any order
      "Map: 3x3\nrow 0: SR .RL .DL\nrow 1: .RD .LR .UL\nrow 2: .UR .LR GL", True),
-    ("maze", MAZE, "map", "Map: 3x3\nrow 0: SR .RL .DL\nrow 1: .RD .LR .UL\nrow 2: .UR .LR G",
+    (MAZE, "map", "Map: 3x3\nrow 0: SR .RL .DL\nrow 1: .RD .LR .UL\nrow 2: .UR .LR G",
      False),
-    ("maze", MAZE, "map", "Map: 3x3\nrow 0: SR .RL .DL\nrow 1: .RD .LR .UL", False),
-    ("frozenlake", LAKE, "map", "map: 3 x 3\nRow 0: s f h\nrow 1: F F F\nrow 2: H F G", True),
-    ("frozenlake", LAKE, "map", "Map: 3x3\nrow 0: S F H\nrow 1: F F F\nrow 2: H F F", False),
+    (MAZE, "map", "Map: 3x3\nrow 0: SR .RL .DL\nrow 1: .RD .LR .UL", False),
+    (LAKE, "map", "map: 3 x 3\nRow 0: s f h\nrow 1: F F F\nrow 2: H F G", True),
+    (LAKE, "map", "Map: 3x3\nrow 0: S F H\nrow 1: F F F\nrow 2: H F F", False),
 ])
-def test_one_answer_is_read_back(task, state, name, text, right):
-    row = {"task": task, "state": state}
-    assert gen_data.score_perception(row, (name,), text) == {name: right}
+def test_one_answer_is_read_back(puzzle, name, text, right):
+    assert row_of(puzzle).score((name,), text) == {name: right}
 
 
 def test_numbered_answers_are_read_back():
-    row, names = {"task": "frozenlake", "state": LAKE}, ("goal", "holes", "size")
+    row, names = row_of(LAKE), ("goal", "holes", "size")
 
     def right(text):
-        scores = gen_data.score_perception(row, names, text)
+        scores = row.score(names, text)
         return [scores[name] for name in names]
     assert right("1) (2,2)\n2) (0,2),\n(2,0)\n3) 3x3") == [True, True, True]
     assert right("Sure!\n**2.** (2,0), (0,2)\n1. (2,1)") == [False, True, False]
@@ -365,33 +374,29 @@ def test_numbered_answers_are_read_back():
 
 
 def test_targets_score_full_marks():
-    for task, level, state in boards(5):
-        row = row_of(task, state, level)
-        target = gen_data.perception_target(row)
-        assert all(gen_data.score_perception(row, None, target).values())
-        for name in gen_data.questions(row):
-            target = gen_data.perception_target(row, (name,))
-            assert gen_data.score_perception(row, (name,), target) == {name: True}
+    for _, _, puzzle in boards(5):
+        row = row_of(puzzle)
+        target = row.answers()
+        assert all(row.score(None, target).values())
+        for name in tuple(row.questions()):
+            target = row.answers((name,))
+            assert row.score((name,), target) == {name: True}
 
 
 # ---------------------------------------------------------------- prompts and pictures
 
 def test_listing_by_hand():
-    listings = {task: gen_data.describe(task, state) for task, state in STATES.items()}
+    listings = {task: listing(puzzle.cells()) for task, puzzle in PUZZLES.items()}
     assert listings["frozenlake"] == "Map: 3x3\nrow 0: S F H\nrow 1: F F F\nrow 2: H F G"
     assert listings["maze"] == "Map: 3x3\nrow 0: SR .LR .DL\nrow 1: .DR .LR .UL\nrow 2: .UR .LR GL"
     assert listings["minibehaviour"].splitlines()[2] == "row 1: . . P ."
 
 
 def test_perception_by_hand():
-    def answers(task):
-        row = {"task": task, "state": STATES[task]}
-        names = gen_data.questions(row)[1:]
-        return {name: gen_data.perception_target(row, (name,)) for name in names}
-    assert answers("frozenlake") == {
+    assert LAKE.facts() == {
         "size": "3x3", "player": "(0,0)", "goal": "(2,2)", "holes": "(0,2), (2,0)"}
-    assert answers("maze") == {"size": "3x3", "player": "(0,0)", "goal": "(2,2)", "moves": "R"}
-    assert answers("minibehaviour") == {
+    assert MAZE.facts() == {"size": "3x3", "player": "(0,0)", "goal": "(2,2)", "moves": "R"}
+    assert OFFICE.facts() == {
         "size": "4x4", "agent": "(0,0)", "printer": "(1,2)",
         "table": "(2,0), (2,1), (2,2), (3,0), (3,1), (3,2)",
         "near_printer": "(0,2), (1,1), (1,3)", "near_table": "(1,0), (1,1), (2,3), (3,3)",
@@ -399,34 +404,34 @@ def test_perception_by_hand():
 
 
 def test_several_questions_are_numbered():
-    row, names = {"task": "frozenlake", "state": LAKE}, ("goal", "holes")
-    assert gen_data.perception_prompt(row, names).endswith(
+    row, names = row_of(LAKE), ("goal", "holes")
+    assert row.ask(names).endswith(
         "1. Where is the goal?\n2. Where are the holes?")
-    assert gen_data.perception_target(row, names) == "1. (2,2)\n2. (0,2), (2,0)"
-    assert gen_data.perception_target(row, ("map",)) == gen_data.describe("frozenlake", LAKE)
+    assert row.answers(names) == "1. (2,2)\n2. (0,2), (2,0)"
+    assert row.answers(("map",)) == listing(LAKE.cells())
 
 
 def test_teacher_sees_the_state_and_the_student_does_not():
-    for task, level, state in boards(3):
-        row = row_of(task, state, level)
-        student, teacher = gen_data.student_prompt(row), gen_data.teacher_prompt(row, "state")
-        listing, plan = gen_data.describe(task, state), ",".join(row["plan"])
-        assert listing in teacher and listing not in student
-        assert f"plan: {plan}\n" in gen_data.teacher_prompt(row) and "plan" not in teacher
-        # Word for word the same rules and format; the student's prompt knows nothing of the state.
-        assert teacher.replace(gen_data.symbols(row), gen_data.legend(row)) == student
-        assert student == gen_data.student_prompt({"task": task})
+    for _, level, puzzle in boards(3):
+        row = row_of(puzzle, level=level)
+        student, teacher = row.student_prompt(), row.teacher_prompt("symbols")
+        shown, plan = listing(puzzle.cells()), ",".join(row.plan)
+        assert shown in teacher and shown not in student
+        assert f"plan: {plan}\n" in row.teacher_prompt("symbols+plan") and "plan" not in teacher
+        # Word for word the same rules and form; the student's prompt knows nothing of the state.
+        assert teacher.replace(row.symbols(), row.picture_and_legend()) == student
+        assert row.teacher_prompt("picture") == student
 
 
 def test_pictures_show_the_cells():
-    lake, cells = np.asarray(TASKS["frozenlake"].render(LAKE, 32)), set()
+    lake, cells = np.asarray(LAKE.render(32)), set()
     for r, c in ((0, 0), (0, 1), (0, 2), (2, 2)):  # S, F, H, G
         cells.add(lake[r * 32:r * 32 + 32, c * 32:c * 32 + 32].tobytes())
     assert lake.shape == (96, 96, 3) and len(cells) == 4
-    maze = TASKS["maze"].render(MAZE, 32)
+    maze = MAZE.render(32)
     assert maze.getpixel((16, 16)) == (255, 215, 0) and maze.getpixel((80, 80)) == (30, 90, 255)
     assert maze.getpixel((16, 32)) == (0, 0, 0) and maze.getpixel((48, 16)) == (255, 255, 255)
-    office = TASKS["minibehaviour"].render(OFFICE, 32)
+    office = OFFICE.render(32)
     assert office.getpixel((16, 16)) == (255, 0, 0)
     assert office.getpixel((16, 80)) == (210, 180, 140)
     assert office.getpixel((80, 48)) == (255, 255, 255)
@@ -445,18 +450,17 @@ VSP = {"8872391eba6e5194": "FHF HFG FSF",
 
 @pytest.mark.parametrize("digest", VSP)
 def test_frozenlake_pictures_are_those_of_vsp_to_the_pixel(digest):
-    picture = TASKS["frozenlake"].render({"grid": VSP[digest].split()}, 64)
+    picture = FrozenLake(VSP[digest].split()).render(64)
     pixels = np.asarray(picture).tobytes()
     assert hashlib.sha256(pixels).hexdigest().startswith(digest)
 
 
 def test_files_hold_the_picture_resized_by_pillow(tmp_path):
-    for task, level, state in boards(2):
+    for _, _, puzzle in boards(2):
         for cell_size, size in ((64, 256), (32, 0), (48, 100)):
-            row = {"task": task, "state": state, "file_name": "a.png"}
-            data_folder.draw(row, tmp_path, cell_size, size)
-            picture = TASKS[task].render(state, cell_size)
-            assert picture.size == (cell_size * level,) * 2
+            data = {**row_of(puzzle).data, "file_name": "a.png"}
+            gen_data.draw(data, tmp_path, cell_size, size)
+            picture = puzzle.render(cell_size)
             wanted = picture.resize((size, size), Image.LANCZOS) if size else picture
             read = Image.open(tmp_path / "a.png")
             assert read.mode == "RGB" and np.array_equal(read, wanted)
@@ -464,35 +468,36 @@ def test_files_hold_the_picture_resized_by_pillow(tmp_path):
 
 # ---------------------------------------------------------------- splits and files
 
-def test_keys_tell_states_apart():
-    row = {"task": "maze", "state": MAZE, "plan": ["R"]}
-    turned = {"task": "maze", "state": dict(reversed(MAZE.items())), "id": "x"}
-    assert gen_data.key_of(row) == gen_data.key_of(turned)
-    assert len(gen_data.key_of(row)) == 16 and int(gen_data.key_of(row), 16)
-    others = [{"task": "frozenlake", "state": OFFICE}, {"task": "minibehaviour", "state": OFFICE},
-              {"task": "maze", "state": {**MAZE, "goal": [1, 2]}}, row]
-    assert len({gen_data.key_of(other) for other in others}) == 4
+def test_keys_tell_puzzles_apart():
+    row = row_of(MAZE)
+    turned = gen_data.PuzzleRow({**row.data, "id": "x",
+                                 "state": dict(reversed(row.data["state"].items()))})
+    assert row.key() == turned.key()
+    assert len(row.key()) == 16 and int(row.key(), 16)
+    lake = row_of(FrozenLake(["A...", "..P.", "TTT.", "TTT."]), ["U"])       # no lake, but a key
+    others = [lake, row_of(OFFICE), row_of(Maze(MAZE.walls, [0, 0], [1, 2])), row]
+    assert len({other.key() for other in others}) == 4
 
 
 def test_difficulties_are_balanced_thirds():
     for task, level in (("frozenlake", 3), ("frozenlake", 8), ("maze", 4), ("minibehaviour", 5)):
         lengths = {name: [] for name in gen_data.DIFFICULTIES}
         for row in gen_data.sample_rows(task, level, "train", 61, seed=5):
-            lengths[row["bucket"]].append(len(row["plan"]))
+            lengths[row.bucket].append(len(row.plan))
         easy, medium, hard = lengths.values()
         assert [len(easy), len(medium), len(hard)] == [21, 20, 20]
         assert max(easy) < min(medium) <= max(medium) < min(hard)
         # Thirds of what random puzzles are, as nearly as whole lengths allow.
         rng, found, borders = np.random.default_rng(9), [], gen_data.thirds(task, level)
         while len(found) < 600:
-            plan = solve(task, TASKS[task].sample(rng, level))
+            plan = solve(TASKS[task].sample(rng, level))
             if plan is not None:
                 found.append(gen_data.bucket(len(plan), borders))
         assert all(0.15 < found.count(name) / 600 < 0.55 for name in gen_data.DIFFICULTIES)
 
 
 def every_small_office():
-    """All states of level 4: 6 places for the table, 90 for agent and printer."""
+    """All puzzles of size 4: 6 places for the table, 90 for agent and printer."""
     for r, c in ((r, c) for r in range(3) for c in range(2)):
         grid = np.full((4, 4), ".")
         grid[r:r + 2, c:c + 3] = "T"
@@ -500,7 +505,7 @@ def every_small_office():
         for agent, printer in ((a, p) for a in floor for p in floor if a != p):
             filled = grid.copy()
             filled[tuple(agent)], filled[tuple(printer)] = "A", "P"
-            yield {"grid": ["".join(row) for row in filled]}
+            yield MiniBehaviour(["".join(row) for row in filled])
 
 
 def test_the_number_that_can_be_had_can_be_had(tmp_path, capsys, monkeypatch):
@@ -515,36 +520,42 @@ def test_the_number_that_can_be_had_can_be_had(tmp_path, capsys, monkeypatch):
     make(*words, "--train", number)
     assert len(gen_data.load_rows(tmp_path / "a", "train")) == number
     counts = dict.fromkeys(gen_data.DIFFICULTIES, 0)
-    for state in every_small_office():
-        plan = solve("minibehaviour", state)
-        if plan and gen_data.split_of("minibehaviour", state) == "train":
+    for office in every_small_office():
+        plan = solve(office)
+        if plan and gen_data.split_of("minibehaviour", office) == "train":
             counts[gen_data.bucket(len(plan), gen_data.thirds("minibehaviour", 4))] += 1
     assert number == 3 * min(counts.values())
 
 
-def test_excluded_states_do_not_appear(tmp_path):
+def keys_of(folder, split):
+    return {row.key() for row in gen_data.load_rows(folder, split)}
+
+
+def test_excluded_puzzles_do_not_appear(tmp_path):
     words = ["--tasks", "minibehaviour:4", "--train", 60, "--val", 6, "--test", 0,
              "--cell_size", 8, "--image_size", 0]
     make(*words, "--out", tmp_path / "a")
     other = [*words, "--seed", 1]
     make(*other, "--exclude", tmp_path / "a", "--out", tmp_path / "b")
     make(*other, "--out", tmp_path / "c")
-    a, b, c = ({gen_data.key_of(row) for row in gen_data.load_rows(tmp_path / name)}
+    a, b, c = (keys_of(tmp_path / name, "train") | keys_of(tmp_path / name, "val")
                for name in "abc")
     assert not a & b and a & c and len(b) == 66
 
 
-def test_the_share_of_holes_is_a_flag(tmp_path):
-    words = ["--tasks", "frozenlake:8", "--train", 9, "--val", 0, "--test", 0, "--cell_size", 8,
-             "--image_size", 0]
+def test_a_constant_of_a_task_is_one_place(monkeypatch):
     shares = []
     for share in (0, 0.4):
-        out = tmp_path / str(share)
-        make(*words, "--hole_prob", share, "--out", out)
-        assert json.loads((out / "args.json").read_text())["hole_prob"] == share
-        text = "".join("".join(row["state"]["grid"]) for row in gen_data.load_rows(out, "train"))
-        shares.append(text.count("H") / len(text))
+        monkeypatch.setattr(FrozenLake, "hole_prob", share)
+        lakes = [FrozenLake.sample(np.random.default_rng(i), 8) for i in range(9)]
+        shares.append("".join("".join(lake.grid) for lake in lakes).count("H") / (9 * 64))
     assert shares[0] == 0 and 0.25 < shares[1] < 0.5
+
+
+def test_a_task_draws_the_same_whatever_other_tasks_there_are(monkeypatch):
+    before = [row.data for row in gen_data.sample_rows("maze", 3, "train", 6, seed=4)]
+    monkeypatch.setattr(gen_data, "TASKS", {"maze": Maze, "other": FrozenLake})
+    assert [row.data for row in gen_data.sample_rows("maze", 3, "train", 6, seed=4)] == before
 
 
 def test_imagefolder_of_datasets_reads_it(tmp_path, monkeypatch):
@@ -556,27 +567,28 @@ def test_imagefolder_of_datasets_reads_it(tmp_path, monkeypatch):
                          cache_dir=str(tmp_path / "cache"))
     assert {name: len(split) for name, split in table.items()} == {
         "train": 12, "validation": 6, "test": 6}
-    own = {row["id"]: row for row in gen_data.load_rows(tmp_path / "data")}
+    own = {}
+    for split in gen_data.SPLITS:
+        own |= {row.id: row for row in gen_data.load_rows(tmp_path / "data", split)}
     for split in table.values():
         for row in split:
             wanted = own[row["id"]]
             for key in ("task", "level", "seed", "source", "bucket", "plan"):
-                assert row[key] == wanted[key]
+                assert row[key] == wanted.data[key]
             state = {key: value for key, value in row["state"].items() if value is not None}
-            assert state == wanted["state"]
-            assert np.array_equal(row["image"], Image.open(wanted["path"]))
+            assert state == wanted.data["state"]
+            assert np.array_equal(row["image"], Image.open(wanted.path))
 
 
 def test_show(tmp_path):
-    words = [sys.executable, gen_data.__file__, "--show"]
-    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["puzzles.png"]
-    assert Image.open(tmp_path / "puzzles.png").size == (6 * 272, 6 * 280)
-    for task in TASKS:
-        for title in ("row", "student", "teacher, with", "teacher without", "response",
-                      "perception", "target"):
-            assert f"--- {task}: {title}" in result.stdout
+    words = [sys.executable, "-m", "tools.show", "--preset", "4b", "--out", tmp_path / "a.png"]
+    result = subprocess.run(words, cwd=Path(gen_data.__file__).parent, capture_output=True,
+                            text=True)
+    assert result.returncode == 0, result.stderr
+    widest = max(len(levels) for levels in gen_data.PRESETS["4b"]["tasks"].values())
+    assert Image.open(tmp_path / "a.png").width == widest * 272
+    for task in gen_data.PRESETS["4b"]["tasks"]:
+        assert result.stdout.count(f"--- {task}: ") > 5
 
 
 def test_same_seed_same_bytes_and_no_state_in_two_splits(tmp_path):
@@ -593,35 +605,62 @@ def test_same_seed_same_bytes_and_no_state_in_two_splits(tmp_path):
     for out in "ac":  # across seeds too
         for split in gen_data.SPLITS:
             for row in gen_data.load_rows(tmp_path / out, split):
-                assert Image.open(row["path"]).size == (32 * row["level"],) * 2
-                assert seen.setdefault(gen_data.key_of(row), split) == split
-                walls = json.dumps(row["state"].get("walls"))  # a layout is held out as a whole
-                assert walls == "null" or seen.setdefault(walls, split) == split
+                assert Image.open(row.path).size == (32 * row.level,) * 2
+                assert seen.setdefault(row.key(), split) == split
+                layout = json.dumps([row.task, row.puzzle.layout()])  # held out as a whole
+                assert seen.setdefault(layout, split) == split
 
 
 def test_presets_name_what_can_be_made():
-    assert list(gen_data.PRESETS) == ["tiny", "2b", "4b", "8b", "tiny-small"]
     for preset in gen_data.PRESETS.values():
         for task, levels in preset["tasks"].items():
             assert set(levels) <= set(TASKS[task].levels)
+        assert gen_data.Path(preset["out"]).parent == gen_data.Path("data")
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--preset", "huge"], "unknown preset 'huge'"),
+    (["--preset", "huge"], "invalid choice: 'huge'"),
     (["--tasks", "chess"], "unknown task 'chess'"),
-    (["--tasks", "minibehaviour:2"], "minibehaviour has levels 4 to 6"),
-    (["--tasks", "maze:x"], "cannot read the levels"),
-    (["--hole_prob", "1.5"], "outside 0..1"),
-    (["--tasks", "minibehaviour:2-5"], "minibehaviour has levels 4 to 6"),
-    (["--train", "-1"], "--train -1: wanted at least 0"),
-    (["--exclude", "nowhere"], "no nowhere/*/metadata.jsonl"),
+    (["--tasks", "minibehaviour:2"], "minibehaviour has board sizes 4 to 6"),
+    (["--tasks", "maze:x"], "cannot read the board sizes"),
+    (["--tasks", "minibehaviour:2-5"], "minibehaviour has board sizes 4 to 6"),
+    (["--train", "-1"], "--train: got '-1', must be a whole number, at least 0"),
+    (["--exclude", "nowhere"], "--exclude nowhere: no data folder"),
     (["--out", "."], "exists"),
-    (["--out", ".", "--overwrite"], "not made by gen_data.py"),
+    (["--out", ".", "--overwrite"], "is no data folder"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, words, message):
     words = words if "--out" in words else [*words, "--out", tmp_path / "data"]
     assert message in refused(capsys, *words)
     assert not list(tmp_path.iterdir())
+
+
+def test_only_a_data_folder_with_nothing_else_in_it_is_replaced(tmp_path, capsys):
+    words = ["--tasks", "frozenlake:3", "--train", 3, "--val", 0, "--test", 0, "--out",
+             tmp_path / "a"]
+    make(*words)
+    assert "exists" in refused(capsys, *words)
+    notes = tmp_path / "a/train/notes.txt"
+    notes.write_text("mine")
+    assert "notes.txt is not part of the data" in refused(capsys, *words, "--overwrite")
+    notes.unlink()
+    before = (tmp_path / "a/train/metadata.jsonl").read_bytes()
+    make(*words, "--overwrite", "--seed", 1)
+    assert (tmp_path / "a/train/metadata.jsonl").read_bytes() != before
+    (tmp_path / "a.partial").mkdir()
+    (tmp_path / "a.partial/mine.txt").write_text("mine")
+    assert "a.partial is in the way" in refused(capsys, *words, "--overwrite")
+    assert (tmp_path / "a.partial/mine.txt").exists()
+
+
+def test_data_are_made_only_where_the_preset_has_its_own(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = stops(capsys, gen_data.ensure, "data/typo", "tiny", 0)
+    assert "no such folder" in message and not list(tmp_path.iterdir())
+    make("--preset", "4b", "--tasks", "frozenlake:3", "--train", 1, "--val", 1, "--test", 1,
+         "--out", "data/tiny")
+    assert "not for --preset tiny" in stops(capsys, gen_data.ensure, "data/tiny", "tiny", 0)
+    gen_data.ensure("data/tiny", "4b", 0)                      # given by name, as it stands there
 
 
 def test_bad_input_of_the_script():

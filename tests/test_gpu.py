@@ -89,7 +89,7 @@ def trained_batch(folder, model, processor):
     rows = gen_data.load_rows(folder / "data", "train")
     rows = distill.draw_rows(rows, 4, np.random.default_rng(0))
     roles = distill.encode_roles(processor, rows, "state+plan", model.device)
-    texts = [gen_data.response(row) for row in rows]
+    texts = [row.response() for row in rows]
     return *roles, *common.encode_responses(processor, texts, model.device)
 
 

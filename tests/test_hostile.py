@@ -7,18 +7,18 @@ import zlib
 
 import pytest
 import torch
-from conftest import stops
+from conftest import row_of, stops
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_gen_data import LAKE, STATES, row_of
+from test_gen_data import LAKE, PUZZLES
 
 import common
 import gen_data
 from tools import lenient
 
-ROW = {"file_name": "a.png", "id": "test_a", "task": "frozenlake", "level": 3, "state": LAKE,
-       "plan": ["D", "R", "R", "D"]}
+ROW = {"file_name": "a.png", "id": "test_a", "task": "frozenlake", "level": 3,
+       "state": {"grid": LAKE.grid}, "plan": ["D", "R", "R", "D"]}
 
 
 def folder_with(tmp_path, *lines):
@@ -26,6 +26,7 @@ def folder_with(tmp_path, *lines):
     (tmp_path / "data/test").mkdir(parents=True)
     lines = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     (tmp_path / "data/test/metadata.jsonl").write_text("\n".join(lines))
+    (tmp_path / "data/test/a.png").write_bytes(b"opened later")
     return tmp_path / "data"
 
 
@@ -72,7 +73,7 @@ def png(width, height):
 
 def test_broken_pictures(tmp_path, capsys):
     whole = io.BytesIO()
-    gen_data.TASKS["frozenlake"].render(LAKE, 64).save(whole, "PNG")
+    LAKE.render(64).save(whole, "PNG")
     (tmp_path / "whole.png").write_bytes(whole.getvalue())
     assert gen_data.open_picture(tmp_path / "whole.png").size == (192, 192)
     for name, content in (("cut.png", whole.getvalue()[:-2000]), ("text.png", b"no picture"),
@@ -160,27 +161,28 @@ OUTCOMES = {"success", "unfinished", "no answer", "hole", "wall", "edge", "table
 
 def read_everywhere(task, text):
     """Every reader of model output; returns the verdict."""
-    row = row_of(task, STATES[task])
+    row = row_of(PUZZLES[task])
     for parse in (gen_data.parse, lenient.parse):
-        verdict = gen_data.judge(row, text, parse)
-        plan, state = verdict["plan"], verdict["state"]
-        assert plan is None or plan and set(plan) <= set(gen_data.TASKS[task].actions)
+        verdict = row.judge(text, parse)
+        plan, state = verdict["plan"], verdict["map"]
+        assert plan is None or plan and set(plan) <= set(row.puzzle.actions)
         assert verdict["outcome"] in OUTCOMES
-        gen_data.trace(task, STATES[task], plan or [])
+        gen_data.execute(row.puzzle, plan or [])
         json.dumps(verdict)
     if state:  # a world that can be planned in
-        gen_data.check(task, state, plan)
-        gen_data.solve(task, state)
-        assert gen_data.read_state(task, gen_data.describe(task, state)) == state
-    assert set(gen_data.score_perception(row, None, text)) == set(gen_data.questions(row))
-    for name in gen_data.questions(row):
-        gen_data.score_perception(row, (name,), text)
+        described = gen_data.TASKS[task](**state)
+        gen_data.check(described, plan)
+        gen_data.solve(described)
+        assert gen_data.read_map(task, gen_data.listing(described.cells())) == described
+    assert set(row.score(None, text)) == set(row.questions())
+    for name in row.questions():
+        row.score((name,), text)
     assert len(gen_data.part_of(list(text[:1000]))) == len(text[:1000])
     return verdict
 
 
 @settings(max_examples=300, deadline=None)
-@given(text=responses, task=st.sampled_from(list(STATES)))
+@given(text=responses, task=st.sampled_from(list(PUZZLES)))
 def test_any_response_is_read(text, task):
     read_everywhere(task, text)
 
@@ -190,7 +192,7 @@ def test_a_hundred_thousand_responses_are_read():
     count = []
 
     @settings(max_examples=100_000, deadline=None, database=None)
-    @given(text=responses, task=st.sampled_from(list(STATES)))
+    @given(text=responses, task=st.sampled_from(list(PUZZLES)))
     def each(text, task):
         read_everywhere(task, text)
         count.append(len(text))

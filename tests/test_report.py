@@ -32,10 +32,10 @@ def page_file(tmp_path_factory):
     for name, lines in (("metrics", steps), ("rollouts", rollouts)):
         (run / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     for name in ("good", "bad-image"):
-        responses = [gen_data.response(row) if name == "good" else
+        responses = [row.response() if name == "good" else
                      f"{EVIL}\n<answer>U,U,U,U,U,U,U</answer>" for row in rows]
         file = folder / f"{name}.jsonl"
-        file.write_text("\n".join(json.dumps({"id": row["id"], "response": response})
+        file.write_text("\n".join(json.dumps({"id": row.id, "response": response})
                                   for row, response in zip(rows, responses, strict=True)))
         evaluate.main(evaluate.parse_args([
             "--preset", "tiny", "--data", str(folder / "data"), "--out", str(folder / "eval"),
@@ -118,9 +118,9 @@ def test_the_path_is_the_plan(browser, page_file):
     page.get_by_label("condition").select_option("good")
     rows = gen_data.load_rows(page_file.parents[1] / "data", "test")
     for card, row in zip(page.locator("#gallery .card").all(), rows, strict=False):
-        assert row["id"] in card.inner_text()
+        assert row.id in card.inner_text()
         drawn = card.locator("svg path").last.get_attribute("d")[1:].split("L")
-        cells = gen_data.trace(row["task"], row["state"], row["plan"])
+        cells = gen_data.trace(row.task, row["state"], row.plan)
         assert drawn == [f"{pos[1] + 0.5:g} {pos[0] + 0.5:g}" for pos in cells]
     page.close()
 

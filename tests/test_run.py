@@ -17,7 +17,7 @@ def rows():
     for task, levels in preset["tasks"].items():
         for level in levels:
             for row in gen_data.sample_rows(task, level, "test", preset["test"], seed=0):
-                found[row["id"]] = row
+                found[row.id] = row
     return found
 
 
@@ -28,10 +28,10 @@ def test_its_answers_come_again(rows):
     chosen = [rows[line["id"]] for line in kept]
     model, processor = common.load(common.TINY, 32)
     model = common.add_lora(model, path=str(RUN / "distill/adapter")).eval()
-    pictures = [gen_data.TASKS[row["task"]].render(row["state"], 32) for row in chosen]
-    prompt = common.encode(processor, [gen_data.student_prompt(row) for row in chosen], pictures)
+    pictures = [gen_data.TASKS[row.task].render(row["state"], 32) for row in chosen]
+    prompt = common.encode(processor, [row.student_prompt() for row in chosen], pictures)
     texts = common.decode(processor, *common.sample(model, processor, prompt, 120))
-    outcomes = [gen_data.judge(row, text)["outcome"] for row, text in
+    outcomes = [row.judge(text)["outcome"] for row, text in
                 zip(chosen, texts, strict=True)]
     assert outcomes == [line["outcome"] for line in kept]
     assert outcomes.count("success") >= 18
@@ -45,7 +45,7 @@ def test_what_its_files_say_agrees(rows):
         assert config["base_model_name_or_path"] == args["model"] == "tiny" and args["seed"] == 0
         trained = set(json.loads((RUN / stage / "trained_rows.json").read_text()))
         assert len(trained) == 5 * gen_data.PRESETS["tiny"]["train"]
-        assert not trained & {gen_data.key_of(row) for row in rows.values()}
+        assert not trained & {row.key() for row in rows.values()}
         steps = [json.loads(line)["step"] for line in open(RUN / stage / "metrics.jsonl")]
         assert steps == list(range(1, common.PRESETS["tiny"][f"{stage}_steps"] + 1))
     table = json.loads((RUN / "eval/results.json").read_text())["conditions"]

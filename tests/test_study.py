@@ -14,7 +14,6 @@ import pytest
 from conftest import make_rows
 
 import coldstart
-import gen_data
 from tools import retention, study, study_results
 
 ROOT = Path(__file__).parents[1]
@@ -28,20 +27,20 @@ def test_supervised_tokens_of_a_target(tiny, tmp_path, target):
     model, processor = tiny
     rows, pictures = make_rows(3)
     for row, picture in zip(rows, pictures, strict=True):
-        row["path"] = str(tmp_path / f"{gen_data.key_of(row)}.png")
-        picture.save(row["path"])
+        row.path = str(tmp_path / f"{row.key()}.png")
+        picture.save(row.path)
     pairs = coldstart.draw_questions(rows, 6, np.random.default_rng(0), 1.0, target)
     prompt, ids, mask = coldstart.encode(processor, pairs, "cpu")
     for i, (row, names) in enumerate(pairs):
-        whole = gen_data.response(row)
+        whole = row.response()
         wanted = {"perception": whole[:whole.index("\nRoute")], "response": whole,
                   "answer": f"<answer>{','.join(row['plan'])}</answer>"}[target]
         learned = ids[i][mask[i].bool()].tolist()
         assert processor.tokenizer.decode(learned[:-1]) == wanted
         assert learned[-1] == processor.tokenizer.eos_token_id
         shown = processor.tokenizer.decode(prompt["input_ids"][i])
-        question = (gen_data.perception_prompt(row, names) if target == "perception"
-                    else gen_data.student_prompt(row))
+        question = (row.ask(names) if target == "perception"
+                    else row.student_prompt())
         assert question in shown and names == (("map",) if target == "perception" else (target,))
 
 

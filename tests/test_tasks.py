@@ -1,23 +1,28 @@
 """A task is one class: a fourth one, unlike the three, goes through everything that is there."""
 import json
 import re
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pytest
+from conftest import row_of
 from PIL import Image, ImageDraw
 
 import gen_data
-from gen_data import check, judge, parse, solve
-from tools import lenient
+from gen_data import check, listing, parse, solve
+from tools import lenient, show
 
 
+@dataclass
 class Lamps:
     """A robot in a corridor of lamps. PRESS switches the lamp beside it and the two next to that.
 
-    state: {"lamps": "01101", "robot": 2}; all lamps shall burn. A position is (0, column, lamps).
+    All lamps shall burn. A position is (0, column, lamps).
     """
+    lamps: str  # "01101"
+    robot: int
     levels = range(5, 8)
-    options = {"lit": (0.5, "share of lamps that burn at the start")}
+    lit = 0.6  # share of lamps that burn at the start
     rules = ("A robot * walks along a row of lamps; 1 is a lamp that burns, 0 one that does not.\n"
              "PREV and NEXT move it one lamp back and on, PRESS switches its lamp and the lamps "
              "next to that.\nMake all lamps burn.")
@@ -27,17 +32,23 @@ class Lamps:
                  "count": "Is the number of burning lamps even or odd?",
                  "moves": "Which actions are possible at the start?"}
 
-    @staticmethod
-    def sample(rng, level, lit=0.5):
-        lamps = np.where(rng.random(level) < lit, "1", "0")
-        return {"lamps": "".join(lamps), "robot": int(rng.integers(level))}
+    @classmethod
+    def sample(cls, rng, level):
+        lamps = np.where(rng.random(level) < cls.lit, "1", "0")
+        return cls("".join(lamps), int(rng.integers(level)))
 
-    @staticmethod
-    def start(state):
-        return 0, state["robot"], state["lamps"]
+    @classmethod
+    def read(cls, cells):
+        row = " ".join(cells[0])
+        if len(cells) != 1 or not re.fullmatch(r"(?:[01]\*? ?)+", row) or row.count("*") != 1:
+            return None
+        return cls("".join(cell[0] for cell in cells[0]),
+                   [cell[1:] for cell in cells[0]].index("*"))
 
-    @staticmethod
-    def step(state, pos, action):
+    def start_pos(self):
+        return 0, self.robot, self.lamps
+
+    def step(self, pos, action):
         _, column, lamps = pos
         if action == "PRESS":
             near = range(column - 1, column + 2)
@@ -46,46 +57,33 @@ class Lamps:
         column += 1 if action == "NEXT" else -1
         return ((0, column, lamps), None) if 0 <= column < len(lamps) else (pos, "end")
 
-    @staticmethod
-    def done(state, pos):
+    def done(self, pos):
         return "0" not in pos[2]
 
-    @staticmethod
-    def render(state, cell_size):
-        picture = Image.new("RGB", (cell_size * len(state["lamps"]), cell_size))
+    def render(self, cell_size):
+        picture = Image.new("RGB", (cell_size * len(self.lamps), cell_size))
         draw, s = ImageDraw.Draw(picture), cell_size
-        for i, lamp in enumerate(state["lamps"]):
+        for i, lamp in enumerate(self.lamps):
             draw.ellipse([i * s + s // 4, s // 4, i * s + 3 * s // 4, 3 * s // 4],
                          "yellow" if lamp == "1" else "grey")
-        draw.rectangle([state["robot"] * s, s - 3, state["robot"] * s + s - 1, s - 1], "red")
+        draw.rectangle([self.robot * s, s - 3, self.robot * s + s - 1, s - 1], "red")
         return picture
 
-    @staticmethod
-    def cells(state):
-        return [[lamp + "*" * (i == state["robot"]) for i, lamp in enumerate(state["lamps"])]]
+    def cells(self):
+        return [[lamp + "*" * (i == self.robot) for i, lamp in enumerate(self.lamps)]]
 
-    @staticmethod
-    def read(cells):
-        row = " ".join(cells[0])
-        if len(cells) != 1 or not re.fullmatch(r"(?:[01]\*? ?)+", row) or row.count("*") != 1:
-            return None
-        return {"lamps": "".join(cell[0] for cell in cells[0]),
-                "robot": [cell[1:] for cell in cells[0]].index("*")}
-
-    @staticmethod
-    def facts(state):
-        start, lamps = Lamps.start(state), state["lamps"]
-        lit = [(0, i) for i, lamp in enumerate(lamps) if lamp == "1"]
-        legal = [action for action in Lamps.actions if not Lamps.step(state, start, action)[1]]
+    def facts(self):
+        lit = [(0, i) for i, lamp in enumerate(self.lamps) if lamp == "1"]
+        legal = [action for action in self.actions
+                 if self.step(self.start_pos(), action)[1] is None]
         return {"lit": gen_data.places(lit), "count": "odd" if len(lit) % 2 else "even",
                 "moves": ", ".join(legal)}
 
-    @staticmethod
-    def layout(state):
-        return state["lamps"]
+    def layout(self):
+        return self.lamps
 
 
-STATE = {"lamps": "100011", "robot": 0}
+PUZZLE = Lamps("100011", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -97,85 +95,82 @@ def four_tasks(monkeypatch):
 def data(tmp_path):
     gen_data.main(gen_data.parse_args([
         "--preset", "tiny", "--tasks", "lamps:6-7", "--train", "12", "--val", "3", "--test", "6",
-        "--lit", "0.6", "--workers", "1", "--out", str(tmp_path / "data")]))
+        "--workers", "1", "--out", str(tmp_path / "data")]))
     return tmp_path / "data"
 
 
 def test_plans_verdicts_and_answers():
-    row = {"task": "lamps", "level": 6, "state": STATE, "plan": solve("lamps", STATE)}
-    assert row["plan"] == ["NEXT", "NEXT", "PRESS"]
-    assert check("lamps", STATE, row["plan"]) == ("success", 3)
-    assert solve("lamps", {"lamps": "10000", "robot": 0}) is None
-    assert check("lamps", STATE, ["NEXT", "PREV", "PREV"]) == ("end", 2)
-    assert check("lamps", STATE, ["U"]) == ("no such action", 0)
-    assert check("lamps", STATE, ["PRESS", "NEXT"]) == ("unfinished", 2)
+    row = row_of(PUZZLE)
+    assert row.plan == ["NEXT", "NEXT", "PRESS"]
+    assert check(PUZZLE, row.plan) == ("success", 3)
+    assert solve(Lamps("10000", 0)) is None
+    assert check(PUZZLE, ["NEXT", "PREV", "PREV"]) == ("end", 2)
+    assert check(PUZZLE, ["U"]) == ("no such action", 0)
+    assert check(PUZZLE, ["PRESS", "NEXT"]) == ("unfinished", 2)
     assert parse("lamps", "<answer>prev,NEXT PRESS</answer>") == ["PREV", "NEXT", "PRESS"]
     assert parse("lamps", "<answer>U</answer>") is None
     for text in ("**PREV, PRESS**", "Action plan: prev, press", "<answer>[PREV -> PRESS]</answer>"):
         assert parse("lamps", text) is None
         assert lenient.parse("lamps", text) == ["PREV", "PRESS"]
     assert lenient.parse("lamps", "Action plan: up, left") is None
-    text = gen_data.response(row)
-    assert judge(row, text) == {"plan": row["plan"], "outcome": "success", "optimal": True,
-                                "state": STATE, "state_right": True}
-    assert judge(row, text.replace("</answer>", ",PREV,NEXT</answer>"))["optimal"]
-    assert not judge(row, text.replace("<answer>", "<answer>NEXT,PREV,"))["optimal"]
+    text = row.response()
+    assert row.judge(text) == {"plan": row.plan, "outcome": "success", "optimal": True,
+                               "map": asdict(PUZZLE), "map_right": True}
+    assert row.judge(text.replace("</answer>", ",PREV,NEXT</answer>"))["optimal"]
+    assert not row.judge(text.replace("<answer>", "<answer>NEXT,PREV,"))["optimal"]
 
 
-def test_states_are_read_back():
-    assert gen_data.describe("lamps", STATE) == "Map: 1x6\nrow 0: 1* 0 0 0 1 1"
-    assert gen_data.read_state("lamps", "So. map: 1 x 3\nROW 0: 0 1* 1\nRoute") == {
-        "lamps": "011", "robot": 1}
+def test_maps_are_read_back():
+    assert listing(PUZZLE.cells()) == "Map: 1x6\nrow 0: 1* 0 0 0 1 1"
+    assert gen_data.read_map("lamps", "So. map: 1 x 3\nROW 0: 0 1* 1\nRoute") == Lamps("011", 1)
     for text in ("Map: 1x3\nrow 0: 0 1 1", "Map: 1x3\nrow 0: 0* 1* 1", "Map: 1x3\nrow 0: 0* 1",
                  "Map: 2x2\nrow 0: 0* 1\nrow 1: 0 1", "Map: 1x2\nrow 0: X* 1"):
-        assert gen_data.read_state("lamps", text) is None
+        assert gen_data.read_map("lamps", text) is None
 
 
-def test_perception():
-    row = {"task": "lamps", "state": STATE}
-    assert gen_data.questions(row) == ("map", "lit", "count", "moves")
-    assert gen_data.perception_target(row) == (
+def test_perception_questions():
+    row = row_of(PUZZLE)
+    assert tuple(row.questions()) == ("map", "lit", "count", "moves")
+    assert row.answers() == (
         "1. Map: 1x6\nrow 0: 1* 0 0 0 1 1\n2. (0,0), (0,4), (0,5)\n3. odd\n4. NEXT, PRESS")
-    assert gen_data.perception_prompt(row).endswith("4. Which actions are possible at the start?")
-    assert all(gen_data.score_perception(row, None, gen_data.perception_target(row)).values())
+    assert row.ask().endswith("4. Which actions are possible at the start?")
+    assert all(row.score(None, row.answers()).values())
     for name, text, right in (
             ("count", "Odd.", True), ("count", "even", False), ("count", "", False),
             ("moves", "press and next", True), ("moves", "NEXT", False),
             ("lit", "(0,4), (0,5), (0,0)", True), ("lit", "none", False)):
-        assert gen_data.score_perception(row, (name,), text) == {name: right}
+        assert row.score((name,), text) == {name: right}
 
 
-def test_rows_pictures_splits_and_prompts(data, capsys):
+def test_rows_pictures_splits_and_prompts(data):
     settings, layouts = json.loads((data / "args.json").read_text()), {}
-    assert settings["lit"] == 0.6 and settings["tasks"] == {"lamps": [6, 7]}
+    assert settings["tasks"] == {"lamps": [6, 7]}
     for split, number in (("train", 12), ("val", 3), ("test", 6)):
         rows = gen_data.load_rows(data, split)
-        assert [row["level"] for row in rows] == [6] * number + [7] * number
+        assert [row.level for row in rows] == [6] * number + [7] * number
         for row in rows:
-            assert layouts.setdefault(row["state"]["lamps"], split) == split
-            assert gen_data.split_of("lamps", row["state"]) == split
-            assert Image.open(row["path"]).size == (32 * row["level"], 32)
-            listing = gen_data.describe("lamps", row["state"])
-            assert Lamps.rules in gen_data.student_prompt(row)
-            assert listing in gen_data.teacher_prompt(row, "state")
-            assert ",".join(row["plan"]) in gen_data.teacher_prompt(row)
-            assert judge(row, gen_data.response(row))["optimal"]
+            assert layouts.setdefault(row.puzzle.lamps, split) == split
+            assert gen_data.split_of("lamps", row.puzzle) == split
+            assert Image.open(row.path).size == (32 * row.level, 32)
+            assert Lamps.rules in row.student_prompt()
+            assert listing(row.puzzle.cells()) in row.teacher_prompt("symbols")
+            assert ",".join(row.plan) in row.teacher_prompt("symbols+plan")
+            assert row.judge(row.response())["optimal"]
+            borders = gen_data.thirds("lamps", row.level)
+            assert row.bucket == gen_data.bucket(len(row.plan), borders)
         for level in (6, 7):
-            found = [row["bucket"] for row in rows if row["level"] == level]
+            found = [row.bucket for row in rows if row.level == level]
             assert [found.count(name) for name in gen_data.DIFFICULTIES] == [number // 3] * 3
-    for row in gen_data.load_rows(data, "train"):
-        borders = gen_data.thirds("lamps", row["level"], lit=0.6)
-        assert row["bucket"] == gen_data.bucket(len(row["plan"]), borders)
 
 
 def test_route_of_a_response():
-    row = {"task": "lamps", "state": {"lamps": "11000", "robot": 2}, "plan": ["NEXT", "PRESS"]}
-    assert gen_data.response(row).split("\n")[2:] == [
+    row = row_of(Lamps("11000", 2), ["NEXT", "PRESS"])
+    assert row.response().split("\n")[2:] == [
         "Route: from (0,2) NEXT to (0,3) PRESS at (0,3).", "<answer>NEXT,PRESS</answer>"]
 
 
 def test_the_contact_sheet(tmp_path, capsys):
-    gen_data.main(gen_data.parse_args(["--tasks", "lamps:6", "--show", str(tmp_path / "a.png")]))
+    show.main(show.parse_args(["--tasks", "lamps:6", "--out", str(tmp_path / "a.png")]))
     assert Image.open(tmp_path / "a.png").size == (272, 560)
     assert "--- lamps: teacher without it" in capsys.readouterr().out
 
@@ -185,13 +180,13 @@ def test_an_evaluation_and_its_report(data, tmp_path, monkeypatch, capsys):
     import evaluate
     monkeypatch.chdir(tmp_path)
     rows = gen_data.load_rows(data, "test")
-    texts = [gen_data.response(row) for row in rows]
+    texts = [row.response() for row in rows]
     texts[1] = texts[1].replace("<answer>", "<answer>PRESS,PRESS,")
     texts[2] = ""
     texts[3] = "Map: 1x6\nrow 0: 0* 0 0 0 0 0\n<answer>" + "PREV," * 9 + "PREV</answer>"
     with open("answers.jsonl", "w") as file:
         for row, text in zip(rows, texts, strict=True):
-            file.write(json.dumps({"id": row["id"], "response": text}) + "\n")
+            file.write(json.dumps({"id": row.id, "response": text}) + "\n")
     evaluate.main(evaluate.parse_args(["--preset", "tiny", "--data", str(data), "--tasks", "lamps",
                                        "--responses", "answers.jsonl", "--out", "eval"]))
     with open("eval/answers/predictions.jsonl") as file:
@@ -199,8 +194,8 @@ def test_an_evaluation_and_its_report(data, tmp_path, monkeypatch, capsys):
     outcomes = ["success", "success", "no answer", "end"] + ["success"] * 8
     assert [verdict["outcome"] for verdict in found] == outcomes
     assert [verdict["optimal"] for verdict in found] == [True] + [False] * 3 + [True] * 8
-    assert [verdict["state_right"] for verdict in found] == [True] * 2 + [False] * 2 + [True] * 8
+    assert [verdict["map_right"] for verdict in found] == [True] * 2 + [False] * 2 + [True] * 8
     results = (tmp_path / "eval/results.md").read_text(encoding="utf-8")
     assert "| lamps | 6 |" in results and "| lamps | 7 |" in results
     page = (tmp_path / "eval/report.html").read_text(encoding="utf-8")
-    assert rows[0]["id"] in page and "lamps" in page
+    assert rows[0].id in page and "lamps" in page

@@ -1,4 +1,4 @@
-"""Pairs: a user's own pictures and symbols go through the same two stages and the evaluation."""
+"""Own rows: a user's pictures and symbols go through the same two stages and the evaluation."""
 import importlib.util
 import json
 import shutil
@@ -14,17 +14,23 @@ import common
 import distill
 import evaluate
 import gen_data
-from tools import charts, pairs, responses
+from gen_data import ASK_SYMBOLS, OwnRow
+from tools import charts
 
 ROW = {"file_name": "a.png", "id": "a", "prompt": "Which is larger?", "symbols": "A,3\nB,5"}
 HINT = "The answer is B; do not mention it."
 
 
+def make_charts(out):
+    words = ["--out", str(out), "--train", "24", "--val", "8", "--test", "8"]
+    charts.main(charts.parse_args(words))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """40 charts, and a puzzle in the same files of every split."""
-    folder = tmp_path_factory.mktemp("pairs")
-    charts.main(["--out", str(folder / "charts"), "--train", "24", "--val", "8", "--test", "8"])
+    folder = tmp_path_factory.mktemp("own")
+    make_charts(folder / "charts")
     words = "--preset tiny --tasks frozenlake:3 --train 3 --val 3 --test 3 --workers 1".split()
     gen_data.main(gen_data.parse_args([*words, "--out", str(folder / "puzzles")]))
     shutil.copytree(folder / "charts", folder / "mixed")
@@ -88,11 +94,11 @@ def test_forty_charts_on_qwens_tokenizer(folder, qwen, tmp_path):
     assert len(lines) == 4 and lines[-1]["optimal"] is None and lines[-1]["success"] == 0
     assert list(results["conditions"]) == ["distill-image", "distill-text"]
     table = results["conditions"]["distill-image"]["table"]
-    groups = {row["group"]: None for row in gen_data.load_rows(folder / "charts", "test")}
+    groups = {row.task: None for row in gen_data.load_rows(folder / "charts", "test")}
     assert [line["task"] for line in table] == [*groups, "macro"]
     macro = table[-1]
     assert macro["n"] == 8 and macro["trained_on"] == 0 and macro["success"] is not None
-    assert macro["optimal"] is None and macro["state_right"] is None
+    assert macro["optimal"] is None and macro["map_right"] is None
     assert not any(results["conditions"]["distill-image"]["diagnosis"].values())
     text = (tmp_path / "eval/results.md").read_text()
     assert "| distill-image | " in text and "Perception or planning" not in text
@@ -105,7 +111,7 @@ def test_charts_and_puzzles_in_one_folder(folder, tmp_path):
              if line["level"] is None and line["bucket"] is None}
     lake, macro = table["frozenlake"], table["macro"]
     assert lake["n"] == 3 and macro["n"] == 11
-    assert macro["optimal"] == lake["optimal"] and macro["state_right"] == lake["state_right"]
+    assert macro["optimal"] == lake["optimal"] and macro["map_right"] == lake["map_right"]
     successes = [line["success"] for name, line in table.items() if name != "macro"]
     assert macro["success"] == pytest.approx(sum(successes) / len(successes))
     kinds = results["conditions"]["distill-text"]["diagnosis"]
@@ -137,8 +143,8 @@ def test_what_student_and_teacher_read(tmp_path, qwen, monkeypatch):
         turn = text.split(start)[1].removesuffix(end)
         return turn.replace("<|vision_start|><|vision_end|>", "[picture]")
 
-    distill.encode_roles(processor, rows, "state+plan", "cpu")
-    distill.encode_roles(processor, rows, "state", "cpu")
+    distill.encode_roles(processor, rows, "symbols+plan", "cpu")
+    distill.encode_roles(processor, rows, "symbols", "cpu")
     turns = [read(texts[0]) for texts, _ in asked]
     bare = f"[picture]{ROW['prompt']}"
     assert turns == [bare, f"{ROW['symbols']}\n\n{HINT}\n\n{ROW['prompt']}",
@@ -150,11 +156,10 @@ def test_what_student_and_teacher_read(tmp_path, qwen, monkeypatch):
     assert read(asked[0][0][0]) == "[picture]What is A?"
 
     for source, picture in (("image", True), ("text", False)):
-        (_, prompt, path), = responses.planning_prompts(rows, source, rows)
+        (_, prompt, path), = evaluate.planning_questions(rows, source, rows)
         assert bool(path) == picture and HINT not in prompt
         assert (ROW["symbols"] in prompt) != picture and ROW["prompt"] in prompt
-    assert gen_data.perception_prompt({**ROW}) == pairs.ASK_SYMBOLS
-    assert gen_data.perception_target({**ROW}) == ROW["symbols"]
+    assert OwnRow(ROW).ask() == ASK_SYMBOLS and OwnRow(ROW).answers() == ROW["symbols"]
 
 
 @pytest.mark.parametrize("response, outcome", [
@@ -163,9 +168,9 @@ def test_what_student_and_teacher_read(tmp_path, qwen, monkeypatch):
     ("new york\nI think", "wrong"), ("<answer>york</answer>\nNew York", "wrong"),
     (" \n", "no answer"), ("<answer></answer>", "no answer")])
 def test_answers_in_words(response, outcome):
-    verdict = gen_data.judge({**ROW, "answer": "New York"}, response)
+    verdict = OwnRow({**ROW, "answer": "New York"}).judge(response)
     assert verdict["outcome"] == outcome
-    assert verdict["optimal"] is None and verdict["state_right"] is None
+    assert verdict["optimal"] is None and verdict["map_right"] is None
 
 
 @pytest.mark.parametrize("wanted, said, tolerance, outcome", [
@@ -176,7 +181,7 @@ def test_answers_in_words(response, outcome):
     ("1,200", "1200", 0, "success"), ("1200", "1,20,0", 0, "wrong"), ("0.5", ".5", 0, "success"),
     ("-5", "\u22125", 0, "success"), ("7", "+", 9, "wrong"), ("7", "", 9, "no answer")])
 def test_answers_that_are_numbers(wanted, said, tolerance, outcome):
-    verdict = gen_data.judge({**ROW, "answer": wanted}, f"<answer>{said}</answer>", None, tolerance)
+    verdict = OwnRow({**ROW, "answer": wanted}).judge(f"<answer>{said}</answer>", None, tolerance)
     assert verdict["outcome"] == outcome
 
 
@@ -190,9 +195,9 @@ def test_without_answers_nothing_is_judged(tmp_path):
                                        str(tmp_path / "eval"), "--responses", str(answers)]))
     results = json.loads((tmp_path / "eval/results.json").read_text())
     macro = results["conditions"]["answers"]["table"][-1]
-    for name in ("success", "optimal", "parsed", "state_right", "success_unseen"):
+    for name in ("success", "optimal", "parsed", "map_right", "success_unseen"):
         assert macro[name] is None
-    assert macro["tokens"] == 7 and macro["n"] == 3 and macro["faults"] == {"not judged": 3}
+    assert macro["tokens"] == 7 and macro["n"] == 3 and macro["failures"] == {"not judged": 3}
     assert "</script><b>" not in (tmp_path / "eval/report.html").read_text()
 
 
@@ -202,8 +207,8 @@ def test_without_answers_nothing_is_judged(tmp_path):
     ({"hint": ["x"]}, '"hint": wanted a text'), ({"id": 3}, '"id": wanted a text'),
     ({"questions": "x"}, '"questions": wanted a list'), ({"questions": ["x"]}, "wanted a list"),
     ({"questions": [{"question": "x"}]}, '"answer 1": wanted a text, got null'),
-    ({"task": "maze"}, "half a pair, half a puzzle: symbols and task"),
-    ({"plan": ["U"]}, "half a pair, half a puzzle: symbols and plan"),
+    ({"task": "maze"}, "half an own example, half a puzzle: it has prompt or symbols and task"),
+    ({"plan": ["U"]}, "half an own example, half a puzzle: it has prompt or symbols and plan"),
     ({"group": "maze"}, '"group": wanted a short name'), ({"group": "a|b"}, '"group": wanted'),
     ({"symbols": "<|image_pad|>"}, '"symbols" holds <|image_pad|>'),
     ({"prompt": "\ud800"}, "UnicodeEncodeError"), ({"file_name": "b.png"}, "there is no picture"),
@@ -214,10 +219,10 @@ def test_bad_rows(tmp_path, capsys, change, message):
     assert "metadata.jsonl, line 2: " in line and message in line
 
 
-def test_missing_fields_and_doubled_ids(tmp_path, capsys):
+def test_missing_fields_and_duplicate_ids(tmp_path, capsys):
     for name in ("prompt", "symbols"):
         row = {key: ROW[key] for key in ROW if key != name}
-        line = stops(capsys, gen_data.load_rows, write(tmp_path, test=[row]))
+        line = stops(capsys, gen_data.load_rows, write(tmp_path, test=[row]), "test")
         assert f'line 1: "{name}": wanted a text, got null' in line
     data = write(tmp_path, train=[ROW], test=[ROW])
     line = stops(capsys, gen_data.load_rows, data, "train")
@@ -259,7 +264,7 @@ def test_symbols_that_exceed_the_context(tmp_path, capsys):
 
 
 def test_charts_are_the_same_every_time(tmp_path, folder):
-    charts.main(["--out", str(tmp_path / "b"), "--train", "24", "--val", "8", "--test", "8"])
+    make_charts(tmp_path / "b")
     for file in (tmp_path / "b").glob("*/*"):
         assert file.read_bytes() == (folder / "charts" / file.parent.name / file.name).read_bytes()
 
@@ -267,9 +272,9 @@ def test_charts_are_the_same_every_time(tmp_path, folder):
 def test_symbols_that_look_like_numbered_answers():
     questions = [{"question": "Table?", "answer": "1.5,2\n2.5,3"},
                  {"question": "A?", "answer": "3"}]
-    row = {**ROW, "questions": questions}
-    names = gen_data.questions(row)
-    target = gen_data.perception_target(row, names)
-    assert gen_data.score_perception(row, names, target.upper()) == dict.fromkeys(names, True)
-    assert not any(gen_data.score_perception(row, names, "3").values())
-    assert gen_data.score_perception(row, names[1:], " 3.") == {"question 2": True}
+    row = OwnRow({**ROW, "questions": questions})
+    names = tuple(row.questions())
+    target = row.answers(names)
+    assert row.score(names, target.upper()) == dict.fromkeys(names, True)
+    assert not any(row.score(names, "3").values())
+    assert row.score(names[1:], " 3.") == {"question 2": True}
