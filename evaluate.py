@@ -602,30 +602,48 @@ def finished_conditions(out, rows):
 
 def main(args):
     adapters = {} if args.responses else find_adapters(args)
-    levels = gen_data.parse_tasks(args.tasks) if args.tasks else None
+    if args.tasks:
+        gen_data.parse_tasks(args.tasks)  # refused before data are made
     if args.responses and not Path(args.responses).is_file():
         fail(f"--responses {args.responses}: no such file")
     common.announce(args)
     gen_data.ensure(args.data, args.preset, args.seed)
-    pool, out = gen_data.load_rows(args.data, args.split), Path(args.out)
-    rows = gen_data.choose_rows(pool, levels and args.tasks, args.limit)
-    lock = take_folder(out)
-    if args.responses:
-        folder = out / (args.name or Path(args.responses).stem)
-        if (folder / "answers").is_dir():
-            fail(f"{folder} holds answers that were asked for here: choose another --name")
-        lines = read_responses(args.responses, rows, pool, args.allow_missing)
-        conclude(folder, rows, lines, [], {"responses": Path(args.responses).name}, args)
-    else:
-        jobs = plan_jobs(args, rows, pool, adapters)
-        ask_model(args, jobs)
-        for job in jobs:
-            if job.kind == "predictions":
-                seen = [other for other in jobs
-                        if other.folder == job.folder and other.kind == "perception"]
-                conclude(job.folder, rows, job.answers(), seen[0].answers() if seen else [],
-                         job.settings, args, trained_keys(job.adapter))
+    pool = gen_data.load_rows(args.data, args.split)
+    rows = gen_data.choose_rows(pool, args.tasks, args.limit)
+    lock = take_folder(Path(args.out))
+    try:
+        if args.responses:
+            score_responses(args, rows, pool)
+        else:
+            score_model(args, rows, pool, adapters)
+        write_tables(args, rows)
+    finally:
+        lock.release()
 
+
+def score_responses(args, rows, pool):
+    """The condition whose answers are in a file."""
+    folder = Path(args.out, args.name or Path(args.responses).stem)
+    if (folder / "answers").is_dir():
+        fail(f"{folder} holds answers that were asked for here: choose another --name")
+    lines = read_responses(args.responses, rows, pool, args.allow_missing)
+    conclude(folder, rows, lines, [], {"responses": Path(args.responses).name}, args)
+
+
+def score_model(args, rows, pool, adapters):
+    """The conditions of every adapter and input."""
+    jobs = plan_jobs(args, rows, pool, adapters)
+    ask_model(args, jobs)
+    perception = {job.folder: job.answers() for job in jobs if job.kind == "perception"}
+    for job in jobs:
+        if job.kind == "predictions":
+            conclude(job.folder, rows, job.answers(), perception.get(job.folder, []), job.settings,
+                     args, trained_keys(job.adapter))
+
+
+def write_tables(args, rows):
+    """results.md, results.json and report.html of all conditions that answered these rows."""
+    out = Path(args.out)
     summaries = finished_conditions(out, rows)
     verdicts = {name: report.read_lines(out / name / "predictions.jsonl") for name in summaries}
     comparison = compare(verdicts, args.reference)
@@ -637,7 +655,6 @@ def main(args):
     write_text(out / "results.json",
                json.dumps({"conditions": summaries, **comparison}, indent=1) + "\n")
     write_text(out / "report.html", page)
-    lock.release()
     print(f"\n{report.differing(summaries)}{report.markdown(tables[0])}\nmore in {out}/results.md "
           f"and {out}/report.html; every answer in {out}/<condition>/predictions.jsonl")
 

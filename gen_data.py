@@ -156,9 +156,13 @@ def write_bytes(path, content):
     """Write a file so that it is the old or the new one, whatever happens."""
     path = Path(path)
     aside = path.with_name(path.name + ".partial")
-    aside.write_bytes(content)
-    flush(aside)
-    aside.replace(path)
+    try:
+        aside.write_bytes(content)
+        flush(aside)
+        aside.replace(path)
+    except OSError as error:  # a full disk does not say which file
+        error.filename = error.filename or str(path)
+        raise
 
 
 def write_text(path, text):
@@ -204,7 +208,8 @@ def run_script(parse_args, main):
     except OSError as error:
         if error.errno not in CAUSES:
             raise
-        fail(f"{error.filename or 'writing'}: {CAUSES[error.errno]}")
+        fail(f"{error.filename or 'while writing'}: {CAUSES[error.errno]}; mend that, and run the "
+             "same command again")
     except (MemoryError, RuntimeError) as error:
         text = " ".join(str(error).split())
         if "out of memory" not in text and "can't allocate memory" not in text \

@@ -1,26 +1,24 @@
 """Rates, intervals, comparisons and files against hand-made answers and hand-computed numbers."""
 import json
-import os
+import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
+from conftest import adapted, row_of
 
 import common
 import evaluate
 import gen_data
-from tools import report, responses
+from gen_data import FrozenLake, Maze
+from tools import lenient, report
 
-ROOT = Path(__file__).parents[1]
-LAKE = {"id": "lake", "task": "frozenlake", "level": 3, "bucket": "easy",
-        "state": {"grid": ["SFF", "FHF", "FFG"]}, "plan": ["D", "D", "R", "R"]}
-MAZE = {"id": "maze", "task": "maze", "level": 2, "bucket": "hard", "plan": ["D", "R", "U"],
-        "state": {"walls": [[1 + 4 + 8, 1 + 4 + 8], [2 + 4, 2 + 8]], "start": [0, 0],
-                  "goal": [0, 1]}}
+LAKE = row_of(FrozenLake(["SFF", "FHF", "FFG"]), ["D", "D", "R", "R"], id="lake", bucket="easy")
+MAZE = row_of(Maze([[1 + 4 + 8, 1 + 4 + 8], [2 + 4, 2 + 8]], [0, 0], [0, 1]), ["D", "R", "U"],
+              level=2, id="maze", bucket="hard")
 MAP = "Map: 3x3\nrow 0: S F F\nrow 1: F H F\nrow 2: F F G"
 GOOD, LONGER, EDGE, HOLE, NONE = ("<answer>D,D,R,R</answer>", "<answer>R,L,D,D,R,R</answer>",
                                   "<answer>U</answer>", "<answer>D,R</answer>", "nothing")
@@ -28,7 +26,12 @@ GOOD, LONGER, EDGE, HOLE, NONE = ("<answer>D,D,R,R</answer>", "<answer>R,L,D,D,R
 
 def judged(row, answer, text=MAP, trained=None, **line):
     line = {"id": row.id, "response": f"{text}\nRoute: so.\n{answer}", **line}
-    return evaluate.judge(row, line, trained=trained)
+    return evaluate.verdict_of(row, line, trained=trained)
+
+
+def named(row, name):
+    """The same row under another id."""
+    return gen_data.PuzzleRow({**row.data, "id": name})
 
 
 def test_perception_or_planning_by_hand():
@@ -50,7 +53,7 @@ def test_perception_or_planning_by_hand():
 
 # ---------------------------------------------------------------- numbers
 
-def cells(verdicts):
+def lines_by_key(verdicts):
     """The table by (task, level, bucket)."""
     return {(c["task"], c["level"], c["bucket"]): c for c in evaluate.summarise(verdicts)}
 
@@ -60,53 +63,54 @@ def test_rates_by_hand():
 
     The macro average weighs tasks, not rows; an error is a failure and stays in the denominator.
     """
-    verdicts = [judged({**LAKE, "id": str(i)}, answer, tokens=10 * i, cut=False)
+    verdicts = [judged(named(LAKE, str(i)), answer, tokens=10 * i, cut=False)
                 for i, answer in enumerate((GOOD, LONGER, NONE))]
     verdicts.append(judged(MAZE, "", "no map", tokens=40, cut=True))
-    table = cells(verdicts)
+    table = lines_by_key(verdicts)
     assert list(table) == [
         ("frozenlake", 3, None), ("frozenlake", None, None), ("maze", 2, None),
         ("maze", None, None), ("macro", None, None), ("macro", None, "easy"),
         ("macro", None, "hard")]
     lake, macro = table["frozenlake", None, None], table["macro", None, None]
-    assert lake | {"n": 3, "success": 2 / 3, "optimal": 1 / 3, "parsed": 2 / 3, "state_right": 1,
-                   "cut": 0, "tokens": 10, "faults": {"no answer": 1}} == lake
+    assert lake | {"n": 3, "success": 2 / 3, "optimal": 1 / 3, "parsed": 2 / 3, "map_right": 1,
+                   "cut": 0, "tokens": 10, "failures": {"no answer": 1}} == lake
     assert macro | {"n": 4, "success": 1 / 3, "optimal": 1 / 6, "parsed": 1 / 3,
-                    "state_right": 1 / 2, "cut": 1 / 2, "tokens": 17.5,
-                    "faults": {"no answer": 2}, "trained_on": None} == macro
+                    "map_right": 1 / 2, "cut": 1 / 2, "tokens": 17.5,
+                    "failures": {"no answer": 2}, "trained_on": None} == macro
     assert table["macro", None, "easy"]["success"] == 2 / 3 and "pass_at_k" not in lake
-    error = evaluate.judge(MAZE, {"id": "e", "response": "", "error": "HTTP 500", "tokens": None})
+    line = {"id": "e", "response": "", "error": "HTTP 500", "tokens": None}
+    error = evaluate.verdict_of(MAZE, line)
     assert (error["outcome"], error["plan"], error["optimal"]) == ("error", None, False)
-    assert cells([*verdicts, error])["maze", None, None] | {
-        "n": 2, "success": 0, "faults": {"no answer": 1, "error": 1}, "tokens": 40} \
-        == cells([*verdicts, error])["maze", None, None]
+    assert lines_by_key([*verdicts, error])["maze", None, None] | {
+        "n": 2, "success": 0, "failures": {"no answer": 1, "error": 1}, "tokens": 40} \
+        == lines_by_key([*verdicts, error])["maze", None, None]
 
 
 def test_several_samples_by_hand():
     """Two rows of two samples: one succeeds once, one never. Mean 1/4, pass@2 1/2, two rows."""
-    verdicts = [judged({**LAKE, "id": name}, answer, sample=sample) for name, sample, answer in
+    verdicts = [judged(named(LAKE, name), answer, sample=sample) for name, sample, answer in
                 (("a", 0, GOOD), ("b", 0, EDGE), ("a", 1, EDGE), ("b", 1, EDGE))]
-    numbers = cells(verdicts)["macro", None, None]
+    numbers = lines_by_key(verdicts)["macro", None, None]
     assert (numbers["n"], numbers["success"], numbers["pass_at_k"]) == (2, 0.25, 0.5)
-    assert numbers["faults"] == {"edge": 3}
+    assert numbers["failures"] == {"edge": 3}
 
 
 def test_rows_that_were_trained_on_are_told_apart():
     """Of three lakes, the run knew one, which it solves; the maze it knew too."""
-    other = {**LAKE, "state": {"grid": ["SFF", "FFF", "FFG"]}}
+    other = row_of(FrozenLake(["SFF", "FFF", "FFG"]), ["D", "D", "R", "R"], bucket="easy")
     trained = {LAKE.key(), MAZE.key()}
     verdicts = [judged(LAKE, GOOD, trained=trained), judged(MAZE, NONE, "no map", trained=trained)]
-    verdicts += [judged({**other, "id": name}, answer, trained=trained)
+    verdicts += [judged(named(other, name), answer, trained=trained)
                  for name, answer in (("a", GOOD), ("b", EDGE))]
-    table = cells(verdicts)
+    table = lines_by_key(verdicts)
     assert {key: (c["trained_on"], c["success_unseen"]) for key, c in table.items()} == {
         ("frozenlake", 3, None): (1, 0.5), ("frozenlake", None, None): (1, 0.5),
         ("maze", 2, None): (1, None), ("maze", None, None): (1, None),
         ("macro", None, None): (2, 0.5), ("macro", None, "easy"): (1, 0.5),
         ("macro", None, "hard"): (1, None)}
-    unknown = cells([judged(LAKE, GOOD)])["macro", None, None]
+    unknown = lines_by_key([judged(LAKE, GOOD)])["macro", None, None]
     assert (unknown["trained_on"], unknown["success_unseen"]) == (None, None)
-    none = cells([judged(LAKE, GOOD, trained=set())])["macro", None, None]
+    none = lines_by_key([judged(LAKE, GOOD, trained=set())])["macro", None, None]
     assert (none["trained_on"], none["success_unseen"]) == (0, 1)
 
 
@@ -114,7 +118,7 @@ def answers(wins, ids=(0, 1, 2, 3)):
     """The frame of answers to these rows, a success where the id is below `wins`."""
     return evaluate.answer_frame([
         {"id": i, "task": "maze", "outcome": "success" if i < wins else "wall", "optimal": False,
-         "state_right": False} for i in ids])
+         "map_right": False} for i in ids])
 
 
 def test_intervals_against_theory():
@@ -169,10 +173,11 @@ def test_comparisons_by_hand():
 
 def test_perception_by_hand():
     rights = {"a": (True, True), "b": (True, False), "c": (False, True)}
-    looks = [{"id": name, "task": "maze", "level": 3, "question": question, "right": right}
-             for name, pair in rights.items()
+    answers = [{"id": name, "task": "maze", "level": 3, "question": question, "right": right}
+               for name, pair in rights.items()
              for question, right in zip(("size", "goal"), pair, strict=True)]
-    found = {(p["level"], p["question"]): p["exact"] for p in evaluate.summarise_perception(looks)}
+    table = evaluate.summarise_perception(answers)
+    found = {(line["level"], line["question"]): line["exact"] for line in table}
     assert found == {(level, name): pytest.approx(share) for level in (None, 3) for name, share in
                      (("size", 2 / 3), ("goal", 2 / 3), ("all", 1 / 3))}
 
@@ -219,15 +224,15 @@ def test_responses_from_elsewhere(data, tmp_path, capsys):
     assert [v["id"] for v in found] == [row.id for row in rows]
     assert [v["outcome"] for v in found] == ["success", "edge", "no answer", "error",
                                              *["success"] * 4]
-    assert found[0] | {"state": rows[0]["state"], "plan": rows[0].plan, "optimal": True,
+    assert found[0] | {"map": rows[0].data["state"], "plan": rows[0].plan, "optimal": True,
                        "trained_on": None, "level": 3, "bucket": rows[0].bucket} == found[0]
     summary = json.loads((out / "gpt/summary.json").read_text())
     macro = next(cell for cell in summary["table"] if cell["task"] == "macro")
     assert {"args", "versions"} <= summary.keys() and (macro["n"], macro["success"]) == (8, 0.625)
     assert "| gpt | 63 [" in capsys.readouterr().out
     for broken, message in (
-            (lines[:-1], f"no response for 1 rows, the first '{rows[-1]['id']}'"),
-            ([*lines, lines[0]], f"'{rows[0]['id']}' is doubled"),
+            (lines[:-1], f"no response for 1 rows, the first '{rows[-1].id}'"),
+            ([*lines, lines[0]], f"'{rows[0].id}' is a duplicate"),
             ([*lines, {"id": "x", "response": ""}], "'x' is not among"),
             ([{"id": "x"}], "line 1: wanted an object"), ([[1]], "line 1: wanted an object")):
         write(broken)
@@ -243,44 +248,55 @@ def test_responses_from_elsewhere(data, tmp_path, capsys):
     assert json.loads((out / "results.json").read_text())["reference"] == "gpt"
 
 
-def test_lenient_reading_is_asked_for(data, tmp_path):
-    """What is not in the asked form is read with --lenient only."""
+def test_a_plan_that_another_reader_read(data, tmp_path, capsys):
+    """The lenient filter adds a plan to each line; the evaluation takes it as it is."""
     rows = gen_data.load_rows(data, "test")
     words = {"U": "up", "D": "down", "L": "left", "R": "right"}
-    file = tmp_path / "prose.jsonl"
-    file.write_text("".join(json.dumps({"id": row.id, "response": "<answer>" + ", ".join(
-        words[action] for action in row.plan) + "</answer>"}) + "\n" for row in rows))
-    for more, wanted in (([], {"no answer"}), (["--lenient"], {"success"})):
-        run("--responses", file, "--data", data, "--out", tmp_path / "eval", *more)
-        verdicts = lines_of(tmp_path / "eval/prose/predictions.jsonl")
+    file, read = tmp_path / "prose.jsonl", tmp_path / "read.jsonl"
+    with open(file, "w") as lines:
+        for row in rows:
+            plan = ", ".join(words[action] for action in row.plan)
+            lines.write(json.dumps({"id": row.id, "response": f"<answer>{plan}</answer>"}) + "\n")
+    lenient.main(lenient.parse_args([str(file), "--data", str(data), "--out", str(read)]))
+    assert "a plan was read in 8 of 8 answers" in capsys.readouterr().out
+    for name, wanted in ((file, {"no answer"}), (read, {"success"})):
+        run("--responses", name, "--data", data, "--out", tmp_path / "eval")
+        verdicts = lines_of(tmp_path / f"eval/{name.stem}/predictions.jsonl")
         assert {v["outcome"] for v in verdicts} == wanted
-        read_from = "prose" if more else "none"
-        assert f"(--lenient) from: {read_from}." in (tmp_path / "eval/results.md").read_text()
+    lines = [{"id": row.id, "response": row.response(), "plan": None} for row in rows]
+    lines[0]["plan"] = ["U"] * 9
+    read.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run("--responses", read, "--data", data, "--out", tmp_path / "eval")
+    verdicts = lines_of(tmp_path / "eval/read/predictions.jsonl")
+    assert [v["outcome"] for v in verdicts] == ["edge"] + ["no answer"] * 7
+    read.write_text(json.dumps({**lines[0], "plan": "U"}) + "\n")
+    with pytest.raises(SystemExit):
+        run("--responses", read, "--data", data, "--out", tmp_path / "eval")
+    assert '"plan": wanted a list of actions or null' in capsys.readouterr().err
 
 
 def test_what_is_asked(data):
     """Each row's own picture, its symbols without the plan, or another puzzle's picture."""
     rows = gen_data.load_rows(data, "test")
-    changed = [{**row, "plan": ["nothing"]} for row in rows]
     for source in ("image", "text"):
-        asked = responses.planning_prompts(rows, source, rows)
-        assert asked == responses.planning_prompts(changed, source, rows)    # no plan in a prompt
-        assert [key for key, _, _ in asked] == [{"id": row.id} for row in rows]
-        assert [path for _, _, path in asked] == [row.path if source == "image" else None
-                                                  for row in rows]
-    pictures = responses.other_pictures(rows, rows)
+        asked = evaluate.planning_questions(rows, source, rows)
+        for row, (key, prompt, path) in zip(rows, asked, strict=True):
+            assert key == {"id": row.id} and "reference plan" not in prompt
+            assert path == (row.path if source == "image" else None)
+            assert (row.symbols() in prompt) == (source == "text")
+    pictures = evaluate.other_pictures(rows, rows)
     assert sorted(pictures.values()) == sorted(row.path for row in rows)
     assert all(pictures[row.id] != row.path for row in rows)
     assert all(Path(pictures[row.id]).name.startswith(row.task) for row in rows)
-    swapped = responses.planning_prompts(rows[:2], "swapped", rows, samples=2)
+    swapped = evaluate.planning_questions(rows[:2], "swapped", rows, samples=2)
     assert [path for _, _, path in swapped] == [rows[1].path, rows[2].path] * 2
-    again = {**rows[0], "id": "again", "path": "copy.png"}                   # the same puzzle
-    assert responses.other_pictures([again], [*rows, again]) == {"again": rows[1].path}
+    again = gen_data.PuzzleRow({**rows[0].data, "id": "again"}, "copy.png")  # the same puzzle
+    assert evaluate.other_pictures([again], [*rows, again]) == {"again": rows[1].path}
     with pytest.raises(SystemExit):
-        responses.other_pictures(rows[:1], [rows[0], again, *rows[4:]])
-    looks = responses.perception_prompts(rows[:1])
-    assert [key["question"] for key, _, _ in looks] == list(tuple(rows[0].questions()))
-    assert {path for _, _, path in looks} == {rows[0].path}
+        evaluate.other_pictures(rows[:1], [rows[0], again, *rows[4:]])
+    about = evaluate.perception_questions(rows[:1])
+    assert [key["question"] for key, _, _ in about] == list(rows[0].questions())
+    assert {path for _, _, path in about} == {rows[0].path}
 
 
 def test_rows_are_chosen(data):
@@ -297,19 +313,32 @@ def test_rows_are_chosen(data):
 
 @pytest.mark.parametrize("words, message", [
     (["--samples", "2"], "need a --temperature above 0"),
-    (["--limit", "0"], "--limit 0: wanted at least 1"),
-    (["--rollout_batch", "0"], "--rollout_batch 0: wanted at least 1"),
+    (["--limit", "0"], "--limit: got '0', must be a whole number, at least 1"),
+    (["--temperature", "nan"], "--temperature: got 'nan', must be a number, at least 0"),
+    (["--tolerance", "-1"], "--tolerance: got '-1'"),
     (["--name", "../up", "--responses", "x"], "it names a folder"),
-    (["--responses", "nowhere.jsonl"], "cannot read --responses"),
-    (["--adapter", "a/run", "b/run"], "two runs are called 'run'"),
+    (["--responses", "nowhere.jsonl"], "--responses nowhere.jsonl: no such file"),
+    (["--adapter", "nowhere"], "--adapter nowhere: no adapter there"),
+    (["--tasks", "chess"], "unknown task 'chess'"),
+    (["--out", "mine"], "mine holds notes.txt and is not the folder of an evaluation"),
 ])
-def test_bad_flags(data, words, message, capsys):
+def test_bad_flags(data, tmp_path, monkeypatch, words, message, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("mine")
     with pytest.raises(SystemExit) as stop:
         run(*words, "--data", data)
     assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert files(tmp_path) == {"mine/notes.txt": b"mine"}
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(data, tmp_path, monkeypatch, capsys):
+def answer_file(folder, kind="predictions"):
+    """The one file of answers of a condition."""
+    file, = folder.glob(f"answers/{kind}-*.jsonl")
+    return file
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(data, tmp_path, monkeypatch):
     """Sampled answers, two per row, batches of 3; killed in the middle, half a line left behind."""
     words = ["--data", data, "--temperature", 1, "--samples", 2, "--rollout_batch", 3,
              "--max_new_tokens", 8, "--input", "image", "--tasks", "frozenlake", "--out", "eval"]
@@ -318,69 +347,113 @@ def test_a_killed_run_goes_on_to_the_same_bytes(data, tmp_path, monkeypatch, cap
     broken.mkdir()
     monkeypatch.chdir(whole)
     run(*words)
-    file = broken / "eval/base-image/predictions.jsonl"
-    dying = f"""
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-import common, evaluate
+    dying = """
 real, calls = common.sample, []
 def sample(*words):
     calls.append(1)
     return real(*words) if len(calls) < 3 else os.kill(os.getpid(), 9)
-common.sample = sample
-evaluate.main(evaluate.parse_args(sys.argv[1:]))"""
-    killed = subprocess.run([sys.executable, "-c", dying, "--preset", "tiny", *map(str, words)],
-                            cwd=broken, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+common.sample = sample"""
+    killed = processes.run(broken, "evaluate", *words, patch=dying)
+    assert killed.code == -signal.SIGKILL, killed.err
+    file = answer_file(broken / "eval/base-image")
     assert file.read_bytes().count(b"\n") == 6 and not (broken / "eval/results.md").exists()
     with open(file, "a") as out:
         out.write('{"id": "test_fro')
+    for left in broken.glob(".*-0"):
+        left.unlink()
     monkeypatch.chdir(broken)
     run(*words)
     assert files(whole) == files(broken)
-    predictions = lines_of(file)
+    predictions = lines_of(broken / "eval/base-image/predictions.jsonl")
     lakes = [row.id for row in gen_data.load_rows(data, "test")][:4]
     assert [(v["sample"], v["id"]) for v in predictions] == [(k, i) for k in (0, 1) for i in lakes]
     assert len({v["response"] for v in predictions}) > 2
     assert "pass@k" in (broken / "eval/results.md").read_text()
-    settings = json.loads(file.with_suffix(".settings.json").read_text())
-    assert settings | {"temperature": 1, "seed": 0, "max_new_tokens": 8} == settings
-
     with monkeypatch.context() as patch:                 # finished: nothing is asked or changed
         patch.setattr("common.load", None)
         run(*words)
     assert files(whole) == files(broken)
-    run(*words, "--rollout_batch", 8)                    # another batch draws the same answers
-    assert [v["response"] for v in lines_of(file)] == [v["response"] for v in predictions]
-    run(*words, "--max_new_tokens", 5)                   # other settings: nothing is mixed
-    assert "answered under other settings" in capsys.readouterr().out
-    old = file.with_name("predictions.jsonl.old")
-    assert old.read_bytes() == files(whole)["eval/base-image/predictions.jsonl"]
-    assert max(v["tokens"] for v in lines_of(file)) == 5
+    run(*words, "--rollout_batch", 8)                    # another batch: the same answers
+    again = lines_of(broken / "eval/base-image/predictions.jsonl")
+    assert [v["response"] for v in again] == [v["response"] for v in predictions]
 
 
-def test_draws_depend_on_the_row_and_not_on_its_batch(data):
+def test_no_answer_is_ever_lost(data, tmp_path, monkeypatch, capsys):
+    """Greedy, T=1, a failure, greedy again: every way of asking keeps its answers."""
+    out = tmp_path / "eval"
+    words = ["--data", data, "--out", out, "--input", "text", "--tasks", "maze", "--max_new_tokens",
+             3]
+    run(*words)
+    greedy = files(out)
+    with pytest.raises(SystemExit):                       # a wrong model changes nothing
+        run(*words, "--model", data)
+    assert files(out) == greedy
+    run(*words, "--temperature", 1)
+    with monkeypatch.context() as patch:                  # a library was upgraded
+        patch.setattr(common, "versions", lambda: {"torch": "next"})
+        run(*words)
+    assert len(list(out.glob("base-text/answers/*.jsonl"))) == 3
+    for name, content in greedy.items():
+        if "answers/" in name:
+            assert files(out)[name] == content
+    with monkeypatch.context() as patch:
+        patch.setattr("common.load", None)                # back to greedy: nothing is asked again
+        run(*words)
+    assert files(out)["base-text/predictions.jsonl"] == greedy["base-text/predictions.jsonl"]
+    capsys.readouterr()
+    run(*words, "--temperature", 1, "--name", "warm")
+    said = capsys.readouterr().out
+    assert "The conditions differ in temperature: base-text: 0.0; warm-text: 1.0" in said
+    assert "differ in temperature" in (out / "results.md").read_text()
+
+
+def test_what_an_adapter_or_model_is_made_of_counts(data, tmp_path):
+    """lora_alpha or the chat template changed: the old answers are not shown as new."""
+    model = shutil.copytree(common.TINY, tmp_path / "model",
+                            ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    adapted(common.load(common.TINY, 32)[0]).save_pretrained(tmp_path / "mine")
+    words = ["--data", data, "--out", tmp_path / "eval", "--input", "text", "--tasks", "maze",
+             "--max_new_tokens", 3, "--model", model, "--adapter", tmp_path / "mine"]
+    run(*words)
+    for file, old, new in ((tmp_path / "mine/adapter_config.json", '"lora_alpha": 8',
+                            '"lora_alpha": 9'),
+                           (model / "chat_template.jinja", "user", "user ")):
+        text = file.read_text()
+        assert old in text or file.suffix == ".jinja"
+        file.write_text(text.replace(old, new) + ("" if old in text else "\n"))
+        run(*words)
+    assert len(list((tmp_path / "eval/mine-text/answers").glob("*.jsonl"))) == 3
+
+
+def test_a_second_evaluation_in_the_folder_is_refused(data, tmp_path, capsys):
+    run("--data", data, "--out", tmp_path, "--input", "text", "--limit", 1, "--max_new_tokens", 2)
+    lock = gen_data.lock_folder(tmp_path)
+    with pytest.raises(SystemExit):
+        run("--data", data, "--out", tmp_path, "--limit", 1)
+    assert "another process is writing" in capsys.readouterr().err
+    lock.release()
+
+
+def test_draws_depend_on_the_row_and_not_on_its_batch(data, tiny):
     """The same rows in batches of 8, of 3, and in another order: the same sampled answers."""
-    args = evaluate.parse_args(["--preset", "tiny", "--max_new_tokens", "6"])
-    answerer = evaluate.Answerer(args)
     rows = gen_data.load_rows(data, "test")[:4]
-    asked = responses.planning_prompts(rows, "image", rows, samples=2)
+    asked = evaluate.planning_questions(rows, "image", rows, samples=2)
 
-    def answers(asked, size, condition="a", temperature=1.0):
+    def answers(asked, size, condition="a", temperature=1.0, seed=0):
+        settings = {"max_new_tokens": 6, "temperature": temperature, "seed": seed}
         lines = []
         for i in range(0, len(asked), size):
-            lines += answerer.answer(None, condition, temperature, asked[i:i + size])
-        return {responses.label(line): line for line in lines}
+            lines += evaluate.answer_batch(*tiny, asked[i:i + size], settings, condition)
+        return {evaluate.label(line): line for line in lines}
     whole = answers(asked, 8)
     assert whole == answers(asked, 3) == answers(asked[::-1], 8)
     assert whole != answers(asked, 8, "b")                           # another condition
     assert answers(asked, 8, temperature=1e-4) == answers(asked, 8, temperature=0) != whole
-    args.seed = 1
-    assert whole != answers(asked, 8)
+    assert whole != answers(asked, 8, seed=1)
 
 
 def test_cut_and_length_are_those_of_the_tokens(data, tmp_path, monkeypatch):
-    """The end token counts as a token, and only what has none was cut."""
+    """The EOS counts as a token, and only what has none was cut."""
     def sample(model, processor, prompt, max_new_tokens, *_):
         word, = processor.tokenizer("U", add_special_tokens=False)["input_ids"]
         end = processor.tokenizer.eos_token_id
@@ -395,13 +468,8 @@ def test_cut_and_length_are_those_of_the_tokens(data, tmp_path, monkeypatch):
 
 def test_a_run_with_an_adapter(data, tmp_path, monkeypatch, capsys):
     """What the model is given for each condition, and the rows that its run was trained on."""
-    torch.manual_seed(0)
     rows = gen_data.load_rows(data, "test")
-    model = common.add_lora(common.load(common.TINY, 32)[0], 4)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:                                         # so that it does something
-            torch.nn.init.normal_(weight)
-    model.save_pretrained(tmp_path / "mine/adapter")
+    adapted(common.load(common.TINY, 32)[0], std=1).save_pretrained(tmp_path / "mine/adapter")
     (tmp_path / "mine/trained_rows.json").write_text(json.dumps([rows[0].key()]))
     given, encode = [], common.encode
 
@@ -429,10 +497,11 @@ def test_a_run_with_an_adapter(data, tmp_path, monkeypatch, capsys):
     assert [v["trained_on"] for v in verdicts] == [True, False, False, False]
     text = (out / "results.md").read_text()
     assert "## Rows that were trained on" in text and "| 4 | 0: 0 | 0: 0 | 1: 0 | 1: 0 |" in text
-    looks = lines_of(out / "mine-image/perception.jsonl")
-    settings = json.loads((out / "mine-image/perception.settings.json").read_text())
+    perception = lines_of(out / "mine-image/perception.jsonl")
+    record = Path(f"{answer_file(out / 'mine-image', 'perception')}.settings.json")
+    settings = json.loads(record.read_text())
     assert settings | {"temperature": 0, "seed": None} == settings   # perception is asked greedily
-    assert len(looks) == sum(len(tuple(row.questions())) for row in some)
+    assert len(perception) == sum(len(row.questions()) for row in some)
     assert "| maze | all | 2 | 0 [" in text.split("## Perception questions")[1]
     for folder in ("eval/base", "eval/mine", "alone/base"):
         lines = lines_of(tmp_path / f"{folder}-text/predictions.jsonl")
@@ -440,8 +509,30 @@ def test_a_run_with_an_adapter(data, tmp_path, monkeypatch, capsys):
     assert texts["eval/mine"] != texts["eval/base"] == texts["alone/base"]   # it is off again
     given.clear()
     run(*words, "--input", "swapped")
-    assert given[0][1] == [own[i] for i in (1, 2, 5, 6)]             # the next of the same level
-    assert os.path.isdir(out / "mine-swapped") and "base-image" in (out / "results.md").read_text()
+    assert given[0][1] == [own[i] for i in (1, 2, 5, 6)]             # the next of the same size
+    assert (out / "mine-swapped").is_dir() and "base-image" in (out / "results.md").read_text()
+
+
+def test_a_run_brings_its_model_and_every_condition_has_a_name(data, tmp_path, monkeypatch, capsys):
+    """Model and bits are those of the run; two runs of one name, or --name for base."""
+    monkeypatch.chdir(tmp_path)
+    record = {"kind": "run", "args": {"preset": "tiny", "model": "tiny", "bits": 16,
+                                      "lora_rank": 4, "lora_vision": 1}}
+    for name in ("a/run", "b/run"):
+        adapted(common.load(common.TINY, 32)[0]).save_pretrained(f"{name}/adapter")
+        Path(name, "args.json").write_text(json.dumps(record))
+    assert evaluate.parse_args(["--adapter", "a/run/"]).bits == 16
+    for words, message in ((["--adapter", "a/run", "b/run"], "two runs are called 'run'"),
+                           (["--adapter", "a/run", "--bits", 32], "the run in a/run has --bits 16"),
+                           (["--adapter", "a/run", "--preset", "4b"], "has --preset tiny")):
+        with pytest.raises(SystemExit):
+            evaluate.main(evaluate.parse_args([*map(str, words), "--data", str(data)]))
+        assert message in capsys.readouterr().err
+    monkeypatch.chdir("a/run")
+    found = evaluate.find_adapters(evaluate.parse_args(["--adapter", "."]))
+    assert list(found) == ["run"]
+    found = evaluate.find_adapters(evaluate.parse_args(["--adapter", "base", "--name", "merged"]))
+    assert found == {"merged": None}
 
 
 def test_out_of_memory_is_one_line(data, tmp_path, monkeypatch, capsys):
@@ -457,7 +548,7 @@ def test_out_of_memory_is_one_line(data, tmp_path, monkeypatch, capsys):
     words = ["--data", data, "--out", tmp_path, "--tasks", "maze", "--input", "text",
              "--max_new_tokens", 3]
     with pytest.raises(SystemExit) as stop:
-        run(*words, "--rollout_batch", 3)
-    assert stop.value.code == 2 and "a lower --rollout_batch" in capsys.readouterr().err
+        common.run_script(lambda: None, lambda _: run(*words, "--rollout_batch", 3))
+    assert stop.value.code == 2 and "--rollout_batch" in capsys.readouterr().err
     run(*words, "--rollout_batch", 1)
     assert len(calls) == 3 and len(lines_of(tmp_path / "base-text/predictions.jsonl")) == 4
