@@ -178,16 +178,21 @@ def kind_of(folder):
         return None
 
 
-def lock_folder(folder):
-    """The lock of an existing folder, held until `.release()` or the end of the process."""
-    lock = FileLock(Path(folder) / ".lock")
+def lock_file(path, what):
+    """A lock, held until `.release()` or the end of the process. what: the thing written to."""
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        fail(f"another process is writing to {folder}: wait for its end or choose another --out")
+        fail(f"another process is writing to {what}: wait for its end or choose another --out")
     except NotImplementedError:
-        fail(f"the file system of {folder} has no locks: choose an --out on another one")
+        fail(f"the file system of {what} has no locks: choose an --out on another one")
     return lock
+
+
+def lock_folder(folder):
+    """The lock of a folder that is there."""
+    return lock_file(Path(folder) / ".lock", folder)
 
 
 # errno: what is wrong with the machine, not with the code

@@ -86,7 +86,7 @@ def score(data, file, out):
     evaluate.main(evaluate.parse_args(["--preset", "tiny", "--data", str(data), "--out", str(out),
                                        "--responses", str(file)]))
     table = json.loads((out / file.stem / "summary.json").read_text())["table"]
-    macro = next(cell for cell in table if cell["task"] == "macro")
+    macro = next(line for line in table if line["task"] == "macro")
     return read_lines(out / file.stem / "predictions.jsonl"), macro
 
 
@@ -113,7 +113,7 @@ def test_a_busy_server_and_a_row_that_fails(data, tmp_path, monkeypatch, capsys)
     assert "7 of 8 rows answered; the same command" in capsys.readouterr().out
     verdicts, macro = score(data, out, tmp_path / "eval")
     assert [v["outcome"] for v in verdicts] == ["success", "success", "error", *["success"] * 5]
-    assert macro | {"n": 8, "success": 0.875, "faults": {"error": 1}, "tokens": 7} == macro
+    assert macro | {"n": 8, "success": 0.875, "failures": {"error": 1}, "tokens": 7} == macro
     path, key, body = server.bodies[0]
     assert (path, key) == ("/v1/chat/completions", f"Bearer {KEY}")
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("org/m", 0, 1024)
@@ -132,7 +132,7 @@ def test_a_busy_server_and_a_row_that_fails(data, tmp_path, monkeypatch, capsys)
     assert not [path for path in written if KEY in path.read_text(errors="replace")]
 
 
-def test_a_stopped_run_goes_on_and_other_settings_begin_anew(data, tmp_path, capsys):
+def test_a_stopped_run_resumes_and_other_settings_want_another_file(data, tmp_path, capsys):
     """Symbols only; three rows of the first run and half a line are there already."""
     server = Server(lambda body, attempt: (200, "<answer>U</answer>"))
     out = tmp_path / "answers.jsonl"
@@ -146,9 +146,14 @@ def test_a_stopped_run_goes_on_and_other_settings_begin_anew(data, tmp_path, cap
     out.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]) + b'{"id": "test_')
     ask_for(server.url, data, out, "--input", "text")
     assert len(server.bodies) == 8 + 5 and out.read_bytes() == whole
-    ask_for(server.url, data, out, "--input", "text", "--temperature", "1", "--limit", "1")
-    assert "answered under other settings" in capsys.readouterr().out
-    assert (tmp_path / "answers.jsonl.old").read_bytes() == whole and len(read_lines(out)) == 2
+    assert {line["model"] for line in read_lines(out)} == {"org/m"}
+    with pytest.raises(SystemExit):
+        ask_for(server.url, data, out, "--input", "text", "--api_model", "other")
+    assert "api_model was 'org/m' and is 'other'" in capsys.readouterr().err
+    assert out.read_bytes() == whole and len(server.bodies) == 13
+    ask_for(server.url, data, tmp_path / "warm", "--input", "text", "--temperature", "1",
+            "--limit", "1")
+    assert len(read_lines(tmp_path / "warm")) == 2
     seeds = [body["seed"] for _, _, body in server.bodies[13:]]
     assert len(set(seeds)) == 2                                      # one for each row
 
@@ -169,6 +174,38 @@ def test_a_server_of_no_use_stops_the_run(data, tmp_path, monkeypatch, capsys, s
     said = capsys.readouterr()
     assert stop.value.code == 2 and "does not answer for org/m" in said.err
     assert KEY not in said.out + said.err and read_lines(tmp_path / "answers.jsonl") == []
+
+
+def test_files_whose_names_differ_behind_a_dot(data, tmp_path, capsys):
+    """gpt-4.1 and gpt-4.5 are two files with two records; two processes never share one."""
+    server = Server(lambda body, attempt: (200, "<answer>U</answer>"))
+    for name in ("gpt-4.1", "gpt-4.5"):
+        ask_for(server.url, data, tmp_path / name, "--input", "text", "--api_model", name)
+    asked = len(server.bodies)
+    for name in ("gpt-4.1", "gpt-4.5"):
+        ask_for(server.url, data, tmp_path / name, "--input", "text", "--api_model", name)
+        record = json.loads((tmp_path / f"{name}.settings.json").read_text())
+        assert record["api_model"] == name
+    assert len(server.bodies) == asked == 16
+    lock = gen_data.lock_file(tmp_path / "gpt-4.1.lock", "gpt-4.1")
+    with pytest.raises(SystemExit):
+        ask_for(server.url, data, tmp_path / "gpt-4.1", "--input", "text")
+    assert "another process is writing to" in capsys.readouterr().err
+    lock.release()
+
+
+@pytest.mark.parametrize("key", [KEY + "\r\n", f"{KEY}\n", f" {KEY} ", KEY[:5] + "\n" + KEY[5:]])
+def test_a_key_is_stripped_and_never_shown(data, tmp_path, monkeypatch, capsys, key):
+    """A .env of Windows leaves a line end; a broken key is refused without being told."""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    server = Server(lambda body, attempt: (401, None))
+    with pytest.raises(SystemExit) as stop:
+        ask_for(server.url, data, tmp_path / "answers.jsonl", "--input", "text", "--limit", "1")
+    said = capsys.readouterr()
+    assert stop.value.code == 2
+    for part in (KEY, KEY[:8], KEY[5:]):
+        assert part not in said.out + said.err
+    assert all(sent == f"Bearer {KEY}" for _, sent, _ in server.bodies)
 
 
 @pytest.mark.slow

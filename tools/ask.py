@@ -16,13 +16,12 @@ import os
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import common
 import evaluate
 import gen_data
-from gen_data import Parser, digest, fail, real_number, whole_number, write_text
+from gen_data import Parser, digest, fail, lock_file, real_number, whole_number, write_text
 
 RETRIES = 5     # of 408, 409, 429, 5xx, a time-out or a broken connection; 0.5 to 8 s apart
 TIMEOUT = 300   # seconds
@@ -132,15 +131,23 @@ def main(args):
                 ("api_base", "api_model", "max_new_tokens", "temperature", "seed")}
     settings["questions"] = evaluate.digest_questions(asked)
     out.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{out}.lock")
+    lock = lock_file(f"{out}.lock", out)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        fail(f"another process is writing to {out}: wait for its end or choose another --out")
-    lines = open_answers(out, settings)
+        lines = ask_all(args, asked, asker, open_answers(out, settings))
+    finally:
+        lock.release()
+    failed = sum("error" in line for line in lines)
+    print(f"{out}: {len(lines) - failed} of {len(lines)} rows answered" + (
+        "; the same command asks again for the others" if failed else "") + "; next: "
+        + common.command("evaluate.py", responses=(out, None),
+                         data=(args.data, gen_data.PRESETS["tiny"]["out"])))
+
+
+def ask_all(args, asked, asker, lines):
+    """The answers to all of `asked` in their order, in args.out too; lines: what is there."""
     todo = [question for question in asked if evaluate.label(question[0]) not in lines]
     with ThreadPool(args.concurrency) as pool, tqdm(total=len(todo), unit="row") as bar, \
-            open(out, "a", encoding="utf-8", newline="\n") as file:
+            open(args.out, "a", encoding="utf-8", newline="\n") as file:
         try:
             for line in pool.imap_unordered(asker, todo):
                 lines[evaluate.label(line)] = line
@@ -149,14 +156,9 @@ def main(args):
                 bar.update()
         except ConnectionError as problem:
             fail(f"{args.api_base} does not answer for {args.api_model}: {problem}")
-    ordered = [lines[evaluate.label(key)] for key, _, _ in asked]
-    write_text(out, "".join(json.dumps(line) + "\n" for line in ordered))
-    lock.release()
-    failed = sum("error" in line for line in ordered)
-    print(f"{out}: {len(ordered) - failed} of {len(ordered)} rows answered" + (
-        "; the same command asks again for the others" if failed else "") + "; next: "
-        + common.command("evaluate.py", responses=(out, None),
-                         data=(args.data, gen_data.PRESETS["tiny"]["out"])))
+    lines = [lines[evaluate.label(key)] for key, _, _ in asked]
+    write_text(args.out, "".join(json.dumps(line) + "\n" for line in lines))
+    return lines
 
 
 if __name__ == "__main__":
