@@ -42,7 +42,7 @@ def qwen_checkpoint(folder, hidden=128, layers=5, seed=0):
     config |= {name: getattr(processor, name) for name in estimate.TOKENS}
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config))
-    with torch.no_grad():  # sharper than fresh weights, whose words are equally likely to within 1%
+    with torch.no_grad():  # sharper than fresh weights, whose tokens are about equally likely
         model.lm_head.weight.mul_(5)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -69,7 +69,7 @@ def measured(work, repeat=1):
     return {"s": min(seconds), "gb": status("VmHWM") - base}
 
 
-def loss(how, positions, width=64, divergence="reverse_kl", hidden_size=2560):
+def loss(how, positions, chunk=64, divergence="reverse_kl", hidden_size=2560):
     """The loss and its gradient at the student's hidden states, bfloat16, as `how` computes them.
 
     dense: the same formula as ours at all positions at once. Others' compute the reverse KL.
@@ -93,20 +93,21 @@ def loss(how, positions, width=64, divergence="reverse_kl", hidden_size=2560):
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     def products():  # the limit: what no loss can do without
-        for i in range(0, positions, width):
-            logits, _ = lm_head(hidden[i:i + width]), lm_head(teacher[i:i + width])
+        for i in range(0, positions, chunk):
+            logits, _ = lm_head(hidden[i:i + chunk]), lm_head(teacher[i:i + chunk])
             logits @ lm_head.weight
 
     def ours():
-        distill.sliced_divergence(hidden, teacher, token, lm_head, formula, width)
+        distill.chunked_divergence(hidden, teacher, token, torch.ones(positions), lm_head, formula,
+                                   chunk)
 
     def closed_form():  # ours with the gradient derived by hand instead of by autograd
         with torch.no_grad():
-            for i in range(0, positions, width):
-                some = slice(i, i + width)
+            for i in range(0, positions, chunk):
+                some = slice(i, i + chunk)
                 log_q = lm_head(teacher[some]).float().log_softmax(-1)
                 log_p = lm_head(hidden[some]).float().log_softmax(-1)
-                by_hand = test_distill.closed_form(divergence, log_p, log_q, token[some], 0.5)
+                _, by_hand = test_distill.closed_form(divergence, log_p, log_q, token[some])
                 torch.linalg.vecdot(log_p.exp(), log_p)                      # the entropy, logged
                 by_hand.bfloat16() @ lm_head.weight
 
@@ -130,7 +131,7 @@ def loss(how, positions, width=64, divergence="reverse_kl", hidden_size=2560):
         GOLDTrainer.generalized_jsd_loss(lm_head(leaf)[None], logits, beta=1.0).backward()
 
     def liger():
-        fused = LigerFusedLinearJSDLoss(0.0, 1.0, beta=1.0, compiled=False, chunk_size=width)
+        fused = LigerFusedLinearJSDLoss(0.0, 1.0, beta=1.0, compiled=False, chunk_size=chunk)
         fused(leaf, lm_head.weight, teacher, lm_head.weight, token).backward()
     hidden[:8].clone().requires_grad_().sum().backward()
     lm_head(hidden[:8]).float().log_softmax(-1)  # what torch loads late
@@ -143,7 +144,7 @@ def rows_and_pictures(batch):
     """`batch` rows of FrozenLake with 256x256 pictures."""
     import gen_data
     rows = list(gen_data.sample_rows("frozenlake", 4, "train", batch, seed=0))
-    return rows, [gen_data.TASKS["frozenlake"].render(row["state"], 64) for row in rows]
+    return rows, [row.puzzle.render(64) for row in rows]
 
 
 def rollout(how, folder, batch=8, tokens=128):
@@ -179,16 +180,16 @@ def our_step(folder, data, batch, tokens):
     import distill
     steps, begin = common.Run.steps, {}
 
-    def from_here(run, optimizer):  # as TRL's is measured: over what is held before the first step
+    def from_here(run):  # as TRL's is measured: over what is held before the first step
         Path("/proc/self/clear_refs").write_text("5")
         begin["gb"] = status("VmRSS")
-        return steps(run, optimizer)
+        return steps(run)
     common.Run.steps = from_here
     with tempfile.TemporaryDirectory() as out:
         distill.main(distill.parse_args([str(word) for word in (
             "--preset", "tiny", "--model", folder, "--data", data, "--out", out, "--init", "none",
             "--lora_vision", 0, "--steps", 2, "--batch", batch, "--micro_batch", batch,
-            "--max_new_tokens", tokens, "--slice", common.PRESETS["4b"]["distill_slice"])]))
+            "--max_new_tokens", tokens, "--chunk", distill.SETTINGS["4b"]["chunk"])]))
         last = json.loads(Path(out, "metrics.jsonl").read_text().splitlines()[-1])
     return {"s": last["step_seconds"], "gb": status("VmHWM") - begin["gb"],
             "phases": last["seconds"]}
@@ -262,12 +263,11 @@ def line(*cells):
 
 
 def loss_table(sizes=(1024, 2048), hidden_size=2560):
-    import common
     import distill
-    default = common.PRESETS["4b"]["distill_slice"]
-    head(f"The loss and its gradient, hidden size {hidden_size}, 151,936 words, bfloat16; products:"
-         " the matrix products alone; dense: the same divergence without slices", "positions",
-         "divergence", "how", "slice", "s", "peak GB", "time / dense", "dense memory / its")
+    default = distill.SETTINGS["4b"]["chunk"]
+    head(f"The loss and its gradient, hidden size {hidden_size}, 151,936 tokens, bfloat16; "
+         "products: the matrix products alone; dense: the same divergence unchunked", "positions",
+         "divergence", "how", "chunk", "s", "peak GB", "time / dense", "dense memory / its")
     others = [("closed form", default), ("products", default), ("torch kl_div", 0)]
     others += [("trl", 0), ("trl gold", 0)] if have("trl") else []
     others += [("liger", default)] if have("liger_kernel") else []
@@ -278,12 +278,12 @@ def loss_table(sizes=(1024, 2048), hidden_size=2560):
             hows = [("ours", default)]
             if name == "reverse_kl":
                 hows += [("ours", 32), ("ours", 128), *others]
-            for how, width in hows:
-                settings = {"width": width} if width else {}
+            for how, chunk in hows:
+                settings = {"chunk": chunk} if chunk else {}
                 got = run("loss", how, positions, hidden_size=hidden_size, divergence=name,
                           **settings)
                 if got:
-                    line(positions, name, how, width or "", got["s"], got["gb"],
+                    line(positions, name, how, chunk or "", got["s"], got["gb"],
                          got["s"] / dense["s"], dense["gb"] / got["gb"])
 
 
@@ -344,8 +344,8 @@ def main(args):
         if set(args.tables) - {"loss"}:
             qwen_checkpoint(model)
             subprocess.run(
-                [sys.executable, str(ROOT / "gen_data.py"), "--tasks", "frozenlake:4", "--out",
-                 data, "--train", "16", "--val", "1", "--test", "1"],
+                [sys.executable, str(ROOT / "gen_data.py"), "--preset", "4b", "--tasks",
+                 "frozenlake:4", "--out", data, "--train", "16", "--val", "1", "--test", "1"],
                 check=True, capture_output=True)
         if "loss" in args.tables:
             loss_table(**({"sizes": (128,), "hidden_size": 64} if args.small else {}))

@@ -6,7 +6,7 @@
 
 This was never run on a GPU: whoever has one is the first. Weights are made on the device matrix by
 matrix, in the precisions of common.load, so that 24 GB suffice for 8b in 4 bits. Random weights
-hardly ever draw an end token: rollouts go on to the length that is asked for, which is that of the
+hardly ever draw an EOS: rollouts go on to the length that is asked for, which is that of the
 longest reference response, and what is scored has the lengths of the reference responses.
 Needs requirements-dev.txt (Qwen's tokenizer). trl's Triton kernel is measured where trl is there.
 """
@@ -82,8 +82,7 @@ def random_nf4(linear, device):
 class Phases:
     """Seconds and peak bytes by phase: call it with a phase's name when the phase ends.
 
-    The bytes are those of torch's allocator, on CUDA only: without CUDA's own context and without
-    the paged optimizer's states.
+    The bytes are those of torch's allocator, on CUDA only: without CUDA's own context.
     """
 
     def __init__(self):
@@ -105,7 +104,8 @@ class Phases:
         self.begin()
 
 
-def update(weights, optimizer):
+def update(weights, optimizer, tokens):
+    common.average_gradients(weights, 0.0, tokens)
     torch.nn.utils.clip_grad_norm_(weights, 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -114,7 +114,7 @@ def update(weights, optimizer):
 def distill_step(model, processor, optimizer, prompts, contexts, ids, mask, args):
     """The five steps of distill.main, with responses that were given -> Phases."""
     net, device = common.network(model), model.device
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    weights = common.adapter_weights(model)
     uniforms = np.random.default_rng(0).random(ids.shape)
     phases = Phases()
     model.eval()
@@ -124,32 +124,32 @@ def distill_step(model, processor, optimizer, prompts, contexts, ids, mask, args
     model.train()
     tokens = int(mask.sum())
     for response, keep, prompt, context in common.micro_batches(
-            args.micro_batch, ids.to(device), mask.to(device), prompts, contexts):
+            args.micro_batch, (ids.to(device), mask.to(device)), (prompts, contexts)):
         with torch.no_grad(), model.disable_adapter():
             teacher_hidden = common.response_hidden(model, context, response, keep)
         phases("teacher")
         hidden = common.response_hidden(model, prompt, response, keep)
         phases("student")
-        gradient, _ = distill.sliced_divergence(
-            hidden, teacher_hidden, response[keep.bool()], net.lm_head, distill.reverse_kl,
-            args.slice)
+        gradient, _ = distill.chunked_divergence(
+            hidden, teacher_hidden, response[keep.bool()], hidden.new_ones(len(hidden)),
+            net.lm_head, distill.reverse_kl, args.chunk)
         phases("loss")
-        hidden.backward(gradient / tokens)
+        hidden.backward(gradient)
         phases("backward")
-    update(weights, optimizer)
+    update(weights, optimizer, tokens)
     phases("optimizer")
     return phases
 
 
 def coldstart_step(model, optimizer, prompts, ids, mask, args):
     """One step of coldstart.main -> Phases."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    weights = common.adapter_weights(model)
     phases = Phases()
     model.train()
-    for response, keep, prompt in common.micro_batches(args.micro_batch, ids, mask, prompts):
-        (coldstart.answer_loss(model, prompt, response, keep) / int(mask.sum())).backward()
+    for response, keep, prompt in common.micro_batches(args.micro_batch, (ids, mask), (prompts,)):
+        coldstart.answer_loss(model, prompt, response, keep).backward()
     phases("cold start")
-    update(weights, optimizer)
+    update(weights, optimizer, int(mask.sum()))
     phases("optimizer")
     return phases
 
@@ -182,23 +182,22 @@ def measure_model(preset, bits, data, own):
     """All tables of one backbone in one precision."""
     device = own.device
     model_args = ["--preset", preset, "--bits", str(bits), *own.settings]
-    with redirect_stdout(io.StringIO()):
-        args = distill.parse_args(model_args)
-        cold = coldstart.parse_args(model_args)
+    args = distill.parse_args([*model_args, "--init", "none"])
+    cold = coldstart.parse_args(model_args)
     config = estimate.configuration(args.model)
     with redirect_stdout(io.StringIO()):
         processor = (common.load(common.TINY, 32)[1] if own.tiny else estimate.qwen_processor())
     model = random_network(config, bits, device)
     model = common.add_lora(model, args.lora_rank, args.lora_vision)
-    optimizer = common.adamw([w for w in model.parameters() if w.requires_grad], args.lr)
+    optimizer = common.adamw(common.adapter_weights(model), args.lr)
 
     rows = gen_data.load_rows(data, "train")
     rows = distill.draw_rows(rows, args.batch, np.random.default_rng(0))
-    prompts, contexts = distill.encode_roles(processor, rows, args.teacher_context, device)
+    prompts, contexts = distill.encode_roles(processor, rows, args.teacher_reads, device)
     texts = [row.response() for row in rows]
     references = common.encode_responses(processor, texts, device)
-    pairs = coldstart.draw_questions(rows, cold.batch, np.random.default_rng(0), cold.map_share)
-    answers = coldstart.encode(processor, pairs, device)
+    examples = coldstart.draw_examples(rows, cold.batch, np.random.default_rng(0), cold.map_share)
+    answers = coldstart.encode(processor, examples, device)
     vocabulary = min(config.text_config.vocab_size, processor.tokenizer.vocab_size)
     longest = full_length((args.batch, args.max_new_tokens), vocabulary)
 
@@ -237,11 +236,10 @@ def print_memory(title, args, model_args, prompts, contexts, answers, full, firs
         skeleton = estimate.skeleton(about)
         resident = estimate.resident_bytes(skeleton, about)
         phases = estimate.phase_bytes(skeleton, about, estimate.count_any(skeleton, about))
-    torchs_own = sum(size for what, size in resident.items()
-                     if not what.startswith(("CUDA", "AdamW, 8 bits")))
+    torchs_own = sum(size for what, size in resident.items() if not what.startswith("CUDA"))
     measured = (full.bytes if full else {}) | (first.bytes if first else {})
     head(f"Memory, {title}: rollout batch {args.rollout_batch}, micro-batch {args.micro_batch}, "
-         f"{args.max_new_tokens} new tokens; GB of torch's allocator, the paged optimizer left out",
+         f"{args.max_new_tokens} new tokens; GB of torch's allocator",
          "phase", "predicted", "measured", "ratio")
     for name in ("rollout", "teacher", "student", "loss", "backward", "cold start"):
         needed = max(sum(rows.values()) for phase, rows in phases.items() if phase.startswith(name))
@@ -269,8 +267,8 @@ def print_seconds(title, args, cold, real, first):
     line("all", *(f"{total:.2f}" for total in totals))
     hours = [args.steps * totals[0] / 3600, cold.steps * totals[1] / 3600]
     print(f"\nThe default run, {cold.steps} steps of the cold start and {args.steps} of "
-          f"distillation: {hours[1]:.1f} + {hours[0]:.1f} = {sum(hours):.1f} hours, its looks at "
-          "held-out pictures and the evaluation not counted.")
+          f"distillation: {hours[1]:.1f} + {hours[0]:.1f} = {sum(hours):.1f} hours, validation and "
+          "the evaluation not counted.")
 
 
 def print_rollouts(title, model, processor, rows, own):
@@ -280,7 +278,7 @@ def print_rollouts(title, model, processor, rows, own):
     model.eval()
     for batch in own.rollout_batches:
         chosen = [rows[i % len(rows)] for i in range(batch)]
-        prompt, _ = distill.encode_roles(processor, chosen, "none", model.device)
+        prompt, _ = distill.encode_roles(processor, chosen, "picture", model.device)
         uniforms, cells = np.random.default_rng(0).random((batch, own.new_tokens)), []
         for adapters in (nullcontext, model.disable_adapter):
             def work(adapters=adapters, prompt=prompt, uniforms=uniforms):
@@ -295,23 +293,25 @@ def print_rollouts(title, model, processor, rows, own):
 
 
 def print_losses(title, lm_head, args):
-    """Our sliced loss beside TRL's chunked divergence, which on CUDA is a Triton kernel."""
+    """Our chunked loss beside TRL's chunked divergence, which on CUDA is a Triton kernel."""
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
     N = args.micro_batch * args.max_new_tokens
     hidden, teacher = (torch.randn(N, lm_head.in_features, dtype=lm_head.weight.dtype,
                                    device=lm_head.weight.device) for _ in range(2))
     token = torch.randint(lm_head.out_features, (N,), device=hidden.device)
 
-    def ours(width):
-        distill.sliced_divergence(hidden, teacher, token, lm_head, distill.reverse_kl, width)
+    def ours(chunk):
+        factor = hidden.new_ones(N)
+        distill.chunked_divergence(hidden, teacher, token, factor, lm_head, distill.reverse_kl,
+                                   chunk)
 
     def trl():
         leaf, weight = hidden[None].clone().requires_grad_(), lm_head.weight
         mask = torch.ones(1, N, device=hidden.device)
         _chunked_divergence_loss(leaf, teacher[None], weight, weight, mask, 1.0)[0].backward()
     head(f"The loss and its gradient, {title}: {N} positions", "how", "s", "peak GB over before")
-    for name, work in [(f"ours, slices of {width}", lambda width=width: ours(width))
-                       for width in (32, 64, 128, 512)] + [("TRL's chunked divergence", trl)]:
+    for name, work in [(f"ours, chunks of {chunk}", lambda chunk=chunk: ours(chunk))
+                       for chunk in (32, 64, 128, 512)] + [("TRL's chunked divergence", trl)]:
         def twice(work=work):
             work()  # compiles
             phases, before = Phases(), torch.cuda.memory_allocated()

@@ -5,8 +5,8 @@
 
 Each line is a fresh process that builds a Qwen3-VL with random weights, takes one step on it with
 the stage's main, and then asks tools/estimate.py about the same step. Random weights hardly ever
-draw the end token, so rollouts have full length, as the estimate assumes; the cold start's look at
-held-out pictures is left out. "measured" is the highest resident memory during the step over what
+draw an EOS, so rollouts have full length, as the estimate assumes; the cold start's
+validation is left out. "measured" is the highest resident memory during the step over what
 the process held before, after its imports and a step of the bundled backbone (which loads what
 torch and transformers load late). glibc is told to give freed blocks back at once
 (MALLOC_MMAP_THRESHOLD_), or the high-water mark would be that of its cache, and torch to take small
@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 # vision: adapters on the vision tower too; tied: one matrix for embeddings and lm_head
-FIELDS = "stage bits hidden layers rows rollout new slice vision tied".split()
+FIELDS = "stage bits hidden layers rows rollout new chunk vision tied".split()
 CASES = [
     ("distill", 32, 128, 4, 8, 8, 128, 128, 0, 1),
     ("distill", 32, 256, 6, 8, 8, 128, 128, 0, 1),
@@ -91,7 +91,7 @@ def measure(folder, work, case):
     common.load = load_all
     for name in widths:
         setattr(common, name, noting_width(name, getattr(common, name)))
-    coldstart.look = lambda *args: {}
+    coldstart.validate = lambda *args: {}
     files = ["--data", f"{work}/data", "--out", f"{work}/out", "--restart", "--steps", "1"]
     files += ["--init", "none"] if stage is distill else ["--map_share", "1"]
     same = ["--preset", "tiny", "--lora_vision", str(case["vision"])]
@@ -102,7 +102,7 @@ def measure(folder, work, case):
                 *more]
     words = step(folder, case["rows"], max(case["rows"], case["rollout"]), case["new"],
                  "--bits", str(case["bits"]))
-    cut = ["--slice", str(case["slice"])]
+    cut = ["--chunk", str(case["chunk"])]
     stage.main(stage.parse_args([*step(common.TINY, 2, 2, 2), *files]))
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM anew

@@ -9,12 +9,12 @@ from tools import figures
 
 
 def test_both_pictures_from_files(tmp_path, capsys):
-    """A success, a fault, no answer; the puzzle of each task is the one with the longest plan."""
+    """A success, a violation, no answer; of each task the puzzle with the longest plan."""
     gen_data.main(gen_data.parse_args([
         "--preset", "tiny", "--tasks", "frozenlake:3", "maze:3-4", "--train", "1", "--val", "1",
         "--test", "3", "--workers", "1", "--out", str(tmp_path / "data")]))
     rows = gen_data.load_rows(tmp_path / "data", "test")
-    texts = {"right": gen_data.response, "wrong": lambda row: "<answer>U,U,U,U</answer>",
+    texts = {"right": lambda row: row.response(), "wrong": lambda row: "<answer>U,U,U,U</answer>",
              "silent": lambda row: "the map is white"}
     for name, text in texts.items():
         lines = [{"id": row.id, "response": text(row), **row.judge(text(row))}
@@ -24,7 +24,7 @@ def test_both_pictures_from_files(tmp_path, capsys):
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps({
-        "step": i + 1, "success": i / 20, "optimal": i / 30, "kl_state": 1 / (i + 1),
+        "step": i + 1, "success": i / 20, "optimal": i / 30, "kl_map": 1 / (i + 1),
         "kl_route": None, "kl_answer": 2 / (i + 1)}) + "\n" for i in range(20)))
     words = ["--eval", str(tmp_path / "eval"), "--distill", str(tmp_path / "run"), "--data",
              str(tmp_path / "data"), "--out", str(tmp_path / "docs"), "--conditions", *texts]
@@ -34,7 +34,7 @@ def test_both_pictures_from_files(tmp_path, capsys):
     chosen = figures.choose_puzzles(rows, {row.id for row in rows})
     assert [(row.task, row.level) for row in chosen] == [("frozenlake", 3), ("maze", 4)]
     longest = max(len(row.plan) for row in rows if row.level == 4)
-    assert len(chosen[1]["plan"]) == longest
+    assert len(chosen[1].plan) == longest
     named = figures.choose_puzzles(rows, {row.id for row in rows}, [rows[2].id])
     assert named == [rows[2]]
     for more, message in ((["--rows", "x"], "--rows x"), (["--conditions", "y"], "y/predictions"),

@@ -88,7 +88,7 @@ def trained_batch(folder, model, processor):
     """What both stages read of some rows: (prompts, contexts, reference responses' ids, mask)."""
     rows = gen_data.load_rows(folder / "data", "train")
     rows = distill.draw_rows(rows, 4, np.random.default_rng(0))
-    roles = distill.encode_roles(processor, rows, "state+plan", model.device)
+    roles = distill.encode_roles(processor, rows, "symbols+plan", model.device)
     texts = [row.response() for row in rows]
     return *roles, *common.encode_responses(processor, texts, model.device)
 
@@ -96,8 +96,7 @@ def trained_batch(folder, model, processor):
 def both_losses(model, prompt, context, ids, mask):
     """({stage: loss}, {stage: adapters' gradient as one vector}), means over the tokens."""
     losses, gradients = {}, {}
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    net, tokens = common.network(model), int(mask.sum())
+    weights, net, tokens = common.adapter_weights(model), common.network(model), int(mask.sum())
     model.train()
     for stage in ("coldstart", "distill"):
         model.zero_grad()
@@ -109,8 +108,9 @@ def both_losses(model, prompt, context, ids, mask):
             with torch.no_grad(), model.disable_adapter():
                 teacher = common.response_hidden(model, context, ids, mask)
             hidden = common.response_hidden(model, prompt, ids, mask)
-            gradient, scores = distill.sliced_divergence(
-                hidden, teacher, ids[mask.bool()], net.lm_head, distill.reverse_kl, 64)
+            gradient, scores = distill.chunked_divergence(
+                hidden, teacher, ids[mask.bool()], hidden.new_ones(tokens), net.lm_head,
+                distill.reverse_kl, 64)
             hidden.backward(gradient / tokens)
             losses[stage] = scores[0].mean().item()
         gradients[stage] = torch.cat([w.grad.flatten().float().cpu() for w in weights])
@@ -171,7 +171,7 @@ def test_without_adapters_training_has_changed_nothing(folder):
     """And with them it has. Bit for bit: the quantised weights are untouched."""
     model, processor = common.load(str(folder / "qwen"), 4)
     model = common.add_lora(model, 8, True)
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    weights = common.adapter_weights(model)
     batch, optimizer = trained_batch(folder, model, processor), common.adamw(weights, 1e-2)
 
     def states():
@@ -203,7 +203,7 @@ def test_sampled_tokens_are_scored_as_they_were_sampled(folder):
         logits = common.network(model).lm_head(hidden).float()
     drawn = torch.as_tensor(uniforms, device=model.device)[:, :ids.shape[1]][mask.bool()]
     again = common.draw_token(logits, drawn)
-    # rounding in bf16 moves the borders between words a little
+    # rounding in bf16 moves the borders between tokens a little
     assert (again - ids[mask.bool()]).abs().median() <= 2
     assert logits.isfinite().all()
 
@@ -211,7 +211,7 @@ def test_sampled_tokens_are_scored_as_they_were_sampled(folder):
 @pytest.mark.gpu
 @needs_cuda
 def test_out_of_memory_is_survived(folder, capsys):
-    """A slice of all positions does not fit; the same command with a small one goes on."""
+    """A chunk of all positions does not fit; the same command with a small one resumes."""
     _, total = torch.cuda.mem_get_info()
     torch.cuda.empty_cache()
     flags = ["--steps", 2, "--save_every", 1, "--batch", 16, "--micro_batch", 16,
@@ -219,10 +219,10 @@ def test_out_of_memory_is_survived(folder, capsys):
     torch.cuda.set_per_process_memory_fraction(1.5e9 / total)
     try:
         with pytest.raises(SystemExit) as stop:
-            distill.main(distill.parse_args(
-                words(folder, "distill", "oom", *flags, "--slice", 100_000)))
+            arguments = words(folder, "distill", "oom", *flags, "--chunk", 100_000)
+            common.run_script(lambda: distill.parse_args(arguments), distill.main)
         assert stop.value.code == 2 and "memory does not suffice" in capsys.readouterr().err
-        distill.main(distill.parse_args(words(folder, "distill", "oom", *flags, "--slice", 16)))
+        distill.main(distill.parse_args(words(folder, "distill", "oom", *flags, "--chunk", 16)))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert [line["step"] for line in log_of(folder, "oom")] == [1, 2]
@@ -234,13 +234,13 @@ def test_kill_and_resume(folder):
     command = [sys.executable, ROOT / "distill.py",
                *words(folder, "distill", "killed", "--steps", 40, "--save_every", 2)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list((folder / "killed").glob("checkpoint-*")):
+    while not (folder / "killed/checkpoint.pt").is_file():
         assert process.poll() is None, "it ended before the first checkpoint"
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = max((folder / "killed").glob("checkpoint-*"))
-    command[command.index("40")] = str(int(kept.name.split("-")[1]) + 2)
+    kept = torch.load(folder / "killed/checkpoint.pt", weights_only=True)["step"]
+    command[command.index("40")] = str(kept + 2)
     subprocess.run(command, check=True, capture_output=True)
     steps = [line["step"] for line in log_of(folder, "killed")]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) == int(command[-3])

