@@ -204,7 +204,11 @@ def add_lora(model, rank=None, vision=False, path=None):
     if not weights.is_file() or not (Path(path) / "adapter_config.json").is_file():
         fail(f"no adapter in {path}: wanted adapter_config.json and adapter_model.safetensors; "
              "python coldstart.py makes one")
-    config, saved = peft.LoraConfig.from_pretrained(path), load_file(weights)
+    try:
+        config, saved = peft.LoraConfig.from_pretrained(path), load_file(weights)
+    except (SafetensorError, ValueError, TypeError) as error:
+        fail(f"cannot read the adapter in {path} ({' '.join(str(error).split())[:200]}): "
+             "train it again, or choose another")
     config.inference_mode = False
     try:
         model = peft.get_peft_model(model, config)

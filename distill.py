@@ -229,6 +229,8 @@ def main(args):
     rank, processes = common.join_processes(args.batch)
     common.announce(args)
     init, trained_on = common.read_init(args.init)
+    if args.tasks:
+        gen_data.parse_tasks(args.tasks)  # refused before data are made
     if rank == 0:
         gen_data.ensure(args.data, args.preset, args.seed)
     common.gather(None)  # the others wait for the data

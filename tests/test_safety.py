@@ -132,7 +132,7 @@ def half_a_run(here):
 
 REFUSED = [
     # folders that are not the script's own
-    ("coldstart", nothing, ["--out", "."], ". holds data and no run"),
+    ("coldstart", nothing, ["--out", "."], "and no run: choose another --out"),
     ("coldstart", nothing, ["--out", "data/tiny/train"], "and no run: choose another --out"),
     ("coldstart", nothing, ["--out", "data/tiny"], "a folder of kind data"),
     ("coldstart", foreign_folder, ["--out", "other"], "other holds checkpoint-500 and no run"),
