@@ -5,6 +5,7 @@ and edited copies of the scripts can be run the same way.
 """
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ def child(folder, script, words, rank, environment, patch, root):
         handle = os.open(f".{name}-{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(handle, number)
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs begin without it
     import torch
     torch.set_num_threads(1)
     if root:  # an edited copy of the scripts

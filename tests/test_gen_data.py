@@ -331,6 +331,7 @@ def test_a_maze_is_read_as_it_stands():
     (LAKE, "size", "The map has 3 rows and 3 columns.", True),
     (LAKE, "size", "3", False),
     (LAKE, "size", "3x4", False),
+    (LAKE, "size", "3x3, so 9 cells", False),
     (LAKE, "player", "The start is at [0, 0].", True),
     (LAKE, "player", "row 0, column 0", True),
     (LAKE, "player", "(0,0) or (0,1)", False),
