@@ -459,7 +459,7 @@ def add_training_flags(parser):
 
 
 def read_run(folder):
-    """The arguments of the run in `folder` (or of the run whose adapter/ it is); {} without one."""
+    """args.json of the run in `folder` (or of the run whose adapter/ it is); None without one."""
     for file in (Path(folder, "args.json"), Path(folder).parent / "args.json"):
         if file.is_file():
             try:
@@ -467,8 +467,8 @@ def read_run(folder):
             except ValueError as error:
                 fail(f"cannot read {file}: {error}")
             if record.get("kind") == "run":
-                return record["args"]
-    return {}
+                return record
+    return None
 
 
 def resolve(args, settings, run=None):
@@ -477,20 +477,21 @@ def resolve(args, settings, run=None):
     settings: {preset: {flag: value}} of the script. run: the folder of that run, or None. A flag
     that contradicts the run is refused.
     """
-    old = read_run(run) if run else {}
-    if args.preset is None:
-        args.preset = old.get("preset", "tiny")
+    record = read_run(run) if run else None
+    old = record["args"] if record else {}
+    args.preset = args.preset or old.get("preset", "tiny")
     if args.preset not in BACKBONES:
         fail(f"{run} was trained with --preset {args.preset}, which common.py does not know: give "
              f"one of {', '.join(BACKBONES)}")
-    values = {**BACKBONES[args.preset], **settings[args.preset]}
     if old and old["preset"] != args.preset:
         fail(f"--preset {args.preset}: the run in {run} has --preset {old['preset']}")
+    values = {**BACKBONES[args.preset], **settings[args.preset]}
     for name in BACKBONES[args.preset]:
-        given = getattr(args, name, None)
-        values[name] = old.get(name, values[name])
-        if old and given not in (None, values[name]) and (
-                name != "model" or digest_folder(given) != digest_folder(values[name])):
+        given, values[name] = getattr(args, name, None), old.get(name, values[name])
+        same = given in (None, values[name])
+        if name == "model" and record and not same:  # it may lie somewhere else by now
+            same = digest(digest_folder(given)) == record["inputs"]["model"]
+        if old and not same:
             fail(f"--{name} {given}: the run in {run} has --{name} {values[name]}")
     for name, value in values.items():
         if hasattr(args, name) and getattr(args, name) is None:
@@ -677,7 +678,7 @@ class Run:
         """
         self.args, self.out = args, Path(args.out)
         self.inputs = {**inputs, "model": digest(digest_folder(args.model))}
-        self.defaults = vars(parse_args(["--preset", args.preset]))
+        self.defaults = vars(parse_args(["--preset", args.preset, "--init", "none"]))
         self.scripts, self.trained_on = [Path(script) for script in scripts], trained_on
         self.step, self.skipped, self.state, self.changed = 0, [], None, {}
         self.lock, self.wandb, self.handlers, self.asked = None, None, {}, 0
@@ -687,15 +688,16 @@ class Run:
     def __enter__(self):
         if process_rank()[0] == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            kind, own = kind_of(self.out), {*self.FILES, *self.FOLDERS, ".lock"}
+            kind = kind_of(self.out)
             foreign = [path.name for path in sorted(self.out.iterdir())
-                       if path.name.removesuffix(".partial") not in own]
-            if kind != "run" and (foreign or kind):
+                       if path.name not in (".lock", "args.json.partial")]
+            if kind != "run" and foreign:
                 what = f"a folder of kind {kind}" if kind else f"{foreign[0]} and no run"
                 fail(f"{self.out} holds {what}: choose another --out")
             self.lock = lock_folder(self.out)
             if kind == "run" and not self.args.restart:
                 self.read_checkpoint()
+            if self.state:  # without a checkpoint there are no steps that could differ
                 self.compare()
         self.state = gather(self.state)[0]
         if self.state:
@@ -731,7 +733,7 @@ class Run:
     def compare(self):
         """Refuse what would make the steps to come another run's than those that are done."""
         record = json.loads((self.out / "args.json").read_text(encoding="utf-8"))
-        before, done = {**self.defaults, **record["args"]}, self.state["step"] if self.state else 0
+        before, done = {**self.defaults, **record["args"]}, self.state["step"]
         if done > self.args.steps:
             fail(f"{self.out}: {done} steps are done, more than --steps {self.args.steps}")
         for name, value in json.loads(json.dumps(vars(self.args))).items():
@@ -769,12 +771,12 @@ class Run:
         if self.args.restart:
             self.delete()
         self.inputs["model"] = digest(digest_folder(self.args.model))  # a hub's is there by now
-        (self.out / "code").mkdir(exist_ok=True)
-        for script in self.scripts:
-            write_bytes(self.out / "code" / script.name, script.read_bytes())
         record = {"kind": "run", "script": self.scripts[0].name, "args": vars(self.args),
                   "inputs": self.inputs, "versions": versions()}
         write_text(self.out / "args.json", json.dumps(record, indent=1) + "\n")
+        (self.out / "code").mkdir(exist_ok=True)
+        for script in self.scripts:
+            write_bytes(self.out / "code" / script.name, script.read_bytes())
         write_text(self.out / "trained_rows.json", json.dumps(sorted(self.trained_on)))
         for name in self.LOGS:  # lines of steps that will be done again
             file, size = self.out / name, self.state["sizes"].get(name, 0) if self.state else 0

@@ -119,11 +119,45 @@ def sampled(log_p, log_q, token):
     return -(log_q - log_p).detach() * log_p
 
 
+def skew_kl(log_p, log_q, token=None, alpha=0.1):
+    """KL(student || alpha student + (1 - alpha) teacher): finite where the teacher says never.
+
+    As in DistiLLM (arXiv 2402.03898), its skew reverse KL.
+    """
+    log_m = torch.logaddexp(log_p + math.log(alpha), log_q + math.log(1 - alpha))
+    return reverse_kl(log_p, log_m)
+
+
+def topk_kl(log_p, log_q, token=None, k=100):
+    """KL(student || teacher) over the student's k likeliest tokens and one bucket for the rest.
+
+    A divergence, since the buckets of both sum to one, and at most the full KL.
+    """
+    top = log_p.topk(min(k, log_p.shape[1])).indices
+    buckets = []
+    for x in (log_p, log_q):
+        rest = x.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True).clamp(min=-80)  # k = all
+        buckets.append(torch.cat([x.gather(1, top), rest], 1))                         # [N, k + 1]
+    return reverse_kl(*buckets)
+
+
+def clipped(log_p, log_q, token=None, divergence=reverse_kl, nats=2.0):
+    """Another divergence whose gradient is shortened where it is above `nats`.
+
+    So that a few tokens, often of style, do not outweigh all others.
+    """
+    value = divergence(log_p, log_q, token)
+    return value * nats / value.detach().clamp(min=nats)
+
+
 DIVERGENCES = {
     "reverse_kl": reverse_kl,
     "forward_kl": forward_kl,
     "jsd": partial(jsd, beta=0.5),
     "sampled": sampled,
+    "skew_kl": partial(skew_kl, alpha=0.1),
+    "topk_kl": partial(topk_kl, k=100),
+    "clipped_kl": partial(clipped, divergence=reverse_kl, nats=2.0),
 }
 
 

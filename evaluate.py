@@ -90,7 +90,7 @@ def parse_args(argv=None):
     add("--allow_missing", action="store_true", help="rows without a response are failures")
     add("--tolerance", type=real_number(), default=0.0,
         help="how far an own row's answer that is a number may be off")
-    add("--name", help="name of the one condition (default: the run's folder, the file's stem)")
+    add("--name", help="of the one condition (default: that of the run's folder, or of the file)")
     add("--reference", metavar="CONDITION", help="what differences are taken against (default: "
         "base-image, else the first)")
     args = parser.parse_args(argv)
@@ -112,7 +112,7 @@ def parse_args(argv=None):
 
 def find_adapters(args):
     """{name: adapter folder, None for the base model} of args.adapter; all must be of one model."""
-    found = {}
+    found, model = {}, digest(common.digest_folder(args.model))
     for run in args.adapter:
         if run == "base":
             name, folder = "base", None
@@ -123,11 +123,12 @@ def find_adapters(args):
                     fail(f"--adapter {run}: no adapter there ({folder}/{file} is missing)")
             place = folder.resolve()
             name = place.parent.name if place.name == "adapter" else place.name
-            old = common.read_run(run)
-            if old and (old["bits"] != args.bits or common.digest_folder(old["model"])
-                        != common.digest_folder(args.model)):
-                fail(f"--adapter {run}: trained on {old['model']} in {old['bits']} bits, not on "
-                     f"{args.model} in {args.bits}: evaluate it by itself")
+            record = common.read_run(run)
+            if record and (record["args"]["bits"] != args.bits
+                           or record["inputs"]["model"] != model):
+                fail(f"--adapter {run}: it was trained on {record['args']['model']} in "
+                     f"{record['args']['bits']} bits, not on {args.model} in {args.bits}: evaluate "
+                     "it by itself")
         name = args.name or name
         if name in found:
             fail(f"two runs are called {name!r}: evaluate them one at a time with --name")
@@ -623,7 +624,7 @@ def main(args):
 
 def score_responses(args, rows, pool):
     """The condition whose answers are in a file."""
-    folder = Path(args.out, args.name or Path(args.responses).stem)
+    folder = Path(args.out, args.name or Path(args.responses).name.removesuffix(".jsonl"))
     if (folder / "answers").is_dir():
         fail(f"{folder} holds answers that were asked for here: choose another --name")
     lines = read_responses(args.responses, rows, pool, args.allow_missing)

@@ -12,7 +12,7 @@ from torch.nn.functional import kl_div
 import common
 import distill
 import gen_data
-from distill import DIVERGENCES, jsd, reverse_kl, sampled
+from distill import DIVERGENCES, clipped, jsd, reverse_kl, sampled, skew_kl, topk_kl
 
 # ---------------------------------------------------------------- divergences
 
@@ -109,6 +109,40 @@ def test_jsd_symmetric_and_its_limits():
     far[0, 0] = 1e4
     most = jsd(far.log_softmax(-1), far.flip(1).log_softmax(-1))             # its maximum
     torch.testing.assert_close(most, torch.full((1,), np.log(2.0), dtype=torch.float32))
+
+
+def test_topk_is_a_divergence_that_tends_to_the_full_one():
+    """Never above the full KL, by the data-processing inequality, and equal to it with all."""
+    torch.manual_seed(0)
+    log_p, log_q = log_probs(6, 50, scale=2), log_probs(6, 50, scale=2)
+    values = torch.stack([topk_kl(log_p, log_q, k=k) for k in (1, 5, 20, 49, 50, 80)])
+    full = by_torch(log_p, log_q)
+    assert (values >= 0).all() and (values <= full + 1e-12).all()
+    torch.testing.assert_close(values[-3:], full.expand(3, -1))
+    two = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64).log()
+    other = torch.tensor([[0.5, 0.1, 0.4]], dtype=torch.float64).log()
+    by_hand = 0.7 * np.log(0.7 / 0.5) + 0.3 * np.log(0.3 / 0.5)
+    assert float(topk_kl(two, other, k=1)) == pytest.approx(by_hand)
+
+
+def test_skewed_and_clipped():
+    """KL to the mixture, near the reverse KL for a small alpha; shortened in value and slope."""
+    torch.manual_seed(0)
+    z, log_q = torch.randn(5, 40, dtype=torch.float64), log_probs(5, 40, scale=3)
+    log_p = z.log_softmax(-1)
+    mixture = (0.3 * log_p.exp() + 0.7 * log_q.exp()).log()
+    torch.testing.assert_close(skew_kl(log_p, log_q, alpha=0.3), by_torch(log_p, mixture))
+    torch.testing.assert_close(skew_kl(log_p, log_q, alpha=1e-9), by_torch(log_p, log_q),
+                               atol=1e-4, rtol=1e-4)
+    nats = float(by_torch(log_p, log_q).median())
+    value, gradient = value_and_gradient("reverse_kl", z, log_q, None)
+    leaf = z.clone().requires_grad_()
+    short = clipped(leaf.log_softmax(-1), log_q, divergence=reverse_kl, nats=nats)
+    short.sum().backward()
+    factor = (nats / value).clamp(max=1)
+    assert (factor < 1).any() and (factor == 1).any()
+    torch.testing.assert_close(short.detach(), value * factor)
+    torch.testing.assert_close(leaf.grad, gradient * factor[:, None])
 
 
 def test_sampled_has_the_gradient_of_reverse_kl_in_expectation():

@@ -516,8 +516,10 @@ def test_a_run_with_an_adapter(data, tmp_path, monkeypatch, capsys):
 def test_a_run_brings_its_model_and_every_condition_has_a_name(data, tmp_path, monkeypatch, capsys):
     """Model and bits are those of the run; two runs of one name, or --name for base."""
     monkeypatch.chdir(tmp_path)
-    record = {"kind": "run", "args": {"preset": "tiny", "model": "tiny", "bits": 16,
-                                      "lora_rank": 4, "lora_vision": 1}}
+    model = gen_data.digest(common.digest_folder("tiny"))
+    record = {"kind": "run", "inputs": {"model": model},
+              "args": {"preset": "tiny", "model": "tiny", "bits": 16, "lora_rank": 4,
+                       "lora_vision": 1}}
     for name in ("a/run", "b/run"):
         adapted(common.load(common.TINY, 32)[0]).save_pretrained(f"{name}/adapter")
         Path(name, "args.json").write_text(json.dumps(record))

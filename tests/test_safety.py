@@ -69,6 +69,12 @@ def foreign_folder(here):
     (here / "other/train.jsonl").write_text("line\n")
 
 
+def only_an_adapter(here):
+    """An adapter of somebody else's, under the name that a run would use."""
+    (here / "other/adapter").mkdir(parents=True)
+    (here / "other/adapter/adapter_model.safetensors").write_text("weights")
+
+
 def no_checkpoint(here):
     (here / "run/checkpoint.pt").unlink()
 
@@ -137,6 +143,7 @@ REFUSED = [
     ("coldstart", nothing, ["--out", "data/tiny"], "a folder of kind data"),
     ("coldstart", foreign_folder, ["--out", "other"], "other holds checkpoint-500 and no run"),
     ("coldstart", foreign_folder, ["--out", "other", "--restart"], "holds checkpoint-500"),
+    ("coldstart", only_an_adapter, ["--out", "other"], "other holds adapter and no run"),
     ("coldstart", a_file, ["--out", "file"], "file: it is a file"),
     ("coldstart", a_file, ["--out", "file/run"], "a part of the path is a file"),
     ("gen_data", nothing, ["--out", "run", "--overwrite"], "run is no data folder"),
@@ -244,6 +251,9 @@ def test_contents_count_and_not_paths(here, tmp_path):
     (here / "mine").rename(here / "moved")
     model.rename(here / "elsewhere")
     (here / "data/tiny").rename(here / "rows")
+    done = processes.run(here, "distill", "--init", "moved/", *DISTILL, "--data", "rows", "--model",
+                         "elsewhere", "--out", "second")
+    assert done.code == 0, done.err
     words = ["--out", "moved/", *TOY, "--data", "rows/"]
     done = processes.run(here, "coldstart", *words, "--model", "elsewhere/", patch=FEW)
     assert done.code == 0 and "nothing is trained" in done.out, done.err
