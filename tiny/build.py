@@ -17,7 +17,6 @@ The committed weights had the first cycle under an earlier wording of the prompt
 Both cycles in one go, as `--out` alone does it, were never run. The layers are compiled, which
 needs a C++ compiler; nothing else in this repository does.
 """
-import argparse
 import random
 import re
 import sys
@@ -32,7 +31,7 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
 import gen_data
-from gen_data import TASKS, solve
+from gen_data import TASKS, Parser, fail, run_script, solve, whole_number  # noqa: E402
 
 HERE = Path(__file__).parent
 # The stages train on five of these; frozenlake 5 and minibehaviour 6 are only planned from symbols.
@@ -485,6 +484,8 @@ def start_from(model, processor, folder):
 def pretrain(args):
     work = Path(args.out)
     work.mkdir(parents=True, exist_ok=True)
+    if any(work.iterdir()) and not (work / "pretrain.pt").is_file():
+        fail(f"{work} is not empty and holds no pretraining to resume: choose another --out")
     model, processor = build_checkpoint(work)
     step = 0
     if args.init:
@@ -607,16 +608,19 @@ def table(shares):
     return "\n".join(lines)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parse_args(argv=None):
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--check", action="store_true", help="measure the committed checkpoint and stop")
     add("--out", default="tiny-new", help="folder of the new checkpoint and of its resume file")
     add("--init", metavar="OLD", help="checkpoint folder to start the last cycle from")
-    add("--batch", type=int, default=128, help="samples per step")
-    add("--seed", type=int, default=0)
-    add("--save_every", type=int, default=200, help="steps between saves")
-    args = parser.parse_args()
+    add("--batch", type=whole_number(1), default=128, help="samples per step")
+    add("--seed", type=whole_number(0), default=0)
+    add("--save_every", type=whole_number(1), default=200, help="steps between saves")
+    return parser.parse_args(argv)
+
+
+def main(args):
     if not args.check:
         return pretrain(args)
     print("200 held-out boards each, greedy answers, in %. symbols, pictures: success; parsed, "
@@ -626,4 +630,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(parse_args, main)

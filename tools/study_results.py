@@ -57,7 +57,7 @@ def values_of(out, run, measure):
         file = folder / "retention.json"
         if not file.is_file():
             return None
-        right = json.loads(file.read_text())["model"][column]["right"]
+        right = json.loads(file.read_text(encoding="utf-8"))["model"][column]["right"]
         return pd.Series(right, pd.MultiIndex.from_product([["all"], range(len(right))]), float)
     folder = folder / f"model-{source}"
     if not (folder / "summary.json").is_file():
@@ -78,7 +78,7 @@ def seconds_of(out, run, rows, seed):
     folder = Path(out, "runs", run)
     if not (folder / "metrics.jsonl").is_file():
         return None
-    init = json.loads((folder / "args.json").read_text())["args"].get("init", "none")
+    init = json.loads((folder / "args.json").read_text("utf-8"))["args"].get("init", "none")
     folders = [folder] if init == "none" else [folder, Path(init)]
     return sum(line["step_seconds"] for part in folders
                for line in read_lines(part / "metrics.jsonl"))
