@@ -148,7 +148,7 @@ def load(path, bits):
     disable_progress_bar()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    path = TINY if path == BACKBONES["tiny"]["model"] else path
+    name, path = path, TINY if path == BACKBONES["tiny"]["model"] else path
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         fail(f"{path} is no checkpoint folder: it has no config.json")
     dtype = torch.float32 if bits == 32 else torch.bfloat16
@@ -175,6 +175,7 @@ def load(path, bits):
     size = processor.image_processor.size
     processor.image_processor.size = {"shortest_edge": size["shortest_edge"],
                                       "longest_edge": min(size["longest_edge"], 262_144)}
+    model.name_or_path = model.config.name_or_path = name  # as it was given, into adapters' files
     model.requires_grad_(False)
     if cuda:  # takes effect in train mode only
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -1,6 +1,8 @@
 """The puzzles: rules, plans, prompts, splits and files. Nothing here needs torch."""
+import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -668,3 +670,47 @@ def test_bad_input_of_the_script():
     result = run("--tasks", "chess")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.startswith("error: unknown task 'chess'") and not result.stdout
+
+
+def test_file_systems_that_cannot_flush_a_folder_or_lock(tmp_path, monkeypatch, capsys):
+    """EINVAL for a folder is no full disk; a full disk keeps the old file; no locks is one line."""
+    real = os.fsync
+
+    def fsync(handle):
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(handle)
+    monkeypatch.setattr(os, "fsync", fsync)
+    gen_data.write_text(tmp_path / "a.txt", "text")
+    gen_data.flush(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    message = stops(capsys, gen_data.run_script, lambda: None,
+                    lambda _: gen_data.write_text(tmp_path / "a.txt", "new"))
+    assert "a.txt: the disk is full" in message and (tmp_path / "a.txt").read_text() == "text"
+
+    def no_locks(*words, **options):
+        raise NotImplementedError
+    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
+    assert "has no locks" in stops(capsys, gen_data.lock_folder, tmp_path)
+
+
+def test_what_run_script_catches(capsys):
+    """What the machine lacks is one line; a fault in the code keeps its traceback."""
+    def raising(error):
+        def main(_):
+            raise error
+        return main
+    for error, message in ((MemoryError(), "memory does not suffice"),
+                           (RuntimeError("CUDA out of memory. Tried"), "memory does not suffice"),
+                           (PermissionError(errno.EACCES, "x", "out/a"), "out/a: no permission")):
+        assert message in stops(capsys, gen_data.run_script, lambda: None, raising(error))
+    for error in (RuntimeError("shapes differ"), ValueError(), OSError(errno.EIO, "x")):
+        with pytest.raises(type(error)):
+            gen_data.run_script(lambda: None, raising(error))
+    with pytest.raises(SystemExit) as stop:
+        gen_data.run_script(lambda: None, raising(KeyboardInterrupt()))
+    assert stop.value.code == 130

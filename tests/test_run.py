@@ -28,11 +28,10 @@ def test_its_answers_come_again(rows):
     chosen = [rows[line["id"]] for line in kept]
     model, processor = common.load(common.TINY, 32)
     model = common.add_lora(model, path=str(RUN / "distill/adapter")).eval()
-    pictures = [gen_data.TASKS[row.task].render(row["state"], 32) for row in chosen]
+    pictures = [row.puzzle.render(32) for row in chosen]
     prompt = common.encode(processor, [row.student_prompt() for row in chosen], pictures)
     texts = common.decode(processor, *common.sample(model, processor, prompt, 120))
-    outcomes = [row.judge(text)["outcome"] for row, text in
-                zip(chosen, texts, strict=True)]
+    outcomes = [row.judge(text)["outcome"] for row, text in zip(chosen, texts, strict=True)]
     assert outcomes == [line["outcome"] for line in kept]
     assert outcomes.count("success") >= 18
 
@@ -41,18 +40,18 @@ def test_what_its_files_say_agrees(rows):
     """Base, rows and stages are those of one run, and no test row was trained on."""
     for stage in ("coldstart", "distill"):
         config = json.loads((RUN / stage / "adapter/adapter_config.json").read_text())
-        args = json.loads((RUN / stage / "args.json").read_text())["args"]
+        args = common.read_run(RUN / stage)["args"]
         assert config["base_model_name_or_path"] == args["model"] == "tiny" and args["seed"] == 0
         trained = set(json.loads((RUN / stage / "trained_rows.json").read_text()))
         assert len(trained) == 5 * gen_data.PRESETS["tiny"]["train"]
         assert not trained & {row.key() for row in rows.values()}
         steps = [json.loads(line)["step"] for line in open(RUN / stage / "metrics.jsonl")]
-        assert steps == list(range(1, common.PRESETS["tiny"][f"{stage}_steps"] + 1))
+        assert steps == list(range(1, args["steps"] + 1))
     table = json.loads((RUN / "eval/results.json").read_text())["conditions"]
-    whole = {name: next(cell for cell in table[name]["table"] if cell["task"] == "macro")
+    whole = {name: next(line for line in table[name]["table"] if line["task"] == "macro")
              for name in ("base-image", "coldstart-image", "distill-image")}
-    rates = [cell["success"] for cell in whole.values()]
-    assert rates == sorted(rates) and all(cell["n"] == len(rows) for cell in whole.values())
+    rates = [line["success"] for line in whole.values()]
+    assert rates == sorted(rates) and all(line["n"] == len(rows) for line in whole.values())
 
 
 def test_it_is_small():

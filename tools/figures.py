@@ -3,9 +3,8 @@
     python -m tools.figures --eval out/tiny/eval --distill out/tiny/distill --out docs
 
 docs/answers.png:  the same held-out puzzles as different models answer them, one row per task: the
-                   one with the longest plan of its largest board size, whatever became of it.
-                   Plans are drawn from the start, green or red (failed), with a cross at the
-                   violation.
+                   first one of its largest board size, whatever became of it. Plans are drawn from
+                   the start, green or red (failed), with a cross at the violation.
 docs/training.png: what the rollouts of the distillation were worth, and the KL between student and
                    teacher in the three parts of a response.
 """
@@ -43,20 +42,18 @@ def parse_args(argv=None):
 
 
 def choose_puzzles(rows, answered, ids=None):
-    """The rows with these ids; else of each task's largest size the one with the longest plan."""
-    rows = [row for row in rows if row.id in answered]
+    """The rows with these ids; else of each task's largest board size the first one."""
+    by_id = {row.id: row for row in rows if row.id in answered}
+    for name in ids or ():
+        if name not in by_id:
+            fail(f"--rows {name}: not among the rows that all conditions answered")
     if ids:
-        by_id = {row.id: row for row in rows}
-        unknown = [name for name in ids if name not in by_id]
-        if unknown:
-            fail(f"--rows {unknown[0]}: not among the rows that all conditions answered")
         return [by_id[name] for name in ids]
     chosen = {}
-    for row in rows:
-        rank = (row.level, len(row.plan))
-        if row.task not in chosen or rank > chosen[row.task][0]:
-            chosen[row.task] = rank, row
-    return [row for _, row in chosen.values()]
+    for row in by_id.values():
+        if row.task not in chosen or row.level > chosen[row.task].level:
+            chosen[row.task] = row
+    return list(chosen.values())
 
 
 def draw_answer(axes, row, verdict):
