@@ -144,7 +144,8 @@ def main(args):
     train, val = gen_data.load_rows(args.data, "train"), gen_data.load_rows(args.data, "val")
     inputs = {"train": gen_data.digest_rows(train), "val": gen_data.digest_rows(val),
               "init": common.digest_folder(init)}
-    trained_on |= {row.key() for row in train}
+    if trained_on is not None:
+        trained_on |= {row.key() for row in train}
     scripts = (__file__, common.__file__, gen_data.__file__)
     share = slice(rank, None, processes)  # of the rows of a step: those of this process
     held_out = draw_examples(val, 96, np.random.default_rng(args.seed), 0.5, args.target)[share]

@@ -138,10 +138,40 @@ def digest_folder(model):
     return digests
 
 
+def quantised_bits(model):
+    """4 if the checkpoint is stored in bitsandbytes' 4 bits, None if it is not quantised.
+
+    Fails where it is quantised in another way. Reads config.json alone.
+    """
+    folder = checkpoint_folder(model)
+    if not folder or not (folder / "config.json").is_file():
+        return None
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(
+            "quantization_config")
+    except (ValueError, AttributeError) as error:
+        fail(f"--model {model}: config.json cannot be read ({error}): download it again")
+    if stored and not (stored.get("quant_method") == "bitsandbytes" and stored.get("load_in_4bit")):
+        fail(f"--model {model}: its weights are stored in {stored.get('quant_method')}, which "
+             "cannot be trained here: wanted plain weights, or bitsandbytes' 4 bits")
+    return 4 if stored else None
+
+
+def probe(model):
+    """Logits [1, 8, vocabulary] of a fixed text: to tell if it is still the same network."""
+    net = network(model)
+    ids = torch.arange(10, 18, device=net.device)[None]
+    with torch.no_grad():
+        hidden = net.model(input_ids=ids, use_cache=False).last_hidden_state
+        net.model.rope_deltas = None
+        return net.lm_head(hidden).float()
+
+
 def load(path, bits):
     """(model, processor) of a Qwen3-VL checkpoint: frozen, in eval mode, on the GPU if there is.
 
     bits: 4 (NF4, double quantisation; vision tower and lm_head stay in 16 bits), 16 (bfloat16), 32.
+    A checkpoint that is stored in 4 bits is taken as it is.
     """
     from transformers import AutoProcessor, BitsAndBytesConfig, Qwen3VLForConditionalGeneration
     from transformers.utils.logging import disable_progress_bar
@@ -151,13 +181,16 @@ def load(path, bits):
     name, path = path, TINY if path == BACKBONES["tiny"]["model"] else path
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         fail(f"{path} is no checkpoint folder: it has no config.json")
+    stored = quantised_bits(path)
+    if stored and stored != bits:
+        fail(f"--model {name} is stored in {stored} bits: --bits {bits} cannot be had from it")
     dtype = torch.float32 if bits == 32 else torch.bfloat16
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head", "model.visual"])
     try:
         model, found = Qwen3VLForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, quantization_config=nf4 if bits == 4 else None,
+            path, dtype=dtype, quantization_config=nf4 if bits == 4 and not stored else None,
             device_map={"": device}, use_safetensors=True, output_loading_info=True)
         processor = AutoProcessor.from_pretrained(path)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
@@ -183,44 +216,89 @@ def load(path, bits):
         from bitsandbytes.nn import Linear4bit
         for name, module in model.named_modules():
             if isinstance(module, Linear4bit):
-                assert ".language_model." in name, name
+                if ".language_model." not in name:
+                    fail(f"--model {path}: {name} is stored in 4 bits; wanted the vision tower and "
+                         "lm_head in 16")
                 # Else a forward pass in eval mode on the CPU would repack the weights for a kernel
                 # that has no backward: later gradients would be wrong.
                 module.support_avx512bf16_for_cpu = False
-    return model.eval(), processor
+    model.eval()
+    model.base_probe = probe(model)
+    return model, processor
 
 
 def add_lora(model, rank=None, vision=False, path=None):
     """Wrap `model` in a PeftModel with a fresh adapter, or with the one saved in folder `path`.
 
-    The pattern is anchored on the language model's linears; `vision` adds the vision tower's.
+    The pattern of a fresh one is anchored on the language model's linears; `vision` adds the vision
+    tower's. A saved one keeps its own configuration; it may be of another tool.
     """
     import peft
-    from safetensors.torch import load_file
-    if not path:
+    if path:
+        model = add_saved_lora(model, path)
+    else:
         pattern = rf".*\.({LANGUAGE}|{VISION})" if vision else rf".*\.{LANGUAGE}"
-        return peft.get_peft_model(model, peft.LoraConfig(
+        model = peft.get_peft_model(model, peft.LoraConfig(
             r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=pattern))
-    weights = Path(path) / "adapter_model.safetensors"
-    if not weights.is_file() or not (Path(path) / "adapter_config.json").is_file():
-        fail(f"no adapter in {path}: wanted adapter_config.json and adapter_model.safetensors; "
-             "python coldstart.py makes one")
+    base = getattr(network(model), "base_probe", None)  # of `load`, in eval mode
+    if base is not None and not network(model).training:
+        with model.disable_adapter():
+            change = (probe(model) - base).abs().max()
+        if change > 0.001 * base.abs().max():
+            fail(f"with adapters off the network is not the base any more: its logits differ by "
+                 f"{change:.2g}; the teacher would be another one")
+    return model
+
+
+def add_saved_lora(model, path):
+    """The adapter in a folder. Refuses by name what would change the base or the sampling."""
+    import peft
+    from peft.tuners.lora import LoraLayer
+    from safetensors.torch import load_file
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (Path(path) / name).is_file():
+            fail(f"no adapter in {path}: {name} is missing; `python coldstart.py` makes one")
     try:
-        config, saved = peft.LoraConfig.from_pretrained(path), load_file(weights)
-    except (SafetensorError, ValueError, TypeError) as error:
-        fail(f"cannot read the adapter in {path} ({' '.join(str(error).split())[:200]}): "
-             "train it again, or choose another")
-    config.inference_mode = False
+        config = peft.PeftConfig.from_pretrained(path)
+        saved = load_file(Path(path) / "adapter_model.safetensors")
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        fail(f"cannot read the adapter in {path} ({' '.join(str(error).split())[:200]}): train it "
+             "again, or choose another")
+    if config.peft_type != "LORA":
+        fail(f"the adapter in {path} is {config.peft_type.value}: wanted LoRA")
+    for name, allowed in (("bias", ("none",)), ("modules_to_save", (None, [])),
+                          ("init_lora_weights", (True, False, "gaussian", "orthogonal"))):
+        value = getattr(config, name)
+        if value not in allowed:
+            fail(f"the adapter in {path} has {name} {value!r}: off, the network would not be "
+                 f"the base; wanted {allowed[0]!r}")
+    if config.lora_dropout:
+        warn(f"the adapter in {path} has lora_dropout {config.lora_dropout}: set to 0, since what "
+             "is sampled must be what is scored")
+        config.lora_dropout = 0.0
+    config.inference_mode, config.init_lora_weights = False, True
+    backbone = model.config.name_or_path
     try:
         model = peft.get_peft_model(model, config)
-        fresh = peft.get_peft_model_state_dict(model)
-        own = {name: weight.shape for name, weight in fresh.items()}
-    except ValueError:
-        own = {}
-    if own != {name: weight.shape for name, weight in saved.items()}:
-        fail(f"the adapter in {path} does not fit {model.config.name_or_path}: it was trained on "
-             f"another backbone ({config.base_model_name_or_path}); choose it with --model")
-    peft.set_peft_model_state_dict(model, saved)
+    except ValueError as error:
+        fail(f"the adapter in {path} does not fit {backbone}: "
+             f"{' '.join(str(error).split())[:200]}")
+    if isinstance(network(model).lm_head, LoraLayer):
+        fail(f"the adapter in {path} adapts lm_head, which teacher and student share: wanted "
+             "adapters on the layers alone")
+    own = {name: tuple(weight.shape)
+           for name, weight in peft.get_peft_model_state_dict(model).items()}
+    found = {}
+    for name, weight in saved.items():  # a text-only class has no `language_model` in its names
+        inner = name.replace("base_model.model.model.", "base_model.model.model.language_model.", 1)
+        found[inner if name not in own and inner in own else name] = weight
+    shapes = {name: tuple(weight.shape) for name, weight in found.items()}
+    if own != shapes:
+        name = min(name for name in own | shapes if own.get(name) != shapes.get(name))
+        fail(f"the adapter in {path} does not fit {backbone}: {name} is "
+             f"{shapes.get(name, 'missing')}, wanted {own.get(name, 'no such weight')} (it was "
+             f"trained on {config.base_model_name_or_path})")
+    peft.set_peft_model_state_dict(model, found)
     return model
 
 
@@ -494,6 +572,8 @@ def resolve(args, settings, run=None):
             same = digest(digest_folder(given)) == record["inputs"]["model"]
         if old and not same:
             fail(f"--{name} {given}: the run in {run} has --{name} {values[name]}")
+    if args.model and args.bits is None and not old:  # a checkpoint may be stored in 4 bits
+        values["bits"] = quantised_bits(args.model) or values["bits"]
     for name, value in values.items():
         if hasattr(args, name) and getattr(args, name) is None:
             setattr(args, name, value)
@@ -675,7 +755,7 @@ class Run:
 
         parse_args: gives a flag that is new in `args` the value it would have had before.
         inputs: {name: digest} of the files that the result depends on. trained_on: keys of all
-        rows that the adapter was or will be trained on.
+        rows that the adapter was or will be trained on, None if they are not known.
         """
         self.args, self.out = args, Path(args.out)
         self.inputs = {**inputs, "model": digest(digest_folder(args.model))}
@@ -778,7 +858,8 @@ class Run:
         (self.out / "code").mkdir(exist_ok=True)
         for script in self.scripts:
             write_bytes(self.out / "code" / script.name, script.read_bytes())
-        write_text(self.out / "trained_rows.json", json.dumps(sorted(self.trained_on)))
+        if self.trained_on is not None:
+            write_text(self.out / "trained_rows.json", json.dumps(sorted(self.trained_on)))
         for name in self.LOGS:  # lines of steps that will be done again
             file, size = self.out / name, self.state["sizes"].get(name, 0) if self.state else 0
             if file.is_file() and file.stat().st_size > size:
@@ -940,18 +1021,27 @@ class Run:
 
 
 def read_init(init):
-    """(adapter folder, keys of the rows it was trained on) of --init; (None, no keys) of "none"."""
+    """(adapter folder, keys of the rows it was trained on) of --init; (None, no keys) of "none".
+
+    init: a run, or any folder with a LoRA adapter in PEFT's format. The keys are None where nothing
+    says them.
+    """
     if init == "none":
         return None, set()
-    adapter = Path(init) / "adapter"
+    adapter = Path(init, "adapter") if Path(init, "adapter").is_dir() else Path(init)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter / name).is_file():
-            fail(f"--init {init}: no adapter in {adapter} ({name} is missing); "
+            fail(f"--init {init}: no adapter there ({adapter / name} is missing); "
                  "`python coldstart.py` makes one, --init none begins without")
+    file = adapter.resolve().parent / "trained_rows.json"
+    if not file.is_file():
+        warn(f"--init {init}: which rows it was trained on is not known, so that an evaluation "
+             "cannot count them apart")
+        return adapter, None
     try:
-        return adapter, set(json.loads((Path(init) / "trained_rows.json").read_text("utf-8")))
-    except (OSError, ValueError) as error:
-        fail(f"--init {init}: cannot read its trained_rows.json ({error})")
+        return adapter, set(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        fail(f"--init {init}: cannot read {file} ({error})")
 
 
 def start_wandb(args):

@@ -270,7 +270,8 @@ def main(args):
     common.gather(None)  # the others wait for the data
     rows = gen_data.choose_rows(gen_data.load_rows(args.data, "train"), args.tasks)
     inputs = {"train": gen_data.digest_rows(rows), "init": common.digest_folder(init)}
-    trained_on |= {row.key() for row in rows}
+    if trained_on is not None:
+        trained_on |= {row.key() for row in rows}
     scripts = (__file__, common.__file__, gen_data.__file__)
     share = slice(rank, None, processes)  # of the rows of a step: those of this process
     divergence = DIVERGENCES[args.divergence]

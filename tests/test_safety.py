@@ -173,7 +173,7 @@ REFUSED = [
     ("coldstart", no_split, ["--out", "new"], "no data/tiny/val/metadata.jsonl"),
     ("coldstart", data_of_another_preset, [], "made with preset 4b, seed 0, not for --preset tiny"),
     ("distill", nothing, ["--preset", "4b", "--tasks", "chess", "--init", "none"], "unknown task"),
-    ("distill", nothing, ["--preset", "4b"], "no adapter in out/4b/coldstart/adapter"),
+    ("distill", nothing, ["--preset", "4b"], "--init out/4b/coldstart: no adapter there"),
     ("evaluate", nothing, ["--preset", "4b", "--adapter", "nowhere"], "--adapter nowhere"),
     # the run that is continued brings its backbone
     ("distill", nothing, ["--init", "run", "--lora_rank", 4], "run has --lora_rank 2"),

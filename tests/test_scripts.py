@@ -56,19 +56,6 @@ def test_end_to_end(tmp_path):
     assert "| macro | all |  | 5 |" in (out / "eval/results.md").read_text()
 
 
-def test_a_foreign_adapter_is_refused(tiny, tmp_path, capsys):
-    """An adapter of another rank, and one for another kind of network."""
-    model = common.add_lora(tiny[0], 4)
-    model.save_pretrained(tmp_path / "adapter")
-    model.unload()
-    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    for change in ({"r": 8}, {"target_modules": ["c_attn"]}):
-        (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | change))
-        with pytest.raises(SystemExit) as stop:
-            common.add_lora(common.load(common.TINY, 32)[0], path=str(tmp_path / "adapter"))
-        assert stop.value.code == 2 and "does not fit" in capsys.readouterr().err
-
-
 def test_no_script_needs_what_only_unix_has():
     """Every script is imported without fcntl and resource; folders are not flushed on Windows."""
     scripts = [path.stem for path in ROOT.glob("*.py")]

@@ -1,0 +1,145 @@
+"""Adapters and checkpoints of other tools: taken as they are, or refused by what is wrong."""
+import copy
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+from conftest import stops
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+import common
+import distill
+
+TARGETS = ["q_proj", "v_proj"]
+
+
+def foreign_adapter(tiny, folder, **options):
+    """An adapter of another tool: a list of targets, its own options, B matrices not zero."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **options})
+    model = peft.get_peft_model(copy.deepcopy(tiny[0]), config)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"use_dora": True}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 8}},
+    {"lora_dropout": 0.1}, {"target_modules": r".*language_model.*\.o_proj"}],
+    ids=lambda options: " ".join(options) or "list")
+def test_a_lora_of_another_tool_is_taken(tiny, tmp_path, capsys, options):
+    """It says what it said there, and off it is the base; dropout is set to 0 with a line."""
+    theirs = foreign_adapter(tiny, tmp_path, **options)
+    wanted = common.probe(theirs)
+    ours = common.add_lora(copy.deepcopy(tiny[0]), path=str(tmp_path))
+    torch.testing.assert_close(common.probe(ours), wanted)
+    assert (wanted - tiny[0].base_probe).abs().max() > 0.01
+    with ours.disable_adapter():
+        assert torch.equal(common.probe(ours), tiny[0].base_probe)
+    assert ("lora_dropout" in capsys.readouterr().err) == ("lora_dropout" in options)
+    assert ours.peft_config["default"].lora_dropout == 0
+
+
+def test_names_of_the_text_only_class_are_mapped(tiny, tmp_path):
+    wanted = common.probe(foreign_adapter(tiny, tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    weights = {name.replace("model.language_model.", "model."): weight
+               for name, weight in load_file(file).items()}
+    save_file(weights, file)
+    ours = common.add_lora(copy.deepcopy(tiny[0]), path=str(tmp_path))
+    torch.testing.assert_close(common.probe(ours), wanted)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"bias": "all"}, "has bias 'all'"),
+    ({"modules_to_save": ["lm_head"]}, "has modules_to_save ['lm_head']"),
+    ({"init_lora_weights": "pissa"}, "has init_lora_weights 'pissa'"),
+    ({"target_modules": [*TARGETS, "lm_head"]}, "adapts lm_head"),
+])
+def test_what_changes_the_base_or_the_sampling_is_refused(tiny, tmp_path, capsys, options, message):
+    foreign_adapter(tiny, tmp_path, **options)
+    assert message in stops(capsys, common.add_lora, copy.deepcopy(tiny[0]), None, False,
+                            str(tmp_path))
+
+
+def test_the_first_weight_that_does_not_fit_is_named(tiny, tmp_path, capsys):
+    foreign_adapter(tiny, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for change, message in (({"r": 8}, "layers.0.self_attn.q_proj.lora_A.weight is (4, 128), "
+                             "wanted (8, 128)"),
+                            ({"target_modules": ["q_proj"]}, "v_proj.lora_A.weight"),
+                            ({"target_modules": ["c_attn"]}, "c_attn")):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+        line = stops(capsys, common.add_lora, copy.deepcopy(tiny[0]), None, False, str(tmp_path))
+        assert "does not fit" in line and message in line
+
+
+def test_a_base_that_is_no_longer_the_base_is_noticed(tiny, capsys):
+    """Whatever changed it: the guard compares logits and knows no names."""
+    model = copy.deepcopy(tiny[0])
+    model.model.language_model.layers[2].mlp.up_proj.weight.data.mul_(1.5)
+    assert "not the base any more" in stops(capsys, common.add_lora, model, 4)
+
+
+def test_distillation_continues_any_cold_start(tiny, toy_data, tmp_path, capsys):
+    """A bare PEFT folder, of which nothing says what it was trained on."""
+    foreign_adapter(tiny, tmp_path / "theirs")
+    words = ["--init", tmp_path / "theirs", "--data", toy_data, "--out", tmp_path / "out",
+             "--steps", 1, "--batch", 2, "--micro_batch", 2, "--max_new_tokens", 4]
+    distill.main(distill.parse_args(list(map(str, words))))
+    assert "which rows it was trained on is not known" in capsys.readouterr().err
+    assert not (tmp_path / "out/trained_rows.json").exists()
+    before, after = (load_file(folder / "adapter_model.safetensors")
+                     for folder in (tmp_path / "theirs", tmp_path / "out/adapter"))
+    assert before.keys() == after.keys()
+    config = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == TARGETS and config["r"] == 4
+    assert config["base_model_name_or_path"] == "tiny"
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def stored(folder, **options):
+    """The bundled backbone, saved in another form."""
+    model = AutoModelForImageTextToText.from_pretrained(
+        common.TINY, dtype=torch.bfloat16, **options)
+    model.save_pretrained(folder)
+    AutoProcessor.from_pretrained(common.TINY).save_pretrained(folder)
+    return str(folder)
+
+
+def nf4(*skipped):
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                              bnb_4bit_compute_dtype=torch.bfloat16,
+                              llm_int8_skip_modules=list(skipped))
+
+
+def test_a_checkpoint_that_is_stored_in_4_bits(tmp_path, capsys):
+    folder = stored(tmp_path, quantization_config=nf4("lm_head", "model.visual"))
+    assert distill.parse_args(["--model", folder, "--init", "none"]).bits == 4
+    model, _ = common.load(folder, 4)
+    kinds = {type(module).__name__ for name, module in model.named_modules()
+             if name.endswith("up_proj")}
+    assert kinds == {"Linear4bit"}
+    for bits in (16, 32):
+        assert f"--bits {bits} cannot be had" in stops(capsys, common.load, folder, bits)
+
+
+def test_a_vision_tower_in_4_bits_is_refused(tmp_path, capsys):
+    folder = stored(tmp_path, quantization_config=nf4("lm_head"))
+    assert "is stored in 4 bits; wanted the vision tower" in stops(capsys, common.load, folder, 4)
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq", "awq"])
+def test_another_quantisation_is_refused_before_weights_are_read(tmp_path, capsys, method):
+    folder = shutil.copytree(common.TINY, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert f"stored in {method}" in stops(capsys, common.load, str(folder), 4)
