@@ -396,6 +396,10 @@ def test_no_answer_is_ever_lost(data, tmp_path, monkeypatch, capsys):
     for name, content in greedy.items():
         if "answers/" in name:
             assert files(out)[name] == content
+    with monkeypatch.context() as patch:                  # another prompt
+        patch.setattr(gen_data, "SYMBOLS", "In symbols:")
+        run(*words)
+    assert len(list(out.glob("base-text/answers/*.jsonl"))) == 4
     with monkeypatch.context() as patch:
         patch.setattr("common.load", None)                # back to greedy: nothing is asked again
         run(*words)
