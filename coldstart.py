@@ -63,7 +63,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     common.resolve(args, SETTINGS, None if args.init == "none" else args.init)
     args.out = args.out or f"out/{args.preset}/coldstart"
-    args.data = args.data or gen_data.PRESETS[args.preset]["out"]
     return args
 
 
@@ -141,6 +140,7 @@ def main(args):
     if rank == 0:
         gen_data.ensure(args.data, args.preset, args.seed)
     common.gather(None)  # the others wait for the data
+    args.data = args.data or gen_data.PRESETS[args.preset]["out"]
     train, val = gen_data.load_rows(args.data, "train"), gen_data.load_rows(args.data, "val")
     inputs = {"train": gen_data.digest_rows(train), "val": gen_data.digest_rows(val),
               "init": common.digest_folder(init)}

@@ -82,7 +82,6 @@ def parse_args(argv=None):
     common.resolve(args, SETTINGS, None if run == "none" else run)
     args.init = run
     args.out = args.out or f"out/{args.preset}/distill"
-    args.data = args.data or gen_data.PRESETS[args.preset]["out"]
     return args
 
 
@@ -268,6 +267,7 @@ def main(args):
     if rank == 0:
         gen_data.ensure(args.data, args.preset, args.seed)
     common.gather(None)  # the others wait for the data
+    args.data = args.data or gen_data.PRESETS[args.preset]["out"]
     rows = gen_data.choose_rows(gen_data.load_rows(args.data, "train"), args.tasks)
     inputs = {"train": gen_data.digest_rows(rows), "init": common.digest_folder(init)}
     if trained_on is not None:

@@ -100,7 +100,6 @@ def parse_args(argv=None):
     runs = [run for run in args.adapter or () if run != "base"]
     common.resolve(args, SETTINGS, runs[0] if runs else None)
     args.out = args.out or f"out/{args.preset}/eval"
-    args.data = args.data or gen_data.PRESETS[args.preset]["out"]
     if args.samples > 1 and args.temperature == 0:
         fail(f"--samples {args.samples}: several answers need a --temperature above 0")
     if args.responses and (args.samples > 1 or args.perception):
@@ -608,7 +607,7 @@ def main(args):
     if args.responses and not Path(args.responses).is_file():
         fail(f"--responses {args.responses}: no such file")
     common.announce(args)
-    gen_data.ensure(args.data, args.preset, args.seed)
+    args.data = gen_data.ensure(args.data, args.preset, args.seed)
     pool = gen_data.load_rows(args.data, args.split)
     rows = gen_data.choose_rows(pool, args.tasks, args.limit)
     lock = take_folder(Path(args.out))

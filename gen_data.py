@@ -1282,29 +1282,31 @@ def check_out(out, overwrite):
 
 
 def ensure(data, preset, seed):
-    """Make the data of a preset if its own folder is not there; else say how they were made.
+    """The folder of the data: `data`, or for None the preset's own, which is made if need be.
 
-    Fails where `data` is another folder that is not there, and where what lies in the preset's own
+    Fails where a folder that was asked for is not there, and where what lies in the preset's own
     folder was made for another preset.
     """
-    own = PRESETS[preset]["out"]
-    if not Path(data).is_dir():
-        if data != own:
-            fail(f"--data {data}: no such folder; `python gen_data.py --preset {preset} --out "
-                 f"{data}` makes it")
+    own = data is None
+    data = PRESETS[preset]["out"] if own else data
+    if own and not Path(data).exists():
         words = ["--preset", preset, "--seed", str(seed)]
         print(f"no {data}: making it with `python gen_data.py {' '.join(words)}`", flush=True)
         code = subprocess.run([sys.executable, __file__, *words]).returncode  # without torch
         if code:
             raise SystemExit(code)
+    elif not Path(data).is_dir():
+        fail(f"--data {data}: no such folder; `python gen_data.py --preset {preset} --out {data}` "
+             "makes it")
     elif is_data(data):
         made = json.loads(Path(data, "args.json").read_text(encoding="utf-8"))
         known = [f"{key} {made[key]}" for key in ("benchmark", "source", "preset", "seed")
                  if key in made]
         print(f"data: {data}, made with {', '.join(known)}")
-        if data == own and PRESETS.get(made.get("preset"), {}).get("out") != own:
+        if own and PRESETS.get(made.get("preset"), {}).get("out") != data:
             fail(f"{data} was made with {', '.join(known)}, not for --preset {preset}: give --data "
                  f"{data} to use it all the same, or move it")
+    return data
 
 
 def parse_tasks(words):

@@ -662,8 +662,8 @@ def test_data_are_made_only_where_the_preset_has_its_own(tmp_path, capsys, monke
     assert "no such folder" in message and not list(tmp_path.iterdir())
     make("--preset", "4b", "--tasks", "frozenlake:3", "--train", 1, "--val", 1, "--test", 1,
          "--out", "data/tiny")
-    assert "not for --preset tiny" in stops(capsys, gen_data.ensure, "data/tiny", "tiny", 0)
-    gen_data.ensure("data/tiny", "4b", 0)                      # given by name, as it stands there
+    assert "not for --preset tiny" in stops(capsys, gen_data.ensure, None, "tiny", 0)
+    assert gen_data.ensure("data/tiny", "tiny", 0) == "data/tiny"       # asked for by name
 
 
 def test_bad_input_of_the_script():
