@@ -452,6 +452,8 @@ def test_draws_depend_on_the_row_and_not_on_its_batch(data, tiny):
     whole = answers(asked, 8)
     assert whole == answers(asked, 3) == answers(asked[::-1], 8)
     assert whole != answers(asked, 8, "b")                           # another condition
+    texts = [[whole[row.id, sample, None]["response"] for row in rows] for sample in (0, 1)]
+    assert texts[0] != texts[1]                                      # every sample its own numbers
     assert answers(asked, 8, temperature=1e-4) == answers(asked, 8, temperature=0) != whole
     assert whole != answers(asked, 8, seed=1)
 
