@@ -873,10 +873,9 @@ class Row:
         """
         questions = self.questions()
         names = names or tuple(questions)
-        whole = same_answer(text, self.answers(names))  # an own answer may hold "1." too
         right = {}
         for name, said in split_answers(names, text).items():
-            right[name] = whole or self.is_right(name, said, questions[name][1])
+            right[name] = self.is_right(name, said, questions[name][1])
         return right
 
 
@@ -946,8 +945,8 @@ class PuzzleRow(Row):
         """Does an answer to the question `name` say the same as the right one?"""
         if name == "map":
             return read_map(self.task, said) == self.puzzle
-        return read_fact(name, said, self.puzzle.actions) == read_fact(
-            name, wanted, self.puzzle.actions)
+        said = read_fact(name, said, self.puzzle.actions)  # None: nothing that could be right
+        return said is not None and said == read_fact(name, wanted, self.puzzle.actions)
 
     def judge(self, text, parse=parse, tolerance=0):
         """What a response is worth: its plan, how it ends, the map it describes and if it is right.
@@ -1029,6 +1028,13 @@ class OwnRow(Row):
 
     def is_right(self, name, said, wanted):
         return same_answer(said, wanted)
+
+    def score(self, names, text):
+        """As of every row; but an answer may hold "1." too, so all of them are compared at once."""
+        right = super().score(names, text)
+        if same_answer(text, self.answers(names)):
+            return dict.fromkeys(right, True)
+        return right
 
     def judge(self, text, parse=None, tolerance=0):
         """"plan" is the answer given: the last complete <answer>…</answer>, else the last line."""

@@ -376,6 +376,19 @@ def test_numbered_answers_are_read_back():
     assert right("(2,2)") == [False, False, False]
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_a_map_without_its_line_breaks_is_wrong(task):
+    """The answers to a puzzle are read: it does not do that they hold the same letters."""
+    for _, _, puzzle in boards(3, [task]):
+        row = row_of(puzzle)
+        target = row.answers(("map",))
+        for text in (target.replace("\n", " "), target.replace(" ", "")):
+            assert row.score(("map",), text) == {"map": False}
+        head, separator, last = row.answers().partition("\n2. ")
+        scores = row.score(None, head.replace("\n", " ") + separator + last)
+        assert not scores.pop("map") and all(scores.values())
+
+
 def test_targets_score_full_marks():
     for _, _, puzzle in boards(5):
         row = row_of(puzzle)
