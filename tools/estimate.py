@@ -1,28 +1,24 @@
-"""Will it fit? What the two stages hold in memory, without weights and without a GPU.
+"""Will it fit? The memory of both stages on a CUDA device, by arithmetic: no weights, no GPU.
 
-    python -m tools.estimate --preset 8b        # one step of distill.py, phase by phase
-    python -m tools.estimate --preset 4b --bits 16 --rollout_batch 8 --chunk 32
-    python -m tools.estimate --preset tiny --device cpu
-    python -m tools.estimate --table            # what to set on 8 to 48 GB cards, Markdown
+    python -m tools.estimate --preset 4b        # part by part, and what fits which card
+    python -m tools.estimate --preset 8b --bits 16 --rollout_batch 8 --chunk 32
+    python -m tools.estimate --table            # what to set on 8 to 80 GB cards, Markdown
     python -m tools.estimate --lengths          # prompts and responses in Qwen's tokens, Markdown
 
-The step is run on torch's meta device, where tensors have shapes and no contents, and the bytes
-alive are counted: what autograd keeps, what checkpointing recomputes, what the loss makes and what
-a growing cache copies are read off the code that does them. No GPU was measured:
-tests/bench_memory.py compares the same count with measured peaks on the CPU, tests/bench_gpu.py
-does so on the card it finds.
+peak = what stays throughout + the phase of a step that needs most. Every part is a number of things
+times the bytes of one, and printed so. tests/bench_memory.py compares the sum with measured peaks
+on a CPU, tests/bench_gpu.py on the card it finds; no card was measured yet.
+
+Left out, since something else is always larger: the teacher's pass and the student's forward pass
+(the backward pass computes every layer again, with gradients), the vision tower's own work while
+it sees the pictures, the optimizer's step.
 """
 import argparse
 import re
-import weakref
 from importlib.resources import files
-from unittest import mock
 
 import torch
 from PIL import Image
-from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import common
 import distill
@@ -56,11 +52,14 @@ CONFIGS = {
         vision_config=dict(VISION, depth=27, hidden_size=1152, intermediate_size=4304,
                            deepstack_visual_indexes=[8, 16, 24], out_hidden_size=4096)),
 }
-CARDS = (8, 12, 16, 24, 48)  # GB as they are sold, 2^30 bytes each
-CUDA_BYTES = 1e9             # assumed, not measured: CUDA's context, kernels, allocator's waste
-IMAGE_TOKENS = 64            # a 256x256 picture: patches of 16x16 pixels, merged 2x2
+CARDS = (8, 12, 16, 24, 48, 80)  # GB as they are sold, 2^30 bytes each
+CUDA_BYTES = 1_000_000_000       # assumed, not measured: CUDA's context and kernels
+PATCHES = 256                    # of a 256x256 picture, 16x16 pixels each; four make one token
+NF4 = 1/2 + 1/64 + 4/(64 * 256)  # 4 bits, an 8-bit scale per 64 weights, a float32 per 256 scales
+LOGIT_COPIES = 6                 # of a chunk, float32, with reverse_kl: log_p, log_q, p and so on,
+#                                  as tests/test_estimate.py counts them (skew_kl holds 9)
 NOT_MEASURED = """\
-No GPU was measured. On the CPU the same count is within 15% of the measured peak
+No GPU was measured. On a CPU the same arithmetic is within 15% of measured peaks
 (python tests/bench_memory.py); what CUDA itself takes is a guess, and a desktop on the same card
 comes on top. On a card: python tests/bench_gpu.py."""
 
@@ -77,76 +76,26 @@ def parse_args(argv=None):
     """The flags of distill.py that change its memory, with its presets, and a few of our own."""
     parser = Parser(prog="-m tools.estimate", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--preset", choices=common.BACKBONES, help="backbone and settings")
+    add("--preset", choices=common.BACKBONES, help="backbone and settings (default: tiny)")
     add("--model", help="checkpoint folder or hub name")
     add("--bits", type=int, choices=(4, 16, 32), help="frozen weights: NF4, bfloat16, float32")
-    add("--lora_rank", type=whole_number(1))
-    add("--lora_vision", type=int, choices=(0, 1))
-    for name in ("batch", "micro_batch", "rollout_batch", "max_new_tokens", "chunk"):
-        add(f"--{name}", type=whole_number(1))
-    add("--divergence", default="reverse_kl", choices=distill.DIVERGENCES)
-    add("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: without checkpointing")
-    add("--prompt_tokens", type=whole_number(1), nargs=2, default=(360, 410),
-        metavar=("STUDENT", "TEACHER"),
-        help="prompt lengths (default: a little over the longest that --lengths shows)")
-    add("--answer_tokens", type=whole_number(1), default=120, help="of the cold start")
+    add("--lora_rank", type=whole_number(1), help="rank of the adapters")
+    add("--lora_vision", type=int, choices=(0, 1), help="1: adapters on the vision tower too")
+    add("--batch", type=whole_number(1), help="rows per optimizer step")
+    add("--micro_batch", type=whole_number(1), help="rows per forward pass")
+    add("--rollout_batch", type=whole_number(1), help="rows sampled at a time")
+    add("--max_new_tokens", type=whole_number(1), help="tokens of every response")
+    add("--chunk", type=whole_number(1), help="response positions whose logits exist at a time")
+    add("--prompt_tokens", type=whole_number(1), default=360,
+        help="of the student's prompt, the picture's included (default: a little over --lengths)")
+    add("--answer_tokens", type=whole_number(1), default=120, help="of the cold start's targets")
     add("--table", action="store_true", help="what to set for each backbone on each card")
     add("--lengths", action="store_true", help="lengths in Qwen's tokens, by task and board size")
-    args = common.resolve(parser.parse_args(argv), distill.SETTINGS)
-    if args.prompt_tokens[0] <= IMAGE_TOKENS:
-        fail(f"--prompt_tokens {args.prompt_tokens[0]}: wanted more than the {IMAGE_TOKENS} of the "
-             "picture in it")
-    return args
-
-
-# ---------------------------------------------------------------- counting
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made inside this context: alive (`now`), and at most (`peak`)."""
-
-    def __init__(self):
-        super().__init__()
-        self.known, self.now, self.peak = set(), 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.meet((args, kwargs), counted=False)  # weights and what else was made outside
-        out = function(*args, **(kwargs or {}))
-        self.meet(out, counted=True)
-        return out
-
-    def meet(self, tensors, counted):
-        """Remember storages until they are freed (an address may then come again)."""
-        for tensor in tree_leaves(tensors):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.known:  # else a view
-                self.known.add(storage._cdata)
-                size = storage.nbytes() if counted else 0
-                self.now += size
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.forget, storage._cdata, size)
-
-    def forget(self, key, size):
-        self.known.discard(key)
-        self.now -= size
-
-
-def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
-    """Keeps query, key, value, output and row sums, as the fused kernels of the CPU and of CUDA do
-    under a padding mask (on the meta device torch itself would take the form that keeps [S, S]).
-
-    query: [B, heads, S, head_dim]; stands in for torch's scaled_dot_product_attention.
-    """
-    if attn_mask is not None:
-        attn_mask = attn_mask.to(query.dtype)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, is_causal=is_causal, scale=scale, attn_mask=attn_mask)[0]
-
-
-def counting_fused_attention():
-    """A context in which torch's attention is `fused_attention`: inside the counts, never after."""
-    return mock.patch("torch.nn.functional.scaled_dot_product_attention", fused_attention)
+    args = parser.parse_args(argv)
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    if (args.table or args.lengths) and len(given) > 1:
+        fail(f"--{' --'.join(given)}: --table and --lengths take no other flag")
+    return common.resolve(args, distill.SETTINGS)
 
 
 def configuration(path):
@@ -157,277 +106,180 @@ def configuration(path):
         return Qwen3VLConfig.from_pretrained(folder)
     if path not in CONFIGS:
         fail(f"no config.json for --model {path}: wanted a folder that has one, "
-                    f"or {', '.join(CONFIGS)}")
+             f"or {', '.join(CONFIGS)}")
     return Qwen3VLConfig(**CONFIGS[path])
 
 
-def skeleton(args):
-    """The adapted network on the meta device: every shape and precision, no weights."""
+# ---------------------------------------------------------------- arithmetic
+
+def count_weights(args):
+    """{kind: number of weights} of the network, built without contents."""
     from transformers import Qwen3VLForConditionalGeneration
     with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration(configuration(args.model))
-        model = model.to(torch.float32 if args.bits == 32 else torch.bfloat16)
-        model.tie_weights()
-        model.requires_grad_(False)
-        if args.device == "cuda":  # as in `common.load`
-            model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False})
-        model = common.add_lora(model, args.lora_rank, args.lora_vision)
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.grad = torch.empty_like(weight)  # counted among the resident bytes
-    return model
-
-
-def resident_bytes(model, args):
-    """{what: bytes} that stays from the first step to the last."""
-    frozen, cuda = "float32" if args.bits == 32 else "bfloat16", args.device == "cuda"
-    net = common.network(model)
-    linears = f"language model's linears, {'NF4' if args.bits == 4 else frozen}"
-    tower = f"vision tower, {frozen}"
-    matrices = "one matrix" if net.config.tie_word_embeddings else "two matrices"
-    other = f"embeddings and lm_head ({matrices}), norms, {frozen}"
-    adapters, gradients = "adapters, float32", "their gradients"
-    adam = "AdamW, float32"
-    rows = dict.fromkeys([linears, tower, other, adapters, gradients, adam], 0)
-    vision = net.config.vision_config  # a patch is float32, [channels, frames, height, width]
-    patch = 4 * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    patches = args.batch * IMAGE_TOKENS * vision.spatial_merge_size**2
-    rows["pictures of the step, float32"] = patches * patch
-    if cuda:
-        rows["CUDA itself (assumed, not measured)"] = CUDA_BYTES
-    for name, weight in model.named_parameters():
-        n = weight.numel()
-        if weight.requires_grad:
-            rows[adapters] += 4 * n
-            rows[gradients] += 4 * n
-            rows[adam] += 8 * n  # both moments
-        elif args.bits == 4 and re.search(common.LANGUAGE, name):
-            # a scale of 8 bits per 64, for those a float32 per 256, an offset, and the code books
-            # of both levels
-            rows[linears] += n // 2 + -(-n // 64) + 4 * -(-n // (64 * 256)) + 4 * (1 + 16 + 256)
+        net = Qwen3VLForConditionalGeneration(configuration(args.model))
+    net.tie_weights()
+    counts = dict.fromkeys(("linears", "vision", "other", "adapters"), 0)
+    for name, weight in net.named_parameters():
+        if re.search(common.LANGUAGE, name):
+            counts["linears"] += weight.numel()
         else:
-            kind = tower if ".visual." in name else other
-            if re.search(common.LANGUAGE, name):
-                kind = linears
-            rows[kind] += n * weight.element_size()
-    return rows
+            counts["vision" if ".visual." in name else "other"] += weight.numel()
+    adapted = f"{common.LANGUAGE}|{common.VISION}" if args.lora_vision else common.LANGUAGE
+    for name, module in net.named_modules():
+        if re.fullmatch(rf".*\.({adapted})", name):
+            counts["adapters"] += args.lora_rank * (module.in_features + module.out_features)
+    return counts
 
 
-def empty(net, *shape):
-    return torch.empty(*shape, device="meta", dtype=net.lm_head.weight.dtype)
+def parts(args, counts):
+    """(loading, what stays throughout, {phase of a step: what it adds}), each a list of parts.
+
+    A part is (what, how many things, their name, bytes of one). counts: from `count_weights`.
+    """
+    config = configuration(args.model)
+    text, vision = config.text_config, config.vision_config
+    size = 4 if args.bits == 32 else 2   # bytes of a number that the network computes with
+    h, f, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    q, k = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    patch = 4 * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2  # float32
+
+    frozen = [
+        ("language model's linears", counts["linears"], "weights", NF4 if args.bits == 4 else size),
+        ("vision tower", counts["vision"], "weights", size),
+        ("embeddings, lm_head, norms", counts["other"], "weights", size)]
+    throughout = [
+        *frozen,
+        ("adapters", counts["adapters"], "weights", 4),
+        ("their gradients", counts["adapters"], "weights", 4),
+        ("AdamW's two moments", counts["adapters"], "weights", 8),
+        ("the adapters' moving average", counts["adapters"], "weights", 4),
+        ("pictures of the step", args.batch * PATCHES, "patches", patch),
+        ("CUDA itself (assumed)", 1, "context", CUDA_BYTES)]
+    matrix = []                          # of NF4, one at a time exists in 16 bits too
+    if args.bits == 4:
+        matrix = [("a matrix in 16 bits", h * f, "weights", size)]
+
+    # Sampling: `rollout_batch` rows. Keys and values stay; of the network one layer at a time, at
+    # its widest in the MLP: gate and up, and what LoRA makes of them in float32, twice; beside them
+    # residual stream, norms, an input in float32; the mask. Each token copies a layer's cache.
+    rows, prompt = args.rollout_batch, args.prompt_tokens
+    whole = prompt + args.max_new_tokens
+    cached = 2 * k * size                # of a token, in a layer
+    layer = f * (2 * size + 8) + h * (4 * size + 6) + prompt * (1 + size)
+    copied = ("a copy of their pictures", rows * PATCHES, "patches", patch)
+    cache = ("keys and values", rows * whole, "tokens", layers * cached)
+    phases = {
+        "sampling: the prompts": [
+            ("keys and values", rows * prompt, "tokens", layers * cached), copied,
+            ("one layer at work", rows * prompt, "tokens", layer), *matrix],
+        "sampling: the last token": [
+            cache, copied, ("one layer's, copied", rows * whole, "tokens", cached), *matrix],
+        # logits and their softmax in float32; this and its running sum in float64
+        "sampling: its draw": [
+            cache, copied, ("logits", rows * text.vocab_size, "logits", 4 + 4 + 8 + 8)]}
+
+    # Scoring with gradient: `micro_batch` rows. Checkpointing keeps the input of every layer; the
+    # last norm keeps its own in float32. Adapters on the vision tower: the inputs of its blocks,
+    # and of its mergers, which are not checkpointed, two inputs in float32 and one between them.
+    rows = args.micro_batch
+    token = h * (layers * size + 4 + size)
+    mergers = 1 + len(vision.deepstack_visual_indexes)
+    pictures = [("a copy of their pictures", rows * PATCHES, "patches", patch)]
+    if args.lora_vision:
+        pictures.append(("inputs of the vision tower's", rows * PATCHES, "patches",
+                         vision.hidden_size * (vision.depth * size + mergers * (8 + size))))
+    kept = [
+        ("inputs of the layers", rows * whole, "tokens", token), *pictures,
+        # the student's, the teacher's, and the gradient, in chunks and put together
+        ("last hidden states", rows * args.max_new_tokens, "positions", 4 * h * size)]
+    # One layer, computed again. Autograd saves the inputs of the seven adapted linears in float32
+    # (a 16-bit network makes a copy for each), those of the norms in float32, of attention queries,
+    # keys and values (repeated for every head) and the output, three of the MLP; and the mask. The
+    # gradients on their way are about seven times as wide as the MLP.
+    inputs = 5 * h + q + f if size == 2 else 2 * h + q + f
+    saved = 4 * inputs + 4 * (2 * h + q + k) + size * (4 * q + 3 * f) + whole * (1 + size)
+    phases["loss"] = [
+        *kept, ("logits of a chunk", args.chunk * text.vocab_size, "logits", 4 * LOGIT_COPIES)]
+    phases["backward"] = [
+        *kept, ("one layer, its gradients", rows * whole, "tokens", saved + 7 * f), *matrix]
+    # The cold start's targets are short: all their logits exist at once, with log_softmax and
+    # gradient. Its backward pass is distillation's with fewer tokens.
+    phases["cold start's loss"] = [
+        ("inputs of the layers", rows * (prompt + args.answer_tokens), "tokens", token), *pictures,
+        ("logits", rows * args.answer_tokens * text.vocab_size, "logits", 4 + 4 + 4)]
+    return frozen + matrix, throughout, phases
 
 
-def run_vision(net, rows):
-    """The vision tower on `rows` pictures: ([rows, IMAGE_TOKENS, hidden], deepstack features)."""
-    vision, tower = net.config.vision_config, net.model.visual
-    patches = IMAGE_TOKENS * vision.spatial_merge_size**2
-    x, ends = empty(net, rows * patches, vision.hidden_size), torch.arange(rows + 1) * patches
-    angles, features = empty(net, len(x), vision.hidden_size // vision.num_heads), []
-    for i, block in enumerate(tower.blocks):
-        x = block(x, cu_seqlens=ends, position_embeddings=(angles, angles))
-        if i in vision.deepstack_visual_indexes:
-            features.append(tower.deepstack_merger_list[len(features)](x))
-    return tower.merger(x).view(rows, IMAGE_TOKENS, -1), features
+def total(some):
+    """The bytes of some parts."""
+    return sum(number * size for _, number, _, size in some)
 
 
-def run_language(net, embeddings, cache=None, past=0):
-    """The layers on embeddings [B, S, hidden] -> hidden states; `past` tokens are in `cache`."""
-    B, S = embeddings.shape[:2]
-    return net.model.language_model(
-        inputs_embeds=embeddings, past_key_values=cache, use_cache=cache is not None,
-        attention_mask=torch.empty(B, 1, S, past + S, dtype=torch.bool, device="meta"),
-        position_ids=torch.empty(3, B, S, dtype=torch.long, device="meta")).last_hidden_state
+def peak(args, counts):
+    """(bytes, the phase that needs most) of a step."""
+    _, throughout, phases = parts(args, counts)
+    worst = max(phases, key=lambda phase: total(phases[phase]))
+    return total(throughout) + total(phases[worst]), worst
 
 
-def run_student(net, rows, length, cache=None):
-    """Pictures and text through both halves -> hidden states [rows, length, hidden], features."""
-    pictures, features = run_vision(net, rows)
-    text = empty(net, rows, length - IMAGE_TOKENS, net.config.text_config.hidden_size)
-    return run_language(net, torch.cat([pictures, text], 1), cache), features
+def largest(args, counts, card):
+    """(rollout batch, micro-batch): the largest powers of two, up to the rows of a step, that fit.
 
-
-# ---------------------------------------------------------------- the phases of a step
-
-def count_network(model, args, rows):
-    """{what: bytes} that the network makes for `rows` rows, all responses at full length."""
-    from transformers import DynamicCache
-    net, count = common.network(model), {}
-    T, (prompt, teacher_prompt) = args.max_new_tokens, args.prompt_tokens
-    hidden_size = net.config.text_config.hidden_size
-    model.eval()
-    with counting_fused_attention(), torch.no_grad():
-        with LiveBytes() as live:
-            run_student(net, rows, prompt, DynamicCache(config=net.config.text_config))
-        count["prompt"] = live.peak
-        cache = DynamicCache(config=net.config.text_config)
-        run_language(net, empty(net, rows, prompt + T - 1, hidden_size), cache)
-        with LiveBytes() as live:  # every layer's keys and values are copied as they grow
-            run_language(net, empty(net, rows, 1, hidden_size), cache, prompt + T - 1)
-        count["token"] = live.peak
-    model.train()
-    with counting_fused_attention():
-        with LiveBytes() as live, torch.no_grad(), model.disable_adapter():
-            run_language(net, empty(net, rows, teacher_prompt + T, hidden_size))
-        count["teacher"] = live.peak
-        with LiveBytes() as live:
-            hidden, _features = run_student(net, rows, prompt + T)  # alive until the backward pass
-            count["student"], count["kept"] = live.peak, live.now
-            live.peak = 0
-            hidden.backward(torch.empty_like(hidden))
-            count["backward"] = live.peak
-        with LiveBytes() as live:
-            hidden, _features = run_student(net, rows, prompt + args.answer_tokens)
-            count["cold start kept"] = live.now
-    return count
-
-
-def count_any(model, args):
-    """A function of the number of rows that says what `count_network` would, without running it:
-    everything grows in proportion."""
-    one = count_network(model, args, 1)
-    return lambda rows: {what: size * rows for what, size in one.items()}
-
-
-def phase_bytes(model, args, count):
-    """{phase: {what: bytes}} that comes on top of the resident bytes; count: from `count_any`."""
-    net = common.network(model)
-    text, size = net.config.text_config, net.lm_head.weight.element_size()
-    rollout, scoring = count(args.rollout_batch), count(args.micro_batch)
-    # NF4 linears are dequantised one at a time, in the forward and in the backward pass
-    matrix = {"a dequantised matrix": text.hidden_size * text.intermediate_size * size}
-    matrix = matrix if args.bits == 4 else {}
-
-    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * size
-    short = args.rollout_batch * args.prompt_tokens[0] * per_token
-    full = short + args.rollout_batch * args.max_new_tokens * per_token
-    layer = max(0, rollout["token"] - full) + full / text.num_hidden_layers
-    # float32, their softmax in float32, its running sum in float64
-    logits = args.rollout_batch * text.vocab_size * (4 + 4 + 8)
-    N = args.micro_batch * args.max_new_tokens
-    # student, teacher, gradient, its copy as it enters the network
-    states = {"hidden states and gradient": 4 * N * text.hidden_size * size}
-    kept, back = "kept for the backward pass", "gradients on their way"
-    if args.device == "cuda":
-        kept, back = kept + ", layer inputs", "one layer, recomputed, and its gradients"
-    saved = scoring["kept"]
-    return {
-        "cold start": {
-            kept: scoring["cold start kept"],
-            "logits of its answers, and their gradient":
-                answer_bytes(net, args.micro_batch * args.answer_tokens)},
-        "rollout, prompt": {
-            "KV cache": short, "one layer at a time": rollout["prompt"] - short, **matrix},
-        "rollout, last token": {
-            "KV cache": full, "one layer and its older cache, or logits": max(layer, logits),
-            **matrix},
-        "teacher": {"one layer at a time": scoring["teacher"], **matrix},
-        "student": {kept: saved, "one layer at a time": scoring["student"] - saved, **matrix},
-        "loss": {kept: saved, **states, "one chunk of logits": chunk_bytes(net, args, N)},
-        "backward": {kept: saved, **states, back: scoring["backward"] - saved, **matrix}}
-
-
-def chunk_bytes(net, args, positions):
-    """What the loss makes beyond hidden states and their gradient: logits, one chunk at a time."""
-    few = min(positions, 2 * args.chunk)  # a third chunk finds the room of the first
-    hidden_size = net.config.text_config.hidden_size
-    student, teacher = empty(net, few, hidden_size), empty(net, few, hidden_size)
-    token = torch.empty(few, dtype=torch.long, device="meta")
-    with LiveBytes() as live:
-        factor = torch.ones(few, device="meta")
-        distill.chunked_divergence(student, teacher, token, factor, net.lm_head,
-                                   distill.DIVERGENCES[args.divergence], args.chunk)
-    return live.peak - student.nbytes  # the gradient
-
-
-def answer_bytes(net, positions):
-    """What the cold start's loss makes of so many positions."""
-    states = empty(net, positions, net.config.text_config.hidden_size).requires_grad_()
-    token = torch.empty(positions, dtype=torch.long, device="meta")
-    with LiveBytes() as live:
-        cross_entropy(net.lm_head(states).float(), token, reduction="sum").backward()
-    return live.peak
-
-
-def peaks_by_size(model, args, count):
-    """{"rollout_batch" | "micro_batch": {rows: peak bytes}} for powers of two up to the step's
-    rows, the other setting at 1."""
-    resident, sizes = sum(resident_bytes(model, args).values()), {}
-    for name in ("rollout_batch", "micro_batch"):
-        sizes[name], rows = {}, 1
+    0: not even one row does. card: GB. Each with the other at 1: no phase needs both.
+    """
+    best = {"rollout_batch": 0, "micro_batch": 0}
+    for flag in best:
+        rows = 1
         while rows <= args.batch:
-            settings = vars(args) | {"rollout_batch": 1, "micro_batch": 1, name: rows}
-            phases = phase_bytes(model, argparse.Namespace(**settings), count)
-            sizes[name][rows] = resident + max(sum(what.values()) for what in phases.values())
+            settings = {**vars(args), "rollout_batch": 1, "micro_batch": 1, flag: rows}
+            if peak(argparse.Namespace(**settings), counts)[0] <= card * 2**30:
+                best[flag] = rows
             rows *= 2
-    return sizes
-
-
-def largest_batches(sizes, card):
-    """(rollout batch, micro-batch): the largest that fit a card of so many GB; 0: not one row.
-    sizes: from `peaks_by_size`."""
-    best = []
-    for name in ("rollout_batch", "micro_batch"):
-        best.append(max((rows for rows, size in sizes[name].items() if size <= card * 2**30),
-                        default=0))
-    return best
+    return tuple(best.values())
 
 
 # ---------------------------------------------------------------- what is printed
 
 def print_report(args):
-    """One step of `args`, phase by phase; returns (resident, phases, peak) in bytes."""
-    model = skeleton(args)
-    count = count_any(model, args)
-    resident, phases = resident_bytes(model, args), phase_bytes(model, args, count)
-    need = {name: sum(rows.values()) for name, rows in phases.items()}
-    worst = max(need, key=need.get)
-    peak = sum(resident.values()) + need[worst]
-    student, teacher = args.prompt_tokens
-    print(f"""
-One step on {args.device}: {args.rollout_batch} rollouts at once, micro-batch {args.micro_batch},
-LoRA rank {args.lora_rank}, chunks of {args.chunk}, prompts of {student} (student, {IMAGE_TOKENS}
-of them the picture) and {teacher} tokens (teacher), every response {args.max_new_tokens} tokens
-long (the cold start's: {args.answer_tokens}). GB = 10^9 bytes.
-""")
-    for title, rows in [("throughout", resident), *phases.items()]:
-        head = f"at its worst: {title}" if title == worst else title
-        print(f"{sum(rows.values()) / 1e9:8.3f}  {head}")
-        for row, size in rows.items():
-            print(f"{size / 1e9:16.3f}  {row}")
-    print(f"{peak / 1e9:8.3f}  peak = throughout + {worst}\n")
-    if args.device == "cuda":
-        print("The largest powers of two that fit, up to the rows of a step:")
-        sizes = peaks_by_size(model, args, count)
-        for card in CARDS:
-            rollouts, micro = largest_batches(sizes, card)
-            verdict = f"--rollout_batch {rollouts} --micro_batch {micro}"
-            if not min(rollouts, micro):
-                verdict = "does not fit"
-            print(f"{card:3d} GB card ({card * 2**30 / 1e9:.1f} GB): {verdict}")
-        print(f"\n{NOT_MEASURED}")
-    return resident, phases, peak
+    """A step part by part, and the largest settings that fit each card."""
+    counts = count_weights(args)
+    loading, throughout, phases = parts(args, counts)
+    needed, worst = peak(args, counts)
+    print(f"{args.model} in {args.bits} bits on a CUDA device; GB of 10^9 bytes.\n")
+    for phase, some in [("throughout", throughout), *phases.items()]:
+        print(f"{total(some) / 1e9:8.3f}  {phase}{', the most' if phase == worst else ''}")
+        for what, number, things, size in some:
+            each = f"{number:14,} {things} x {size:,.7g} bytes"
+            print(f"{number * size / 1e9:16.3f}  {what:30}{each}")
+    print(f"{needed / 1e9:8.3f}  peak = throughout + {worst}")
+    print(f"{total(loading) / 1e9:8.3f}  while loading: the frozen weights; NF4 is made of one "
+          "matrix after the other")
+    print("\nThe largest powers of two that fit, up to the rows of a step:")
+    for card in CARDS:
+        rollouts, micro = largest(args, counts, card)
+        fits = f"--rollout_batch {rollouts} --micro_batch {micro}"
+        if not min(rollouts, micro):
+            fits = "does not fit"
+        print(f"{card:3d} GB card ({card * 2**30 / 1e9:.1f} GB): {fits}")
+    print(f"\n{NOT_MEASURED}")
 
 
-def print_table(own):
+def print_table():
     """Markdown: for each backbone and precision the largest settings that fit each card."""
     print("| model | --bits | " + " | ".join(f"{card} GB" for card in CARDS) + " |")
     print("|---|---|" + "---|" * len(CARDS))
     for preset in ("2b", "4b", "8b"):
-        count = None
         for bits in (4, 16):
             args = parse_args(["--preset", preset, "--bits", str(bits)])
-            model, cells = skeleton(args), []
-            count = count or count_any(model, args)  # in 4 bits it computes in 16 as well
-            sizes = peaks_by_size(model, args, count)
+            counts, cells = count_weights(args), []
             for card in CARDS:
-                rollouts, micro = largest_batches(sizes, card)
+                rollouts, micro = largest(args, counts, card)
                 cells.append(f"{rollouts} / {micro}" if min(rollouts, micro) else "-")
             print(f"| {preset} | {bits} | " + " | ".join(cells) + " |", flush=True)
     print(f"""
 A cell is `--rollout_batch` / `--micro_batch`: the largest powers of two, up to the {args.batch}
 rows of a step, that fit; -: not even one row does. Chunks of {args.chunk}, {args.max_new_tokens}
-new tokens, prompts of {own.prompt_tokens[0]} and {own.prompt_tokens[1]} tokens.
+new tokens, prompts of {args.prompt_tokens} tokens.
 {NOT_MEASURED}""")
 
 
@@ -453,45 +305,40 @@ def qwen_processor():
     return processor
 
 
-def print_lengths(rows_per_level=200):
-    """Markdown: lengths in Qwen's tokens by task and board size.
+def print_lengths(count=200):
+    """Markdown: the longest of `count` rows in Qwen's tokens; returns the longest of each column.
 
-    Returns the longest (student's prompt, teacher's prompt, response, answer of the cold start).
+    The columns: student's prompt, teacher's prompt, response, answer of the cold start.
     """
     processor, blank = qwen_processor(), Image.new("RGB", (256, 256))
-
-    def prompts(texts, pictures=None):
-        return common.encode(processor, texts, pictures)["attention_mask"].sum(1)
-
-    def responses(texts):
-        return common.encode_responses(processor, texts)[1].sum(1)
-
-    print("| task | size | student's prompt | teacher's prompt | response, mean | response "
-          "| map |\n|---|---|---|---|---|---|---|")
-    longest = []
+    print("| task | size | student's prompt | teacher's prompt | response | map |")
+    print("|---|---|---|---|---|---|")
+    lines = []
     for task, kind in gen_data.TASKS.items():
         for level in kind.levels:
-            rows = list(gen_data.sample_rows(task, level, "train", rows_per_level, seed=0))
-            student = prompts([row.student_prompt() for row in rows], [blank] * len(rows))
-            teacher = prompts([row.teacher_prompt("symbols+plan") for row in rows])
-            response = responses([row.response() for row in rows])
-            answer = responses([row.answers(("map",)) for row in rows])
-            most = [int(lengths.max()) for lengths in (student, teacher, response, answer)]
-            longest.append(most)
-            print(f"| {task} | {level} | {most[0]} | {most[1]} | {response.float().mean():.0f} "
-                  f"| {most[2]} | {most[3]} |", flush=True)
-    print(f"\nThe longest of up to {rows_per_level} training rows a size (and the mean response)."
-          f" Prompts with the chat template\nand, the student's, {IMAGE_TOKENS} tokens of picture;"
-          " responses and maps with their EOS. The map is the cold start's\nlongest answer.")
-    return [max(column) for column in zip(*longest, strict=True)]
+            rows = list(gen_data.sample_rows(task, level, "train", count, seed=0))
+            masks = [
+                common.encode(processor, [row.student_prompt() for row in rows],
+                              [blank] * len(rows))["attention_mask"],
+                common.encode(processor, [row.teacher_prompt("symbols+plan") for row in rows])[
+                    "attention_mask"],
+                common.encode_responses(processor, [row.response() for row in rows])[1],
+                common.encode_responses(processor, [row.answers(("map",)) for row in rows])[1]]
+            lines.append([int(mask.sum(1).max()) for mask in masks])
+            print(f"| {task} | {level} | " + " | ".join(map(str, lines[-1])) + " |", flush=True)
+    print(f"\nThe longest of up to {count} training rows a size. Prompts with the chat template "
+          "and, the student's,\n64 tokens of picture; responses and maps with their EOS. The map "
+          "is the cold start's longest target.")
+    return [max(column) for column in zip(*lines, strict=True)]
 
 
 def main(args):
     if args.lengths:
-        return print_lengths()
-    if args.table:
-        return print_table(args)
-    return print_report(args)
+        print_lengths()
+    elif args.table:
+        print_table()
+    else:
+        print_report(args)
 
 
 if __name__ == "__main__":
