@@ -40,20 +40,26 @@ CASES = [
 ]
 
 
-def build(folder, case):
-    """Write a checkpoint of the bundled backbone's kind, wider and deeper."""
-    import torch
-    from transformers import AutoProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+def wide_configuration(hidden, layers, tied=True, vocabulary=151_936):
+    """The bundled backbone's, wider and deeper, its MLP three times as wide as it is."""
+    from transformers import Qwen3VLConfig
     config = Qwen3VLConfig.from_pretrained(ROOT / "tiny")
-    hidden = case["hidden"]
     config.text_config.update(dict(
-        hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=case["layers"],
+        hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
         num_attention_heads=hidden // 32, num_key_value_heads=hidden // 128, head_dim=64,
-        vocab_size=151_936))
+        vocab_size=vocabulary))
     config.vision_config.out_hidden_size = hidden
-    config.tie_word_embeddings = config.text_config.tie_word_embeddings = bool(case["tied"])
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = bool(tied)
+    return config
+
+
+def build(folder, case):
+    """Write a checkpoint of random weights."""
+    import torch
+    from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
     torch.manual_seed(0)
-    model = Qwen3VLForConditionalGeneration(config)
+    model = Qwen3VLForConditionalGeneration(
+        wide_configuration(case["hidden"], case["layers"], case["tied"]))
     if case["bits"] < 32:  # as the real ones are: a file in float32 would be mapped beside its copy
         model = model.bfloat16()
     model.save_pretrained(folder)

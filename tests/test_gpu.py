@@ -55,8 +55,9 @@ def test_the_bench_runs_on_the_cpu():
     assert done.returncode == 0, done.stderr[-3000:]
     for title in ("Memory, tiny in 4 bits", "Seconds of a step", "Sampling", "The default run"):
         assert title in done.stdout
-    line = next(line for line in done.stdout.splitlines() if line.startswith("| rollout |"))
-    assert float(line.split("|")[2]) > 0
+    for phase in ("| distill | sample |", "| coldstart | loss |"):
+        line = next(line for line in done.stdout.splitlines() if line.startswith(phase))
+        assert float(line.split("|")[3]) > 0
 
 
 # ---------------------------------------------------------------- on CUDA
@@ -85,7 +86,7 @@ def log_of(folder, out):
 
 
 def trained_batch(folder, model, processor):
-    """What both stages read of some rows: (prompts, contexts, reference responses' ids, mask)."""
+    """What both stages read of some rows: (pictures, symbols, reference responses' ids, mask)."""
     rows = gen_data.load_rows(folder / "data", "train")
     rows = distill.draw_rows(rows, 4, np.random.default_rng(0))
     roles = distill.encode_roles(processor, rows, "symbols+plan", model.device)
@@ -93,7 +94,7 @@ def trained_batch(folder, model, processor):
     return *roles, *common.encode_responses(processor, texts, model.device)
 
 
-def both_losses(model, prompt, context, ids, mask):
+def both_losses(model, prompt, symbols, ids, mask):
     """({stage: loss}, {stage: adapters' gradient as one vector}), means over the tokens."""
     losses, gradients = {}, {}
     weights, net, tokens = common.adapter_weights(model), common.network(model), int(mask.sum())
@@ -106,7 +107,7 @@ def both_losses(model, prompt, context, ids, mask):
             losses[stage] = loss.item()
         else:
             with torch.no_grad(), model.disable_adapter():
-                teacher = common.response_hidden(model, context, ids, mask)
+                teacher = common.response_hidden(model, symbols, ids, mask)
             hidden = common.response_hidden(model, prompt, ids, mask)
             gradient, scores = distill.chunked_divergence(
                 hidden, teacher, ids[mask.bool()], hidden.new_ones(tokens), net.lm_head,
