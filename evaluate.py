@@ -19,6 +19,7 @@ and no answer is ever replaced by another model's.
 Left out on purpose: asking a server (tools/ask.py), drawing the page (tools/report.py).
 """
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -191,17 +192,25 @@ def label(line):
 
 
 def read_answers(file):
-    """{label: line} of the answers in a file; half a line that a kill left is cut off the file."""
-    if not file.is_file():
-        return {}
-    content, lines = file.read_bytes(), {}
-    whole = content[:content.rfind(b"\n") + 1]
-    if whole != content:
-        file.write_bytes(whole)
-    for line in map(json.loads, whole.splitlines()):
+    """{label: line} of the answers in a file, without half a line that a kill left at its end."""
+    lines, content = {}, file.read_bytes() if file.is_file() else b""
+    for number, text in enumerate(content[:content.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
+        try:
+            line = json.loads(text)
+            name = label(line)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            fail(f"{file}, line {number}: not an answer ({text[:40]!r}); take the line out, and it "
+                 "is asked again")
         if "error" not in line:  # what failed is asked again
-            lines[label(line)] = line
+            lines[name] = line
     return lines
+
+
+def append_answers(file):
+    """The file, open for more lines; half a line at its end is cut off, the others stay."""
+    if file.is_file():
+        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
+    return open(file, "a", encoding="utf-8", newline="\n")
 
 
 @dataclass
@@ -297,7 +306,7 @@ def ask_model(args, jobs):
             file = job.file()
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(f"{file}.settings.json", json.dumps(job.settings, indent=1) + "\n")
-            with open(file, "a", encoding="utf-8", newline="\n") as out:
+            with append_answers(file) as out:
                 for batch in missing[i]:
                     lines = answer_batch(model, processor, batch, job.settings, job.folder.name)
                     out.writelines(json.dumps(line) + "\n" for line in lines)

@@ -8,7 +8,7 @@ import numpy as np
 import processes
 import pytest
 import torch
-from conftest import adapted, row_of
+from conftest import adapted, row_of, stops
 
 import common
 import evaluate
@@ -560,3 +560,22 @@ def test_out_of_memory_is_one_line(data, tmp_path, monkeypatch, capsys):
     assert stop.value.code == 2 and "--rollout_batch" in capsys.readouterr().err
     run(*words, "--rollout_batch", 1)
     assert len(calls) == 3 and len(lines_of(tmp_path / "base-text/predictions.jsonl")) == 4
+
+
+def test_answers_that_are_there_are_never_written_again(tmp_path, capsys):
+    """Half a line is cut off where it begins; no moment at which the others are not on the disk."""
+    file = tmp_path / "answers.jsonl"
+    whole = b'{"id": "a", "response": ""}\n{"id": "b", "response": "", "error": "x"}\n'
+    file.write_bytes(whole + b'{"id": "c", "resp')
+    before = file.stat().st_ino, file.read_bytes()
+    assert list(evaluate.read_answers(file)) == [("a", None, None)]
+    assert (file.stat().st_ino, file.read_bytes()) == before         # reading changes nothing
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "write_bytes", None)
+        evaluate.append_answers(file).close()
+    assert file.read_bytes() == whole
+    for broken in (b"{\n", b"3\n", b"[]\n", b"{}\n", b"\xff\n", b"\0\0\n", b"[" * 100_000 + b"\n"):
+        file.write_bytes(whole + broken + whole)
+        message = stops(capsys, evaluate.read_answers, file)
+        assert "answers.jsonl, line 3: not an answer" in message and len(message) < 300
+        assert file.read_bytes() == whole + broken + whole

@@ -147,7 +147,7 @@ def ask_all(args, asked, asker, lines):
     """The answers to all of `asked` in their order, in args.out too; lines: what is there."""
     todo = [question for question in asked if evaluate.label(question[0]) not in lines]
     with ThreadPool(args.concurrency) as pool, tqdm(total=len(todo), unit="row") as bar, \
-            open(args.out, "a", encoding="utf-8", newline="\n") as file:
+            evaluate.append_answers(Path(args.out)) as file:
         try:
             for line in pool.imap_unordered(asker, todo):
                 lines[evaluate.label(line)] = line
