@@ -110,9 +110,17 @@ def parse_args(argv=None):
     return args
 
 
+def condition_name(name, what):
+    """The name, which begins a condition's folder. Fails where it would be none."""
+    if not re.match(r"\w", name):
+        fail(f"{what}: no condition can be called {name!r}: give --name")
+    return name
+
+
 def find_adapters(args):
     """{name: adapter folder, None for the base model} of args.adapter; all must be of one model."""
-    found, model = {}, digest(common.digest_folder(args.model))
+    found, files = {}, common.digest_folder(args.model)
+    is_here = any(name.endswith(".safetensors") for name in files)  # a hub's may not be, yet
     for run in args.adapter:
         if run == "base":
             name, folder = "base", None
@@ -121,15 +129,19 @@ def find_adapters(args):
             for file in ("adapter_config.json", "adapter_model.safetensors"):
                 if not (folder / file).is_file():
                     fail(f"--adapter {run}: no adapter there ({folder}/{file} is missing)")
-            place = folder.resolve()
-            name = place.parent.name if place.name == "adapter" else place.name
-            record = common.read_run(run)
-            if record and (record["args"]["bits"] != args.bits
-                           or record["inputs"]["model"] != model):
-                fail(f"--adapter {run}: it was trained on {record['args']['model']} in "
-                     f"{record['args']['bits']} bits, not on {args.model} in {args.bits}: evaluate "
-                     "it by itself")
-        name = args.name or name
+            folder = place = folder.resolve()
+            if place.name == "adapter" and place.parent.name:       # not the folder /adapter
+                place = place.parent
+            name, record = place.name, common.read_run(folder)
+            if record and record["args"]["bits"] != args.bits:
+                fail(f"--adapter {run}: it was trained in {record['args']['bits']} bits, not in "
+                     f"{args.bits}: evaluate it by itself")
+            if record and is_here and record["inputs"]["model"] != digest(files):
+                fail(f"--adapter {run}: it was trained on {record['args']['model']} with other "
+                     f"files than {args.model} has now: evaluate it by itself, on those")
+            if name == "base" and not args.name:
+                fail(f"--adapter {run}: base is the model without adapters: give --name")
+        name = condition_name(args.name or name, f"--adapter {run}")
         if name in found:
             fail(f"two runs are called {name!r}: evaluate them one at a time with --name")
         found[name] = folder
@@ -180,7 +192,10 @@ def perception_questions(rows):
 
 def digest_questions(questions):
     """16 hex digits, the same for the same prompts and bytes of pictures."""
-    pictures = {path: digest_file(path) for path in {path for _, _, path in questions if path}}
+    pictures = {}
+    for _, _, path in questions:
+        if path and path not in pictures:
+            pictures[path] = digest_file(path)
     return digest([(key, prompt, pictures.get(path)) for key, prompt, path in questions])
 
 
@@ -223,16 +238,21 @@ class Job:
     settings: dict      # what an answer depends on
 
     def file(self):
-        """Its name follows from the settings: each way of asking has a file of its own."""
-        return self.folder / "answers" / f"{self.kind}-{digest(self.settings)}.jsonl"
+        """Its name follows from the settings: each way of asking has a file of its own.
 
-    def batches(self, size):
+        Files count and not what their folder is called.
+        """
+        counts = {name: value for name, value in self.settings.items() if name != "model"}
+        return self.folder / "answers" / f"{self.kind}-{digest(counts)}.jsonl"
+
+    def missing(self, size):
         """The batches in which an answer is missing; whole ones, so that a resume changes none."""
-        lines = read_answers(self.file())
+        lines, batches = read_answers(self.file()), []
         for i in range(0, len(self.questions), size):
             batch = self.questions[i:i + size]
             if any(label(key) not in lines for key, _, _ in batch):
-                yield batch
+                batches.append(batch)
+        return batches
 
     def answers(self):
         """The lines of all questions, in their order."""
@@ -283,21 +303,23 @@ def answer_batch(model, processor, batch, settings, condition):
             for key, text, length, is_cut in zip(keys, texts, lengths, cut, strict=True)]
 
 
-def ask_model(args, jobs):
-    """Ask for the answers that are missing. Nothing is written before everything is checked."""
-    missing = {}
-    for i, job in enumerate(jobs):
-        missing[i] = list(job.batches(args.rollout_batch))
-    if not any(missing.values()):
-        return
-    model, processor = common.load(args.model, args.bits)
+def check_jobs(model, jobs):
+    """Fails where an adapter does not fit the model, or a picture cannot be read."""
     for adapter in {job.adapter for job in jobs} - {None}:
         common.add_lora(model, path=adapter).unload()
-    for path in sorted({path for job in jobs for _, _, path in job.questions if path}):
+    pictures = set()
+    for job in jobs:
+        pictures |= {path for _, _, path in job.questions if path}
+    for path in sorted(pictures):
         gen_data.open_picture(path)
-    using, total = None, sum(len(batch) for batches in missing.values() for batch in batches)
+
+
+def ask_model(args, jobs, model, processor):
+    """Ask for the answers that are missing, adapter by adapter."""
+    missing = [job.missing(args.rollout_batch) for job in jobs]
+    total, using = sum(sum(map(len, batches)) for batches in missing), None
     with tqdm(total=total, desc="answers", unit="row") as bar:
-        for i, job in enumerate(jobs):
+        for job, batches in zip(jobs, missing, strict=True):
             if job.adapter != using:
                 model = model.unload() if using else model
                 model = common.add_lora(model, path=job.adapter) if job.adapter else model
@@ -307,7 +329,7 @@ def ask_model(args, jobs):
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(f"{file}.settings.json", json.dumps(job.settings, indent=1) + "\n")
             with append_answers(file) as out:
-                for batch in missing[i]:
+                for batch in batches:
                     lines = answer_batch(model, processor, batch, job.settings, job.folder.name)
                     out.writelines(json.dumps(line) + "\n" for line in lines)
                     out.flush()
@@ -326,7 +348,7 @@ def read_responses(file, rows, pool, allow_missing):
             continue
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             fail(f'{file}, line {number}: not JSON; wanted one {{"id", "response"}} per line')
         if not isinstance(line, dict) or not all(isinstance(line.get(name), str)
                                                  for name in ("id", "response")):
@@ -342,6 +364,8 @@ def read_responses(file, rows, pool, allow_missing):
         if line["id"] not in known:
             fail(f"{file}, line {number}: id {line['id']!r} is not among the rows of --data")
         lines[line["id"]] = {name: line[name] for name in ANSWER if name in line}
+        if not line.get("error"):  # null, as some tools say that there was none
+            lines[line["id"]].pop("error", None)
     missing = [row.id for row in rows if row.id not in lines]
     if missing and not allow_missing:
         fail(f"{file}: no response for {len(missing)} rows, the first {missing[0]!r}; "
@@ -379,11 +403,14 @@ def trained_keys(adapter):
     """The keys of the rows an adapter was trained on; None if its run does not say."""
     if adapter is None:
         return set()
-    file = Path(adapter).resolve().parent / "trained_rows.json"
+    file = adapter.parent / "trained_rows.json"
     if not file.is_file():
         tqdm.write(f"{file} is missing: rows that {adapter} was trained on cannot be counted")
         return None
-    return set(json.loads(file.read_text(encoding="utf-8")))
+    try:
+        return set(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        fail(f"cannot read {file} ({error}): take it away, and such rows are not counted apart")
 
 
 def conclude(folder, rows, lines, seen, settings, args, trained=None):
@@ -414,6 +441,8 @@ def conclude(folder, rows, lines, seen, settings, args, trained=None):
         if things:
             text = "".join(json.dumps(thing) + "\n" for thing in things)
             write_text(folder / f"{name}.jsonl", text)
+        else:  # an earlier one is of other answers; those are still in answers/
+            (folder / f"{name}.jsonl").unlink(missing_ok=True)
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 
@@ -549,7 +578,7 @@ def difference(a, b):
               rows.dropna(subset="gain").groupby("task", sort=False)}
     if not groups:  # nothing was judged
         return {}
-    groups["macro"] = [values for group in groups.values() for values in group]
+    groups["macro"] = sum(groups.values(), [])
     return {task: {"mean": float(np.mean([values.mean() for values in group])),
                    "ci": interval(*group)} for task, group in groups.items()}
 
@@ -583,15 +612,17 @@ def compare(verdicts, reference=None):
 
 # ---------------------------------------------------------------- main
 
-def take_folder(out):
-    """Make the folder of an evaluation, or take the one that is there, and lock it -> the lock."""
-    out.mkdir(parents=True, exist_ok=True)
-    found = sorted(path.name for path in out.iterdir() if path.name != ".lock")
+def check_folder(out):
+    """Fails where `out` holds anything but an evaluation."""
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    found = [name for name in names if name not in (".lock", "args.json.partial")]
     if found and kind_of(out) != "evaluation":
         fail(f"{out} holds {found[0]} and is not the folder of an evaluation: choose another --out")
-    lock = lock_folder(out)
-    write_text(out / "args.json", json.dumps({"kind": "evaluation"}) + "\n")
-    return lock
+
+
+def mark_folder(out):
+    """Say that `out` is an evaluation: all is checked, now it is written to."""
+    write_text(Path(out, "args.json"), json.dumps({"kind": "evaluation"}) + "\n")
 
 
 def finished_conditions(out, rows):
@@ -610,17 +641,20 @@ def finished_conditions(out, rows):
 
 
 def main(args):
-    adapters = {} if args.responses else find_adapters(args)
+    adapters, out = {} if args.responses else find_adapters(args), Path(args.out)
     if args.tasks:
         gen_data.parse_tasks(args.tasks)  # refused before data are made
     if args.responses and not Path(args.responses).is_file():
         fail(f"--responses {args.responses}: no such file")
+    check_folder(out)
     common.announce(args)
     args.data = gen_data.ensure(args.data, args.preset, args.seed)
     pool = gen_data.load_rows(args.data, args.split)
     rows = gen_data.choose_rows(pool, args.tasks, args.limit)
-    lock = take_folder(Path(args.out))
+    out.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(out)
     try:
+        check_folder(out)
         if args.responses:
             score_responses(args, rows, pool)
         else:
@@ -632,22 +666,31 @@ def main(args):
 
 def score_responses(args, rows, pool):
     """The condition whose answers are in a file."""
-    folder = Path(args.out, args.name or Path(args.responses).name.removesuffix(".jsonl"))
+    name = args.name or Path(args.responses).name.removesuffix(".jsonl")
+    folder = Path(args.out, condition_name(name, f"--responses {args.responses}"))
     if (folder / "answers").is_dir():
         fail(f"{folder} holds answers that were asked for here: choose another --name")
     lines = read_responses(args.responses, rows, pool, args.allow_missing)
+    mark_folder(args.out)
     conclude(folder, rows, lines, [], {"responses": Path(args.responses).name}, args)
 
 
 def score_model(args, rows, pool, adapters):
-    """The conditions of every adapter and input."""
+    """The conditions of every adapter and input. All is checked before the first is written."""
+    trained = {adapter: trained_keys(adapter) for adapter in adapters.values()}
     jobs = plan_jobs(args, rows, pool, adapters)
-    ask_model(args, jobs)
+    if any(job.missing(args.rollout_batch) for job in jobs):
+        model, processor = common.load(args.model, args.bits)
+        find_adapters(args)                       # the files of a hub's model are here by now: are
+        jobs = plan_jobs(args, rows, pool, adapters)                # they those it was trained on?
+        check_jobs(model, jobs)
+        mark_folder(args.out)
+        ask_model(args, jobs, model, processor)
     perception = {job.folder: job.answers() for job in jobs if job.kind == "perception"}
     for job in jobs:
         if job.kind == "predictions":
             conclude(job.folder, rows, job.answers(), perception.get(job.folder, []), job.settings,
-                     args, trained_keys(job.adapter))
+                     args, trained[job.adapter])
 
 
 def write_tables(args, rows):

@@ -47,10 +47,13 @@ def differing(summaries):
     """
     values = {}                                     # setting: {value: conditions}
     for name, summary in summaries.items():
-        for key, value in summary["asked"].items():
+        asked = summary["asked"]
+        for key, value in asked.items():
             if key == "questions":
                 key = f"prompts or pictures ({name.rpartition('-')[2]})"
-            if key not in ("adapter", "files", "seed", "responses"):
+            if key == "model":  # two may have one name
+                value = f"{value}, files {gen_data.digest(asked['files'])[:6]}"
+            if key not in ("adapter", "files", "responses") and (key, value) != ("seed", None):
                 value = json.dumps(value, sort_keys=True)
                 values.setdefault(key, {}).setdefault(value, []).append(name)
     lines = []

@@ -1,6 +1,6 @@
 """Retention: what the bundled backbone could do before training, asked again on held-out things.
 
-    python -m tools.retention --adapter base out/coldstart out/distill --out out/retention
+    python -m tools.retention --adapter base out/tiny/coldstart out/tiny/distill
 
 pictures: patterns of tiles and lines of its pretraining, to be described in words. symbols: single
 questions about boards that are given in symbols. Both are drawn anew, the same every time; answers
