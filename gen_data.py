@@ -36,8 +36,10 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import zlib
 from collections import deque
 from contextlib import nullcontext
@@ -78,6 +80,7 @@ PRESETS = {
 }
 SPLITS = ("train", "val", "test")
 DIFFICULTIES = ("easy", "medium", "hard")
+UNFINISHED = "unfinished data"  # the kind of a data folder that is being written
 PARTS = ("map", "route", "answer")  # of a response
 MAX_PIXELS = 4096  # a picture's side; larger ones are refused before they are decoded
 PATIENCE = 50_000  # random puzzles without a new one of a wanted difficulty, then fewer exist
@@ -170,12 +173,18 @@ def write_text(path, text):
     write_bytes(path, text.encode())
 
 
+def read_record(folder):
+    """The args.json of a folder, a dict; an empty one where there is none that can be read."""
+    try:
+        record = json.loads(Path(folder, "args.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
 def kind_of(folder):
     """What the args.json of a folder says it is: "data", "run", "evaluation"; None without one."""
-    try:
-        return json.loads(Path(folder, "args.json").read_text(encoding="utf-8")).get("kind")
-    except (OSError, ValueError, AttributeError):
-        return None
+    return read_record(folder).get("kind")
 
 
 def lock_file(path, what):
@@ -889,6 +898,10 @@ class PuzzleRow(Row):
 
     def fault(self):
         """What is wrong with the row, or None: its plan is executed."""
+        if not isinstance(self.id, str):
+            return f'"id": wanted a text, got {json.dumps(self.id)[:40]}'
+        if not isinstance(self.level, int):
+            return f'"level": wanted a whole number, got {json.dumps(self.level)[:40]}'
         outcome = check(self.puzzle, self.plan)[0]
         if outcome != "success":
             return f"the plan of {self.id} does not solve its puzzle: {outcome}"
@@ -1153,8 +1166,8 @@ def load_rows(data, split):
     file = Path(data, split, "metadata.jsonl")
     if not file.is_file():
         fail(f"no {file}: `python gen_data.py --out {data}` makes puzzles there")
-    rows = []
-    for where, line in read_metadata(file):
+    rows, lines = [], list(read_metadata(file))
+    for where, line in lines:
         try:
             kind = OwnRow if "prompt" in line or "symbols" in line else PuzzleRow
             path = file.parent / line["file_name"]
@@ -1172,15 +1185,18 @@ def load_rows(data, split):
     if not rows:
         fail(f"{file} is empty: wanted at least one row")
     if any(isinstance(row, OwnRow) for row in rows):  # ids made by gen_data.py are distinct
-        check_ids(data)
+        check_ids(data, {file: lines})
     return rows
 
 
-def check_ids(data):
-    """Fails where two rows of a folder, whatever their splits, have the same id."""
+def check_ids(data, known):
+    """Fails where two rows of a folder, whatever their splits, have the same id.
+
+    known: {metadata.jsonl: what `read_metadata` gave}, the files that were read already.
+    """
     first = {}
     for file in sorted(Path(data).glob("*/metadata.jsonl")):
-        for where, line in read_metadata(file):
+        for where, line in known.get(file) or read_metadata(file):
             row_id = line.get("id") if isinstance(line, dict) else None
             if first.setdefault(str(row_id), where) != where:
                 fail(f"{where}: the id {row_id!r} is that of {first[str(row_id)]} too")
@@ -1209,33 +1225,68 @@ def draw(data, folder, cell_size, image_size):
     image.save(target, compress_level=1)
 
 
-def write_dataset(out, splits, settings, cell_size, image_size, workers=1, total=None):
+def write_dataset(out, splits, settings, cell_size, image_size, workers=1, total=None,
+                  overwrite=False):
     """Write a data folder: pictures and metadata.jsonl per split, `settings` as args.json.
 
     splits: {split: iterator of lines, as `Row.data`, and with "picture" as for `draw`}. One worker
     draws in this process, more in others; the bytes do not depend on it. total: the number of rows,
-    for the progress bar. Everything is written aside and renamed at the end: the folder is complete
-    or not there.
+    for the progress bar. overwrite: as for `check_out`, which is asked again at the end. Everything
+    is written aside and renamed at the end: the folder is complete or not there.
     """
-    out = Path(out)
-    aside = out.with_name(out.name + ".partial")
-    if aside.exists():
-        if kind_of(aside) != "data":
-            fail(f"{aside} is in the way: move it or choose another --out")
-        shutil.rmtree(aside)  # what a killed run left
-    aside.mkdir(parents=True)
-    write_text(aside / "args.json", json.dumps({"kind": "data", **settings}, indent=1) + "\n")
-    pool = multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext()
+    place = Path(out).resolve()  # where `out` is a link, the link stays
+    aside = place.with_name(place.name + ".partial")
+    made = [folder for folder in place.parents if not folder.exists()]
+    if not aside.exists():
+        aside.mkdir(parents=True)
+        write_text(aside / "args.json", json.dumps({"kind": UNFINISHED}) + "\n")
+    if kind_of(aside) != UNFINISHED:  # somebody's own, perhaps complete data of that name
+        fail(f"{aside} is in the way: move it or choose another --out")
+    lock = lock_file(aside / ".lock", out)
     try:
-        with pool as processes, tqdm(total=total, desc="rows", unit="row") as bar:
+        for split in SPLITS:  # what a killed run left
+            shutil.rmtree(aside / split, ignore_errors=True)
+        with drawing_pool(workers) as pool, tqdm(total=total, desc="rows", unit="row") as bar:
             for split, lines in splits.items():
-                write_split(aside / split, lines, cell_size, image_size, processes, bar)
-        if out.exists():  # `check_out` has agreed
-            shutil.rmtree(out)
-        aside.rename(out)
+                write_split(aside / split, lines, cell_size, image_size, pool, bar)
+        record = {"kind": "data", **settings}
+        write_text(aside / "args.json", json.dumps(record, indent=1) + "\n")
+        lock.release()
+        (aside / ".lock").unlink(missing_ok=True)
+        check_out(place, overwrite)
+        put_in_place(aside, place)
     finally:
+        lock.release()
         shutil.rmtree(aside, ignore_errors=True)
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
     print(f"{bar.n} rows in {out}")
+
+
+def drawing_pool(workers):
+    """Processes that draw, to be entered; None for one worker, which is this process.
+
+    They leave Ctrl-C to this process: one that ends while it holds the queue would block the rest.
+    """
+    if workers == 1:
+        return nullcontext()
+    context = multiprocessing.get_context("spawn")
+    return context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+
+
+def put_in_place(aside, out):
+    """Rename a complete folder to `out`; one that is there goes once the new one has its name."""
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as folder:
+        old = Path(folder, out.name)
+        try:
+            if out.exists():
+                out.rename(old)
+            aside.rename(out)
+        except BaseException:  # Ctrl-C too
+            if old.exists() and not out.exists():
+                old.rename(out)
+            raise
 
 
 def write_split(folder, lines, cell_size, image_size, pool, bar):
@@ -1257,10 +1308,7 @@ def write_split(folder, lines, cell_size, image_size, pool, bar):
 
 def is_data(folder):
     """Does a folder's args.json say that this file (or a tool that writes data) made it?"""
-    try:
-        record = json.loads(Path(folder, "args.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+    record = read_record(folder)
     older = "args" not in record and ("source" in record or "preset" in record
                                       or "benchmark" in record)  # before there were kinds
     return record.get("kind", "data" if older else None) == "data"
@@ -1277,11 +1325,14 @@ def check_out(out, overwrite):
         fail(f"{out} is no data folder (no args.json in it says so): it is not replaced; choose "
              "another --out")
     own = {out / "args.json"}
-    for split in SPLITS:
-        file = out / split / "metadata.jsonl"
-        if file.is_file():
-            own |= {file, *(file.parent / line["file_name"] for _, line in read_metadata(file))}
-    foreign = sorted(path for path in out.rglob("*") if not path.is_dir() and path not in own)
+    for folder in (out / split for split in SPLITS):
+        file = folder / "metadata.jsonl"
+        own |= {folder, file}
+        for where, line in read_metadata(file) if file.is_file() else ():
+            if not isinstance(line, dict) or not isinstance(line.get("file_name"), str):
+                fail(f"{where}: not a row of this script; {out} is not replaced")
+            own.add(folder / line["file_name"])
+    foreign = sorted(path for path in out.rglob("*") if path not in own)
     if foreign:
         fail(f"{foreign[0]} is not part of the data in {out}, which are not replaced: move it, or "
              "choose another --out")
@@ -1305,11 +1356,11 @@ def ensure(data, preset, seed):
         fail(f"--data {data}: no such folder; `python gen_data.py --preset {preset} --out {data}` "
              "makes it")
     elif is_data(data):
-        made = json.loads(Path(data, "args.json").read_text(encoding="utf-8"))
+        made = read_record(data)
         known = [f"{key} {made[key]}" for key in ("benchmark", "source", "preset", "seed")
                  if key in made]
         print(f"data: {data}, made with {', '.join(known)}")
-        if own and PRESETS.get(made.get("preset"), {}).get("out") != data:
+        if own and PRESETS.get(str(made.get("preset")), {}).get("out") != data:
             fail(f"{data} was made with {', '.join(known)}, not for --preset {preset}: give --data "
                  f"{data} to use it all the same, or move it")
     return data
@@ -1397,7 +1448,7 @@ def main(args):
     splits = {split: generated_lines(args, split, exclude) for split in SPLITS}
     total = sum(map(len, args.tasks.values())) * (args.train + args.val + args.test)
     write_dataset(args.out, splits, vars(args), args.cell_size, args.image_size, args.workers,
-                  total)
+                  total, args.overwrite)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@ import errno
 import hashlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -663,10 +665,112 @@ def test_only_a_data_folder_with_nothing_else_in_it_is_replaced(tmp_path, capsys
     before = (tmp_path / "a/train/metadata.jsonl").read_bytes()
     make(*words, "--overwrite", "--seed", 1)
     assert (tmp_path / "a/train/metadata.jsonl").read_bytes() != before
-    (tmp_path / "a.partial").mkdir()
-    (tmp_path / "a.partial/mine.txt").write_text("mine")
-    assert "a.partial is in the way" in refused(capsys, *words, "--overwrite")
-    assert (tmp_path / "a.partial/mine.txt").exists()
+    for mine in ("mine", "train/mine"):  # an empty folder and a link are not ours either
+        (tmp_path / "a" / mine).mkdir()
+        assert "mine is not part of the data" in refused(capsys, *words, "--overwrite")
+        (tmp_path / "a" / mine).rmdir()
+        (tmp_path / "a" / mine).symlink_to(tmp_path)
+        assert "mine is not part of the data" in refused(capsys, *words, "--overwrite")
+        (tmp_path / "a" / mine).unlink()
+    for line in ('{"id": "a"}', '["file_name"]', "{"):
+        (tmp_path / "a/train/metadata.jsonl").write_text(line)
+        assert "metadata.jsonl, line 1: not a row" in refused(capsys, *words, "--overwrite")
+    for record in ("[]", "null", "{", '{"kind": "run"}', '{"args": {}, "preset": "tiny"}'):
+        (tmp_path / "a/args.json").write_text(record)
+        assert "a is no data folder" in refused(capsys, *words, "--overwrite")
+    assert (tmp_path / "a/train/metadata.jsonl").read_text() == "{"
+
+
+TOY = ["--tasks", "frozenlake:3", "--train", 3, "--val", 0, "--test", 0]
+
+
+def test_data_written_before_there_were_kinds_are_data(tmp_path):
+    make(*TOY, "--out", tmp_path / "a")
+    for record in ({"preset": "tiny", "seed": 0}, {"benchmark": "vsp"}, {"source": "x"}):
+        (tmp_path / "a/args.json").write_text(json.dumps(record))
+        make(*TOY, "--out", tmp_path / "a", "--overwrite")
+        made = json.loads((tmp_path / "a/args.json").read_text())
+        assert list(made)[0] == "kind" and made["kind"] == "data" and made["preset"] == "tiny"
+
+
+def test_a_name_alone_is_no_leave_to_remove(tmp_path, capsys):
+    """What lies where data are written aside: only what was left unfinished there goes."""
+    make(*TOY, "--out", tmp_path / "a.partial")                 # whole data of that name
+    (tmp_path / "b.partial").mkdir()
+    (tmp_path / "b.partial/mine.txt").write_text("mine")
+    for name in "ab":
+        before = sorted(tmp_path.rglob("*"))
+        assert f"{name}.partial is in the way" in refused(capsys, *TOY, "--out", tmp_path / name)
+        assert sorted(tmp_path.rglob("*")) == before
+    killed = tmp_path / "c.partial"
+    (killed / "train").mkdir(parents=True)
+    (killed / "train/left.png").write_text("half")
+    (killed / "args.json").write_text(json.dumps({"kind": gen_data.UNFINISHED}))
+    lock = gen_data.lock_folder(killed)                         # it is not killed, it still writes
+    message = refused(capsys, *TOY, "--out", tmp_path / "c")
+    assert f"another process is writing to {tmp_path}/c" in message
+    assert (killed / "train/left.png").exists()
+    lock.release()
+    make(*TOY, "--out", tmp_path / "c")
+    assert not killed.exists() and not (tmp_path / "c/train/left.png").exists()
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"args.json", *gen_data.SPLITS}
+
+
+def test_a_link_to_data_stays_a_link(tmp_path):
+    make(*TOY, "--out", tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    before = (tmp_path / "real/train/metadata.jsonl").read_bytes()
+    make(*TOY, "--out", tmp_path / "link", "--overwrite", "--seed", 1)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real/train/metadata.jsonl").read_bytes() != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.ENOSPC, "full")])
+def test_interrupted_writing_leaves_what_was_there(tmp_path, monkeypatch, error):
+    """In the middle of the pictures and at the last moment; new parents go too."""
+    make(*TOY, "--out", tmp_path / "a")
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+
+    def stop(*words, **options):
+        raise error
+    rename = Path.rename
+
+    def stop_at_the_end(path, target):
+        if path.name.endswith(".partial") and path.is_dir():
+            raise error
+        return rename(path, target)
+    for where, name, function in ((gen_data, "draw", stop), (Path, "rename", stop_at_the_end)):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, function)
+            for words in (["--out", tmp_path / "a", "--overwrite"],
+                          ["--out", tmp_path / "new/deep/b"]):
+                with pytest.raises(type(error) if isinstance(error, OSError) else error):
+                    make(*TOY, *words)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == kept
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_came_meanwhile_is_not_replaced(tmp_path, capsys, monkeypatch):
+    write = gen_data.write_split
+
+    def write_and_come(*words):
+        write(*words)
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a/mine.txt").write_text("mine")
+    monkeypatch.setattr(gen_data, "write_split", write_and_come)
+    for words in ([], ["--overwrite"]):
+        shutil.rmtree(tmp_path / "a", ignore_errors=True)
+        refused(capsys, *TOY, "--out", tmp_path / "a", *words)
+        assert [path.name for path in tmp_path.rglob("*")] == ["a", "mine.txt"]
+
+
+def test_processes_that_draw_leave_ctrl_c_to_the_script():
+    """One that ended while it held the queue would block the others for ever."""
+    before = signal.getsignal(signal.SIGINT)
+    with gen_data.drawing_pool(2) as pool:
+        assert pool.apply(signal.getsignal, (signal.SIGINT,)) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_data_are_made_only_where_the_preset_has_its_own(tmp_path, capsys, monkeypatch):
@@ -676,7 +780,16 @@ def test_data_are_made_only_where_the_preset_has_its_own(tmp_path, capsys, monke
     make("--preset", "4b", "--tasks", "frozenlake:3", "--train", 1, "--val", 1, "--test", 1,
          "--out", "data/tiny")
     assert "not for --preset tiny" in stops(capsys, gen_data.ensure, None, "tiny", 0)
-    assert gen_data.ensure("data/tiny", "tiny", 0) == "data/tiny"       # asked for by name
+    for record in ("[]", "null", '{"kind": "data", "preset": []}', None):
+        if record:
+            Path("data/tiny/args.json").write_text(record)
+        assert gen_data.ensure("data/tiny", "tiny", 0) == "data/tiny"   # asked for by name
+
+    started = []
+    monkeypatch.setattr(subprocess, "run", lambda words: started.append(words[1:])
+                        or subprocess.CompletedProcess(words, 0))
+    assert gen_data.ensure(None, "4b", 7) == gen_data.PRESETS["4b"]["out"]
+    assert started == [[gen_data.__file__, "--preset", "4b", "--seed", "7"]]
 
 
 def test_bad_input_of_the_script():

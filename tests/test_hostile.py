@@ -40,6 +40,8 @@ def folder_with(tmp_path, *lines):
     ({**ROW, "plan": 4}, "line 2: not a row (TypeError"),
     ({**ROW, "file_name": 4}, "line 2: not a row (TypeError"),
     ({key: ROW[key] for key in ROW if key != "id"}, "line 2: not a row (KeyError: 'id')"),
+    ({**ROW, "id": ["a"]}, 'line 2: "id": wanted a text, got ["a"]'),
+    ({**ROW, "level": [3]}, 'line 2: "level": wanted a whole number, got [3]'),
     ([1, 2], "line 2: not a row (TypeError"),
     ("", "line 2: not a row (JSONDecodeError"),
     ("[" * 100_000, "line 2: not a row (RecursionError"),

@@ -229,6 +229,13 @@ def test_missing_fields_and_duplicate_ids(tmp_path, capsys):
     assert f"train/metadata.jsonl, line 1: the id 'a' is that of {data}/test" in line
 
 
+def test_every_file_is_read_once(tmp_path, monkeypatch):
+    data, files, read = write(tmp_path, train=[ROW], test=[{**ROW, "id": "b"}]), [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: files.append(path) or read(path))
+    gen_data.load_rows(data, "test")
+    assert len(files) == len(set(files)) == 2
+
+
 def test_only_what_was_judged_alike_stands_in_one_table(tmp_path):
     """Other answers are other rows; a tolerance is named; a failed request is no verdict."""
     def score(row, name, *words, **line):

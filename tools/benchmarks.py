@@ -223,7 +223,7 @@ def main(args):
         records = visualplanning_records(args.source, args.task)
     rows = list(benchmark_rows(records, args.source))  # all are checked before one is written
     gen_data.write_dataset(args.out, {"test": iter(rows)}, vars(args), args.cell_size,
-                              args.image_size, args.workers, len(rows))
+                           args.image_size, args.workers, len(rows), args.overwrite)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,8 @@ def main(args):
     check_out(args.out, args.overwrite)
     with tempfile.TemporaryDirectory() as folder:
         splits = {name: chart_rows(name, vars(args)[name], args.seed, folder) for name in SPLITS}
-        write_dataset(args.out, splits, {**vars(args), "source": "tools/charts.py"}, 0, 0)
+        write_dataset(args.out, splits, {**vars(args), "source": "tools/charts.py"}, 0, 0,
+                      overwrite=args.overwrite)
 
 
 if __name__ == "__main__":
