@@ -3,12 +3,17 @@
     python tests/test_prompts.py > docs/prompts.md      # after a change of wording that is meant
 """
 import hashlib
+import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from conftest import row_of  # noqa: E402
 
 import gen_data  # noqa: E402
 from gen_data import FrozenLake, Maze, MiniBehaviour, PuzzleRow, solve  # noqa: E402
@@ -54,25 +59,33 @@ def test_every_prompt_is_pinned():
     assert hashlib.sha256(page().encode()).hexdigest()[:16] == PIN
 
 
-def test_the_worked_example_is_in_no_split():
-    for task, kind in gen_data.TASKS.items():
-        puzzle, plan = gen_data.example(task)
-        assert gen_data.split_of(task, puzzle) == "example"
-        assert gen_data.check(puzzle, plan)[0] == "success"
-        shown = gen_data.listing(puzzle.cells())
-        for split in gen_data.SPLITS:
-            for made in gen_data.sample_rows(task, kind.levels[0], split, 6, seed=1):
-                assert made.puzzle.layout() != puzzle.layout()
-                assert shown in made.student_prompt()
+@pytest.mark.parametrize("task", gen_data.TASKS)
+def test_the_worked_example_is_in_no_split(task):
+    """Nor is any other board of its layout; every prompt shows it."""
+    puzzle, plan = gen_data.example(task)
+    assert gen_data.check(puzzle, plan)[0] == "success"
+    shown, rng = gen_data.listing(puzzle.cells()), np.random.default_rng(1)
+    smallest = gen_data.TASKS[task].levels[0]
+    for other in [puzzle, *(gen_data.TASKS[task].sample(rng, smallest) for _ in range(300))]:
+        inside = gen_data.split_of(task, other) in gen_data.SPLITS
+        assert inside == (other.layout() != puzzle.layout())
+    row = row_of(puzzle)
+    for text in (row.student_prompt(), row.teacher_prompt("symbols"), row.ask(("map",))):
+        assert shown in text
 
 
-def test_the_student_reads_no_fact_of_its_state():
+@pytest.mark.parametrize("task", gen_data.TASKS)
+def test_the_student_reads_no_fact_of_its_state(task):
     """The same prompt for every board of a task, but the teacher's differs with the board."""
-    for task, kind in gen_data.TASKS.items():
-        rows = list(gen_data.sample_rows(task, kind.levels[-1], "test", 9, seed=2))
-        assert len({row.student_prompt() for row in rows}) == 1
-        assert len({row.ask() for row in rows}) == 1
-        assert len({row.teacher_prompt("symbols") for row in rows}) == len(rows)
+    rng, rows = np.random.default_rng(2), {}
+    while len(rows) < 9:
+        puzzle = gen_data.TASKS[task].sample(rng, gen_data.TASKS[task].levels[-1])
+        if solve(puzzle):
+            rows[json.dumps(asdict(puzzle))] = row_of(puzzle)
+    rows = rows.values()
+    assert len({row.student_prompt() for row in rows}) == 1
+    assert len({row.ask() for row in rows}) == 1
+    assert len({row.teacher_prompt("symbols") for row in rows}) == len(rows)
 
 
 if __name__ == "__main__":

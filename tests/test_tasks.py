@@ -95,7 +95,8 @@ def four_tasks(monkeypatch):
 def data(tmp_path):
     gen_data.main(gen_data.parse_args([
         "--preset", "tiny", "--tasks", "lamps:6-7", "--train", "12", "--val", "3", "--test", "6",
-        "--workers", "1", "--out", str(tmp_path / "data")]))
+        "--workers", "1", "--cell_size", "32", "--image_size", "0",
+        "--out", str(tmp_path / "data")]))
     return tmp_path / "data"
 
 
