@@ -12,18 +12,26 @@ FILES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): pa
          for folder in (".", "tools", "tiny") for path in sorted((ROOT / folder).glob("*.py"))}
 
 
+FILES["tools"] = FILES.pop("tools.__init__")
+
+
+def imported(name):
+    """Yields (names of modules, is it inside a function?) of every import in a file."""
+    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield [alias.name for alias in node.names], node.col_offset > 0
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield [node.module, *names], node.col_offset > 0
+
+
 def imports(name):
     """(modules of this project that a file imports, those that it imports inside a function)."""
     found, inside = set(), set()
-    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        if isinstance(node, ast.ImportFrom):
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    for names, late in imported(name):
         own = {module for module in names if module in FILES}
         found |= own
-        inside |= own if node.__dict__.get("col_offset") else set()
+        inside |= own if late else set()
     return found, inside
 
 
@@ -39,8 +47,14 @@ def test_no_project_file_is_imported_inside_a_function(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_needs_nothing_of_tools(name):
-    allowed = {"tools.report"} if name == "evaluate" else set()
-    assert {module for module in imports(name)[0] if module.startswith("tools.")} <= allowed
+    allowed = {"tools", "tools.report"} if name == "evaluate" else set()
+    assert {module for module in imports(name)[0] if module.startswith("tools")} <= allowed
+
+
+def test_gen_data_needs_no_model():
+    """Not even late, in a function: whoever only draws puzzles has no torch."""
+    for names, _ in imported("gen_data"):
+        assert not {module.split(".")[0] for module in names} & {"torch", "transformers", "peft"}
 
 
 def test_no_file_imports_itself_by_way_of_others():
