@@ -1112,8 +1112,9 @@ def sample_rows(task, level, split, number, seed, exclude=()):
         if not short:
             return
         if attempt - min(latest[name] for name in short) > PATIENCE:
-            fail(f"{task} level {level}: {number} {split} rows wanted, a third of each difficulty; "
-                 f"only {3 * min(found.values())} distinct ones can be had: lower --{split}")
+            fail(f"{task}, board size {level}: {number} {split} rows wanted, a third of each "
+                 f"difficulty; only {3 * min(found.values())} distinct ones can be had: "
+                 f"lower --{split}")
         puzzle = TASKS[task].sample(rng, level)
         if split_of(task, puzzle) != split:
             continue

@@ -317,6 +317,7 @@ def test_reference_responses_are_read_back():
     ("frozenlake", "Map: 2x2\nrow 0: S F\nrow 1: X G"),        # an unknown cell
     ("frozenlake", "Map: 2x2\nrow 0: S F\nrow 1: FF G"),       # a cell of two letters
     ("frozenlake", "Map: 2x2\nrow 1: F G\nrow 0: S F"),        # rows out of order
+    ("frozenlake", "Map: 2x2\nrow 0: S F\nRoute: so.\nrow 1: F G"),  # the map ends at the route
     ("maze", "Map: 2x2\nrow 0: SX .L\nrow 1: . G"), ("maze", "Map: 2x2\nrow 0: S .\nrow 1: . ."),
     ("minibehaviour", "Map: 2x2\nrow 0: A .\nrow 1: P ."),     # no table
 ])
@@ -344,6 +345,7 @@ def test_a_maze_is_read_as_it_stands():
     (LAKE, "holes", "(0,2)", False),
     (LAKE, "holes", "none", False),
     (LAKE, "holes", "", False),
+    (FrozenLake(["SF", "FG"]), "holes", "I do not know", False),  # the word no, not its letters
     (LAKE, "holes", "(99999,2), (2,0)", False),
     (FrozenLake(["SF", "FG"]), "holes", "None.", True),
     (FrozenLake(["SF", "FG"]), "holes", "There are no holes.", True),
@@ -419,6 +421,12 @@ def test_perception_by_hand():
         "table": "(2,0), (2,1), (2,2), (3,0), (3,1), (3,2)",
         "near_printer": "(0,2), (1,1), (1,3)", "near_table": "(1,0), (1,1), (2,3), (3,3)",
         "moves": "D, R"}
+    lake = FrozenLake(["SHH", "HFF", "HFG"])
+    assert lake.facts()["holes"] == "(0,1), (0,2), (1,0), (2,0)"
+    office = MiniBehaviour(["...P", "TTTA", "TTT.", "...."]).facts()  # the agent beside both
+    assert office["near_printer"] == "(0,2), (1,3)"
+    assert office["near_table"] == "(0,0), (0,1), (0,2), (1,3), (2,3), (3,0), (3,1), (3,2)"
+    assert office["moves"] == "D, PICK"
 
 
 def test_several_questions_are_numbered():
