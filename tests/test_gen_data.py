@@ -789,10 +789,11 @@ def test_data_are_made_only_where_the_preset_has_its_own(tmp_path, capsys, monke
     make("--preset", "4b", "--tasks", "frozenlake:3", "--train", 1, "--val", 1, "--test", 1,
          "--out", "data/tiny")
     assert "not for --preset tiny" in stops(capsys, gen_data.ensure, None, "tiny", 0)
-    for record in ("[]", "null", '{"kind": "data", "preset": []}', None):
-        if record:
-            Path("data/tiny/args.json").write_text(record)
-        assert gen_data.ensure("data/tiny", "tiny", 0) == "data/tiny"   # asked for by name
+    assert gen_data.ensure("data/tiny", "tiny", 0) == "data/tiny"       # asked for by name
+    for record in ("[]", "null", '{"kind": "data", "preset": []}'):
+        Path("data/tiny/args.json").write_text(record)
+        assert gen_data.ensure("data/tiny", "tiny", 0) == "data/tiny"
+    assert "not for --preset tiny" in stops(capsys, gen_data.ensure, None, "tiny", 0)
 
     started = []
     monkeypatch.setattr(subprocess, "run", lambda words: started.append(words[1:])
