@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import stops
 from PIL import Image
 
 import common
@@ -150,6 +151,9 @@ def test_a_stopped_run_resumes_and_other_settings_want_another_file(data, tmp_pa
     with pytest.raises(SystemExit):
         ask_for(server.url, data, out, "--input", "text", "--api_model", "other")
     assert "api_model was 'org/m' and is 'other'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        ask_for(server.url, data, out, "--input", "text", "--limit", "1")
+    assert "with other settings (other rows, prompts or pictures)" in capsys.readouterr().err
     assert out.read_bytes() == whole and len(server.bodies) == 13
     ask_for(server.url, data, tmp_path / "warm", "--input", "text", "--temperature", "1",
             "--limit", "1")
@@ -206,6 +210,29 @@ def test_a_key_is_stripped_and_never_shown(data, tmp_path, monkeypatch, capsys, 
     for part in (KEY, KEY[:8], KEY[5:]):
         assert part not in said.out + said.err
     assert all(sent == f"Bearer {KEY}" for _, sent, _ in server.bodies)
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "http://", "http://[::1", "http://x:99999/v1",
+                                 "file:///etc/passwd"])
+def test_an_address_that_is_none(capsys, url):
+    words = ["--api_base", url, "--api_model", "m", "--out", "x"]
+    assert f"--api_base {url}: wanted a URL" in stops(capsys, ask.parse_args, words)
+
+
+def test_answers_of_a_torn_file_are_not_asked_for_again(data, tmp_path, capsys):
+    """A broken line or record is told in one line; what is there, and was paid for, stays."""
+    server, out = Server(lambda body, attempt: (200, "x")), tmp_path / "answers.jsonl"
+    ask_for(server.url, data, out, "--input", "text")
+    asked, record = len(server.bodies), tmp_path / "answers.jsonl.settings.json"
+    for file, content, message in ((out, b"\0\n" + out.read_bytes(), "line 1: not an answer"),
+                                   (record, b"[", "settings.json (Expecting")):
+        before = file.read_bytes()
+        file.write_bytes(content)
+        assert message in stops(capsys, ask_for, server.url, data, out, "--input", "text")
+        assert file.read_bytes() == content
+        file.write_bytes(before)
+    ask_for(server.url, data, out, "--input", "text")
+    assert len(server.bodies) == asked
 
 
 @pytest.mark.slow

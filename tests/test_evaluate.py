@@ -219,6 +219,7 @@ def test_responses_from_elsewhere(data, tmp_path, capsys):
         file.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
     write(lines[::-1])                                               # in any order
     words = ["--responses", file, "--data", data, "--out", out, "--model", "nowhere"]
+    lines[4]["error"] = None                                         # some tools say so: no error
     run(*words)
     found = lines_of(out / "gpt/predictions.jsonl")
     assert [v["id"] for v in found] == [row.id for row in rows]
@@ -318,7 +319,10 @@ def test_rows_are_chosen(data):
     (["--tolerance", "-1"], "--tolerance: got '-1'"),
     (["--name", "../up", "--responses", "x"], "it names a folder"),
     (["--responses", "nowhere.jsonl"], "--responses nowhere.jsonl: no such file"),
+    (["--responses", "./-image.jsonl"], "no condition can be called '-image': give --name"),
+    (["--responses", "deep.jsonl"], "deep.jsonl, line 1: not JSON"),
     (["--adapter", "nowhere"], "--adapter nowhere: no adapter there"),
+    (["--model", "mine", "--adapter", "base"], "mine is no checkpoint folder"),
     (["--tasks", "chess"], "unknown task 'chess'"),
     (["--out", "mine"], "mine holds notes.txt and is not the folder of an evaluation"),
 ])
@@ -326,10 +330,14 @@ def test_bad_flags(data, tmp_path, monkeypatch, words, message, capsys):
     monkeypatch.chdir(tmp_path)
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("mine")
-    with pytest.raises(SystemExit) as stop:
-        run(*words, "--data", data)
-    assert stop.value.code == 2 and message in capsys.readouterr().err
-    assert files(tmp_path) == {"mine/notes.txt": b"mine"}
+    Path("deep.jsonl").write_text("[" * 100_000)
+    Path("-image.jsonl").write_text("".join(
+        json.dumps({"id": row.id, "response": ""}) + "\n"
+        for row in gen_data.load_rows(data, "test")))
+    before = files(tmp_path)
+    assert message in stops(capsys, run, *words, "--data", data)
+    lock = Path("out/tiny/eval/.lock")                    # all that a refused command may leave
+    assert files(tmp_path) == before | ({str(lock): b""} if lock.is_file() else {})
 
 
 def answer_file(folder, kind="predictions"):
@@ -408,6 +416,7 @@ def test_no_answer_is_ever_lost(data, tmp_path, monkeypatch, capsys):
     run(*words, "--temperature", 1, "--name", "warm")
     said = capsys.readouterr().out
     assert "The conditions differ in temperature: base-text: 0.0; warm-text: 1.0" in said
+    assert "differ in seed" not in said and "differ in model" not in said
     assert "differ in temperature" in (out / "results.md").read_text()
 
 
@@ -476,6 +485,10 @@ def test_a_run_with_an_adapter(data, tmp_path, monkeypatch, capsys):
     """What the model is given for each condition, and the rows that its run was trained on."""
     rows = gen_data.load_rows(data, "test")
     adapted(common.load(common.TINY, 32)[0], std=1).save_pretrained(tmp_path / "mine/adapter")
+    (tmp_path / "mine/trained_rows.json").write_text("[")
+    assert "cannot read" in stops(capsys, run, "--data", data, "--out", tmp_path / "eval",
+                                  "--adapter", tmp_path / "mine")
+    assert not files(tmp_path / "eval").keys() - {".lock"}             # before the first answer
     (tmp_path / "mine/trained_rows.json").write_text(json.dumps([rows[0].key()]))
     given, encode = [], common.encode
 
@@ -579,3 +592,78 @@ def test_answers_that_are_there_are_never_written_again(tmp_path, capsys):
         message = stops(capsys, evaluate.read_answers, file)
         assert "answers.jsonl, line 3: not an answer" in message and len(message) < 300
         assert file.read_bytes() == whole + broken + whole
+
+
+def test_perception_answers_are_those_of_the_summary(data, tmp_path):
+    """Without --perception none of an earlier command's stay beside the new summary."""
+    words = ["--data", data, "--out", tmp_path, "--input", "image", "--limit", 1,
+             "--max_new_tokens", 2]
+    folder = tmp_path / "base-image"
+    run(*words, "--perception")
+    first = files(folder)
+    assert lines_of(folder / "perception.jsonl")
+    assert json.loads(first["summary.json"])["perception"]
+    run(*words)
+    assert json.loads((folder / "summary.json").read_text())["perception"] == []
+    assert not (folder / "perception.jsonl").exists()
+    with pytest.MonkeyPatch.context() as patch:                      # nothing is asked again
+        patch.setattr("common.load", None)
+        run(*words, "--perception")
+    assert files(folder)["perception.jsonl"] == first["perception.jsonl"]
+
+
+def test_a_models_files_count_and_not_its_name(data, tmp_path, monkeypatch):
+    """A copy of the model under another name asks nothing again."""
+    words = ["--data", data, "--out", tmp_path / "eval", "--adapter", "base", "--input", "text",
+             "--limit", 1, "--max_new_tokens", 2]
+    run(*words)
+    shutil.copytree(common.TINY, tmp_path / "moved")
+    monkeypatch.setattr("common.load", None)
+    run(*words, "--model", tmp_path / "moved", "--bits", 32)
+
+
+def test_a_hubs_model_that_is_not_here_yet(data, tmp_path, monkeypatch, capsys):
+    """It is loaded first: only then can its files be told, and compared with those of a run."""
+    monkeypatch.chdir(tmp_path)
+    here, load, checkpoint_folder = [], common.load, common.checkpoint_folder
+
+    def download(model, bits):
+        here.append(model)
+        return load(common.TINY, bits)
+
+    def cached(model):
+        if model == "org/model":
+            return Path(common.TINY) if here else None
+        return checkpoint_folder(model)
+    monkeypatch.setattr(common, "load", download)
+    monkeypatch.setattr(common, "checkpoint_folder", cached)
+    adapted(load(common.TINY, 32)[0]).save_pretrained("mine/adapter")
+    record = {"kind": "run", "args": {"preset": "tiny", "model": "org/model", "bits": 32,
+                                      "lora_rank": 4, "lora_vision": 1}}
+    words = ["--data", data, "--adapter", "mine", "--input", "text", "--limit", 1,
+             "--max_new_tokens", 2]
+    other, own = "0" * 16, gen_data.digest(common.digest_folder(common.TINY))
+    Path("mine/args.json").write_text(json.dumps(record | {"inputs": {"model": other}}))
+    assert "with other files than org/model" in stops(capsys, run, *words)
+    assert here and not Path("out/tiny/eval/mine-text").exists()
+    here.clear()
+    Path("mine/args.json").write_text(json.dumps(record | {"inputs": {"model": own}}))
+    run(*words)
+    monkeypatch.setattr(common, "load", None)                        # as the second command does
+    run(*words)
+
+
+def test_adapters_are_told_by_their_place(data, tmp_path, monkeypatch, capsys):
+    """A folder called as the bundled backbone is; one at the root; a run that is called base."""
+    monkeypatch.chdir(tmp_path)
+    adapted(common.load(common.TINY, 32)[0]).save_pretrained("tiny")
+    shutil.copytree("tiny", "base/adapter")
+    found = evaluate.find_adapters(evaluate.parse_args(["--adapter", "tiny"]))
+    assert common.digest_folder(found["tiny"]).keys() == {
+        "adapter_config.json", "adapter_model.safetensors"}
+    args = evaluate.parse_args(["--adapter", "base", "./base"])
+    assert "base is the model without adapters" in stops(capsys, evaluate.find_adapters, args)
+    args.adapter, real = ["/adapter"], Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda path: path.name.startswith("adapter_")
+                        or real(path))
+    assert list(evaluate.find_adapters(args)) == ["adapter"]

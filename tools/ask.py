@@ -15,6 +15,7 @@ import mimetypes
 import os
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -44,7 +45,12 @@ def parse_args(argv=None):
     add("--seed", type=whole_number(0), default=0, help="with a temperature: draws the answers")
     add("--concurrency", type=whole_number(1), default=8, help="requests at a time")
     args = parser.parse_args(argv)
-    if not args.api_base.startswith("http"):
+    try:
+        url = urlsplit(args.api_base)
+        is_url = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:  # of a port or an address
+        is_url = False
+    if not is_url:
         fail(f"--api_base {args.api_base}: wanted a URL such as http://localhost:8000/v1")
     return args
 
@@ -113,9 +119,16 @@ def open_answers(out, settings):
     if out.is_file() and out.stat().st_size:
         if not record.is_file():
             fail(f"{out} is there, and no {record} says how it was made: choose another --out")
-        old = json.loads(record.read_text(encoding="utf-8"))
-        other = [f"{name} was {old.get(name)!r} and is {value!r}"
-                 for name, value in settings.items() if old.get(name) != value]
+        try:
+            old = dict(json.loads(record.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            fail(f"cannot read {record} ({error}): choose another --out")
+        other = []
+        for name, value in settings.items():
+            if name == "questions" and old.get(name) != value:
+                other.append("other rows, prompts or pictures")
+            elif old.get(name) != value:
+                other.append(f"{name} was {old.get(name)!r} and is {value!r}")
         if other:
             fail(f"{out} was asked for with other settings ({'; '.join(other)}): choose another "
                  "--out")
