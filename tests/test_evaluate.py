@@ -213,13 +213,13 @@ def test_responses_from_elsewhere(data, tmp_path, capsys):
     lines = [{"id": row.id, "response": row.response()} for row in rows]
     lines[1]["response"], lines[2]["response"] = "<answer>U,U,U,U,U,U</answer>", ""
     lines[3] |= {"response": "", "error": "HTTP 500", "tokens": {"not": "a number"}}
+    lines[4]["error"] = None  # some tools say so: no error
     file, out = tmp_path / "gpt.jsonl", tmp_path / "eval"
 
     def write(lines):
         file.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
     write(lines[::-1])                                               # in any order
     words = ["--responses", file, "--data", data, "--out", out, "--model", "nowhere"]
-    lines[4]["error"] = None                                         # some tools say so: no error
     run(*words)
     found = lines_of(out / "gpt/predictions.jsonl")
     assert [v["id"] for v in found] == [row.id for row in rows]
