@@ -104,6 +104,14 @@ def changed_picture(here):
     file.write_bytes(file.read_bytes() + b"\0")
 
 
+def broken_test_picture(here):
+    next((here / "data/tiny/test").glob("*.png")).write_bytes(b"no picture")
+
+
+def no_test_split(here):
+    shutil.rmtree(here / "data/tiny/test")
+
+
 def changed_rows(here):
     file = here / "data/tiny/train/metadata.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
@@ -182,6 +190,11 @@ REFUSED = [
     ("distill", nothing, ["--init", "run", "--preset", "4b"], "run has --preset tiny"),
     ("distill", nothing, ["--init", "run", "--model", "data"], "--model data"),
     ("evaluate", nothing, ["--adapter", "run", "--bits", 16], "run has --bits 32"),
+    # an evaluation checks all that it will need before the first answer
+    ("evaluate", cut_adapter, ["--adapter", "base", "run", "--limit", 1], "run/adapter"),
+    ("evaluate", broken_test_picture, ["--adapter", "run"], "cannot be read as a picture"),
+    ("evaluate", no_test_split, ["--adapter", "run"], "no data/tiny/test/metadata.jsonl"),
+    ("evaluate", nothing, ["--model", "data", "--adapter", "base"], "data is no checkpoint folder"),
     # flags
     *[("coldstart", nothing, words, f"{words[0]}: got {words[1]!r}") for words in (
         ["--lr", "-1"], ["--lr", "0"], ["--lr", "inf"], ["--lr", "nan"], ["--seed", "-1"],
