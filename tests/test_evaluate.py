@@ -163,6 +163,10 @@ def test_comparisons_by_hand():
     other = evaluate.compare(verdicts, "distill-image")
     assert other["differences"]["mine"]["macro"]["mean"] == 0.25 and other["closed"] == {}
     assert evaluate.compare({"mine": verdicts["mine"]})["reference"] == "mine"
+    for text in (0, 1):                               # no gap, or one the other way: none is closed
+        some = {"base-image": verdicts["coldstart-image"], "mine": verdicts["mine"],
+                "base-text": answers(text).to_dict("records")}
+        assert evaluate.compare(some)["closed"]["mine"]["macro"] is None
     table = report.difference_table(found)
     assert table["head"] == ["difference", "maze", "macro"]
     assert table["lines"][0][0] == "base-text minus base-image"      # the gap, and said only once
@@ -247,6 +251,9 @@ def test_responses_from_elsewhere(data, tmp_path, capsys):
     text = (out / "results.md").read_text()
     assert "few minus gpt" in text and "| frozenlake | all |  | 4 |" in text
     assert json.loads((out / "results.json").read_text())["reference"] == "gpt"
+    (out / "few/answers").mkdir()                    # as if a model here had been asked for them
+    assert "few holds answers that were asked for here" in stops(
+        capsys, run, *words, "--allow_missing", "--name", "few")
 
 
 def test_a_plan_that_another_reader_read(data, tmp_path, capsys):
