@@ -60,8 +60,9 @@ LOGIT_COPIES = 6                 # of a chunk, float32, with reverse_kl: log_p, 
 #                                  as tests/test_estimate.py counts them (skew_kl holds 9)
 NOT_MEASURED = """\
 No GPU was measured. Five lines on a CPU, 32 and 16 bits, lie within 5% of measured peaks
-(python tests/bench_memory.py --cases 1 2 3 4 5); 4 bits and the cold start were not measured in
-this form. What CUDA itself takes is a guess, and a desktop on the same card comes on top. On a card: python tests/bench_gpu.py."""
+(python tests/bench_memory.py --cases 1 2 3 4 5); 4 bits and the cold start were not measured.
+What CUDA itself takes is a guess, and a desktop on the same card comes on top.
+On a card: python tests/bench_gpu.py."""
 
 # The first special tokens of Qwen2 to Qwen3-VL: ids 151643 and up, right after the vocabulary.
 SPECIAL = """\
