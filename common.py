@@ -46,6 +46,7 @@ from gen_data import (
     digest_file,
     fail,
     flush,
+    foreign_name,
     kind_of,
     lock_folder,
     real_number,
@@ -101,6 +102,7 @@ def warn(message):
 LANGUAGE = r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 VISION = (r"visual\.(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc[12])"
           r"|(merger|deepstack_merger_list\.\d+)\.linear_fc[12])")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def checkpoint_folder(model):
@@ -255,7 +257,7 @@ def add_saved_lora(model, path):
     import peft
     from peft.tuners.lora import LoraLayer
     from safetensors.torch import load_file
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in ADAPTER_FILES:
         if not (Path(path) / name).is_file():
             fail(f"no adapter in {path}: {name} is missing; `python coldstart.py` makes one")
     try:
@@ -769,11 +771,9 @@ class Run:
     def __enter__(self):
         if process_rank()[0] == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            kind = kind_of(self.out)
-            foreign = [path.name for path in sorted(self.out.iterdir())
-                       if path.name not in (".lock", "args.json.partial")]
-            if kind != "run" and foreign:
-                what = f"a folder of kind {kind}" if kind else f"{foreign[0]} and no run"
+            kind, foreign = kind_of(self.out), foreign_name(self.out, "run")
+            if foreign:
+                what = f"a folder of kind {kind}" if kind else f"{foreign} and no run"
                 fail(f"{self.out} holds {what}: choose another --out")
             self.lock = lock_folder(self.out)
             if kind == "run" and not self.args.restart:
@@ -1020,6 +1020,31 @@ class Run:
                 and file.stat().st_mtime_ns >= (self.out / "checkpoint.pt").stat().st_mtime_ns)
 
 
+def adapter_folder(run, flag, remedy=""):
+    """Where the adapter of a run lies, or any LoRA adapter in PEFT's format. Fails without one.
+
+    flag: the one that named the run; remedy: what the message says at its end.
+    """
+    folder = Path(run, "adapter") if Path(run, "adapter").is_dir() else Path(run)
+    for name in ADAPTER_FILES:
+        if not (folder / name).is_file():
+            fail(f"{flag} {run}: no adapter there ({folder / name} is missing){remedy}")
+    return folder
+
+
+def read_trained_rows(adapter):
+    """Keys of the rows that an adapter was trained on; None where its run does not say."""
+    file = adapter.resolve().parent / "trained_rows.json"
+    if not file.is_file():
+        warn(f"{adapter}: which rows it was trained on is not known ({file.name} is missing), so "
+             "that an evaluation cannot count them apart")
+        return None
+    try:
+        return set(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        fail(f"cannot read {file} ({error}): take it away, and such rows are not counted apart")
+
+
 def read_init(init):
     """(adapter folder, keys of the rows it was trained on) of --init; (None, no keys) of "none".
 
@@ -1028,20 +1053,9 @@ def read_init(init):
     """
     if init == "none":
         return None, set()
-    adapter = Path(init, "adapter") if Path(init, "adapter").is_dir() else Path(init)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (adapter / name).is_file():
-            fail(f"--init {init}: no adapter there ({adapter / name} is missing); "
-                 "`python coldstart.py` makes one, --init none begins without")
-    file = adapter.resolve().parent / "trained_rows.json"
-    if not file.is_file():
-        warn(f"--init {init}: which rows it was trained on is not known, so that an evaluation "
-             "cannot count them apart")
-        return adapter, None
-    try:
-        return adapter, set(json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
-        fail(f"--init {init}: cannot read {file} ({error})")
+    adapter = adapter_folder(
+        init, "--init", "; `python coldstart.py` makes one, --init none begins without")
+    return adapter, read_trained_rows(adapter)
 
 
 def start_wandb(args):

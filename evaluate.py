@@ -37,7 +37,6 @@ from gen_data import (
     digest,
     digest_file,
     fail,
-    kind_of,
     lock_folder,
     real_number,
     whole_number,
@@ -125,11 +124,7 @@ def find_adapters(args):
         if run == "base":
             name, folder = "base", None
         else:
-            folder = Path(run, "adapter") if Path(run, "adapter").is_dir() else Path(run)
-            for file in ("adapter_config.json", "adapter_model.safetensors"):
-                if not (folder / file).is_file():
-                    fail(f"--adapter {run}: no adapter there ({folder}/{file} is missing)")
-            folder = place = folder.resolve()
+            folder = place = common.adapter_folder(run, "--adapter").resolve()
             if place.name == "adapter" and place.parent.name:       # not the folder /adapter
                 place = place.parent
             name, record = place.name, common.read_run(folder)
@@ -399,20 +394,6 @@ def verdict_of(row, line, trained=None, tolerance=0):
             "failure": failure, "trained_on": None if trained is None else row.key() in trained}
 
 
-def trained_keys(adapter):
-    """The keys of the rows an adapter was trained on; None if its run does not say."""
-    if adapter is None:
-        return set()
-    file = adapter.parent / "trained_rows.json"
-    if not file.is_file():
-        tqdm.write(f"{file} is missing: rows that {adapter} was trained on cannot be counted")
-        return None
-    try:
-        return set(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        fail(f"cannot read {file} ({error}): take it away, and such rows are not counted apart")
-
-
 def conclude(folder, rows, lines, seen, settings, args, trained=None):
     """Judge a condition's answers: predictions.jsonl, perception.jsonl, summary.json.
 
@@ -614,10 +595,9 @@ def compare(verdicts, reference=None):
 
 def check_folder(out):
     """Fails where `out` holds anything but an evaluation."""
-    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    found = [name for name in names if name not in (".lock", "args.json.partial")]
-    if found and kind_of(out) != "evaluation":
-        fail(f"{out} holds {found[0]} and is not the folder of an evaluation: choose another --out")
+    foreign = gen_data.foreign_name(out, "evaluation")
+    if foreign:
+        fail(f"{out} holds {foreign} and is not the folder of an evaluation: choose another --out")
 
 
 def mark_folder(out):
@@ -677,7 +657,8 @@ def score_responses(args, rows, pool):
 
 def score_model(args, rows, pool, adapters):
     """The conditions of every adapter and input. All is checked before the first is written."""
-    trained = {adapter: trained_keys(adapter) for adapter in adapters.values()}
+    trained = {adapter: common.read_trained_rows(adapter) if adapter else set()
+               for adapter in adapters.values()}
     jobs = plan_jobs(args, rows, pool, adapters)
     if any(job.missing(args.rollout_batch) for job in jobs):
         model, processor = common.load(args.model, args.bits)

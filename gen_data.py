@@ -187,6 +187,13 @@ def kind_of(folder):
     return read_record(folder).get("kind")
 
 
+def foreign_name(folder, kind):
+    """The first thing in a folder of another kind; None in one of this kind or an empty one."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    found = [name for name in names if name not in (".lock", "args.json.partial")]
+    return found[0] if found and kind_of(folder) != kind else None
+
+
 def lock_file(path, what):
     """A lock, held until `.release()` or the end of the process. what: the thing written to."""
     lock = FileLock(path)
@@ -231,6 +238,7 @@ def run_script(parse_args, main):
             raise
         fail(f"memory does not suffice ({text[:200]}): lower --micro_batch, --rollout_batch or "
              "--chunk; the same command goes on from the latest checkpoint")
+
 
 # ---------------------------------------------------------------- helpers of the tasks
 

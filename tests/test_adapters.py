@@ -86,6 +86,13 @@ def test_a_base_that_is_no_longer_the_base_is_noticed(tiny, capsys):
     assert "not the base any more" in stops(capsys, common.add_lora, model, 4)
 
 
+@pytest.mark.parametrize("content", ["[", "5"])
+def test_trained_rows_that_cannot_be_read(tiny, tmp_path, capsys, content):
+    foreign_adapter(tiny, tmp_path / "mine/adapter")
+    (tmp_path / "mine/trained_rows.json").write_text(content)
+    assert "trained_rows.json" in stops(capsys, common.read_init, str(tmp_path / "mine"))
+
+
 def test_distillation_continues_any_cold_start(tiny, toy_data, tmp_path, capsys):
     """A bare PEFT folder, of which nothing says what it was trained on."""
     foreign_adapter(tiny, tmp_path / "theirs")
