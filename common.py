@@ -13,6 +13,7 @@ What the two stages and the evaluation share, in this order:
     Run                  a stage's folder: log, checkpoint, resuming
 """
 import ast
+import contextlib
 import difflib
 import errno
 import io
@@ -29,6 +30,7 @@ import sys
 import time
 import warnings
 import zlib
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,6 +40,7 @@ import psutil
 import torch
 from safetensors import SafetensorError
 from torch import distributed
+from torch.nn.functional import linear
 from tqdm import tqdm
 
 # What needs no torch stands in gen_data.py, which must not load it: messages, flags and files.
@@ -212,7 +215,11 @@ def load(path, bits):
                                       "longest_edge": min(size["longest_edge"], 262_144)}
     model.name_or_path = model.config.name_or_path = name  # as it was given, into adapters' files
     model.requires_grad_(False)
-    if cuda:  # takes effect in train mode only
+    if cuda:
+        # With an explicit mask, cuDNN's attention gives NaN gradients at some lengths (pytorch
+        # issue 196678, trl issue 7181).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        # Takes effect in train mode only.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if bits == 4:
         from bitsandbytes.nn import Linear4bit
@@ -438,9 +445,128 @@ def eos_tokens(model, processor):
     return torch.tensor(sorted(ends), device=model.device)
 
 
-def eos_interval(device):
-    """Check EOS every so many tokens: on a GPU each check makes Python wait."""
-    return 8 if device.type == "cuda" else 1
+@contextlib.contextmanager
+def light_adapters(model):
+    """While it lasts, plain LoRA is two products in the base's precision, in place of PEFT's six.
+
+    Without gradients, for sampling: one token at a time is bound by the number of kernels. Adapters
+    that are off, and other kinds (DoRA), keep PEFT's forward.
+    """
+    from peft.tuners.lora import LoraLayer
+    light = []
+    for module in network(model).modules():
+        if isinstance(module, LoraLayer) and not module.disable_adapters:
+            name, base = module.active_adapters[0], module.get_base_layer()
+            if isinstance(base, torch.nn.Linear) and not module.lora_variant and not module.merged:
+                down = module.lora_A[name].weight                              # [rank, inputs]
+                up = module.lora_B[name].weight * module.scaling[name]         # [outputs, rank]
+                dtype = network(model).dtype
+                module.forward = partial(light_forward, base, down.to(dtype), up.to(dtype).T)
+                light.append(module)
+    try:
+        yield
+    finally:
+        for module in light:
+            del module.forward  # the class's own again
+
+
+def light_forward(base, down, up, x):
+    out = base(x)
+    out.view(-1, out.shape[-1]).addmm_(linear(x.reshape(-1, x.shape[-1]), down), up)
+    return out
+
+
+class Decoder:
+    """A network and the keys and values of what it has read: tokens in, the next logits out.
+
+    logits: [rows, vocabulary], float32, first those of the token after the prompts.
+    """
+
+    def __init__(self, net, batch, new_tokens):
+        self.net, self.attention, self.cache = net, batch["attention_mask"], None
+        position_ids, self.position = positions(net, batch)
+        self.read(**batch, position_ids=position_ids)
+
+    def read(self, **inputs):
+        out = self.net.model(**inputs, past_key_values=self.cache, use_cache=True)
+        self.cache = out.past_key_values
+        self.logits = self.net.lm_head(out.last_hidden_state[:, -1]).float()
+
+    def step(self, token):
+        """Read one token of each row [rows]."""
+        self.attention = torch.cat([self.attention, torch.ones_like(token)[:, None]], 1)
+        self.read(input_ids=token[:, None], attention_mask=self.attention,
+                  position_ids=self.position[None, :, None].expand(3, -1, -1))
+        self.position = self.position + 1
+
+    def wants_to_drop(self, going):
+        """Is it time to take rows that have ended out of the batch? going: bool [rows]."""
+        return not going.all()
+
+    def keep(self, going):
+        self.attention, self.position = self.attention[going], self.position[going]
+        self.cache.batch_select_indices(going)
+
+
+class GraphDecoder(Decoder):
+    """The same on CUDA, where a step is thousands of kernels that take longer to launch than to run.
+
+    Keys and values lie in fixed memory, so that a step is captured once as a CUDA graph and then
+    replayed by one launch.
+    """
+
+    def __init__(self, net, batch, new_tokens):
+        from transformers import StaticCache
+        self.net, (count, length) = net, batch["input_ids"].shape
+        self.cache = StaticCache(net.config.text_config, max_cache_len=length + new_tokens)
+        position_ids, position = positions(net, batch)
+        self.read(**batch, position_ids=position_ids)
+        # What a step reads, in place: the token, its position, which keys it sees.
+        self.token = position.new_zeros(count, 1)
+        self.position = position[None, :, None].repeat(3, 1, 1)                       # [3, rows, 1]
+        self.column = torch.tensor([length], device=net.device)
+        self.attention = torch.nn.functional.pad(                          # [rows, 1, 1, all keys]
+            batch["attention_mask"].bool(), (0, new_tokens))[:, None, None]
+        self.warm, self.replay = False, None
+
+    def read_token(self):
+        self.attention.index_fill_(3, self.column, True)
+        self.read(input_ids=self.token, attention_mask=self.attention, position_ids=self.position)
+        self.column.add_(1)
+        self.position.add_(1)
+
+    def step(self, token):
+        self.token.copy_(token[:, None])
+        if not self.warm:  # the first one loads what is loaded late, which a capture may not
+            self.warm = True
+            self.read_token()
+            return
+        if self.replay is None:
+            self.replay = captured(self.read_token)
+        self.replay()
+
+    def wants_to_drop(self, going):
+        return going.sum() <= len(going) // 2  # not for a few: a new graph takes a second
+
+    def keep(self, going):
+        self.token, self.attention = self.token[going], self.attention[going]
+        self.position = self.position[:, going]
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[going], layer.values[going]
+        self.warm, self.replay = False, None
+
+
+def captured(work):
+    """A function that does again on the device what `work` does there, by one launch."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()  # is recorded, not done
+    return graph.replay
+
+
+def decoder_of(device):
+    """(class, tokens between two looks at who has ended: on a GPU each look makes Python wait)."""
+    return (GraphDecoder, 8) if device.type == "cuda" else (Decoder, 1)
 
 
 @torch.no_grad()
@@ -454,39 +580,36 @@ def sample(model, processor, prompt, max_new_tokens, uniforms=None, temperature=
     max_new_tokens. The distribution is the model's own softmax, with nothing but the picture
     placeholders removed, whatever generation_config says.
     """
-    net, pad, ends = network(model), processor.tokenizer.pad_token_id, eos_tokens(model, processor)
-    banned = [processor.image_token_id, processor.video_token_id, processor.vision_start_token_id]
+    pad, ends = processor.tokenizer.pad_token_id, eos_tokens(model, processor)
+    banned = torch.tensor([processor.image_token_id, processor.video_token_id,
+                           processor.vision_start_token_id], device=model.device)
     if uniforms is not None:
         uniforms = torch.as_tensor(uniforms, device=model.device)
     count = len(prompt["input_ids"])
     ids = torch.full((count, max_new_tokens), pad, device=model.device)
+    make_decoder, interval = decoder_of(model.device)
     for begin in range(0, count, rollout_batch or count):
         rows = torch.arange(count, device=model.device)[begin:begin + (rollout_batch or count)]
         batch = take_rows(prompt, slice(begin, begin + len(rows)))
-        position_ids, next_position = positions(model, batch)
-        out = net.model(**batch, position_ids=position_ids, use_cache=True)
-        attention = batch["attention_mask"]
         going = torch.ones_like(rows, dtype=torch.bool)
-        for t in range(max_new_tokens):
-            logits = net.lm_head(out.last_hidden_state[:, -1]).float()         # [rows, vocabulary]
-            logits[:, banned] = -torch.inf
-            token = (logits.argmax(-1) if uniforms is None else
-                     draw_token(logits, uniforms[rows, t], temperature))       # [rows]
-            ids[rows, t] = token
-            going &= ~torch.isin(token, ends)
-            # Rows that ended leave the batch; what they drew in the meantime is cut off below.
-            if (t + 1) % eos_interval(model.device) == 0 and not going.all():
-                rows, token, next_position = rows[going], token[going], next_position[going]
-                attention = attention[going]
-                out.past_key_values.batch_select_indices(going)
-                going = going[going]
-            if t + 1 == max_new_tokens or len(rows) == 0:
-                break
-            attention = torch.cat([attention, attention.new_ones(len(rows), 1)], 1)
-            out = net.model(
-                input_ids=token[:, None], attention_mask=attention,
-                past_key_values=out.past_key_values, use_cache=True,
-                position_ids=(next_position + t)[None, :, None].expand(3, -1, -1))
+        with light_adapters(model):
+            decoder = make_decoder(network(model), batch, max_new_tokens)
+            for t in range(max_new_tokens):
+                logits = decoder.logits.index_fill_(1, banned, -torch.inf)     # [rows, vocabulary]
+                token = (logits.argmax(-1) if uniforms is None else
+                         draw_token(logits, uniforms[rows, t], temperature))   # [rows]
+                ids[rows, t] = token
+                going &= ~torch.isin(token, ends)
+                if t + 1 == max_new_tokens:
+                    break
+                # What rows that ended draw until they leave the batch is cut off below.
+                if (t + 1) % interval == 0 and decoder.wants_to_drop(going):
+                    rows, token = rows[going], token[going]
+                    if len(rows) == 0:
+                        break
+                    decoder.keep(going)
+                    going = going[going]
+                decoder.step(token)
     ended = torch.isin(ids, ends).long()
     mask = (ended.cumsum(1) - ended == 0).long()    # by position: padding may be an EOS too
     length = mask.sum(1).max()

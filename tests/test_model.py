@@ -103,17 +103,24 @@ def test_greedy_sampling_equals_generate_given_two_eos(tiny, student, monkeypatc
         assert was_cut == (kept[-1] not in ends) and (len(kept) == 20 or not was_cut)
 
 
-@pytest.mark.parametrize("every", [1, 8])
-def test_mask_goes_through_the_first_eos(tiny, monkeypatch, every):
+@pytest.fixture(params=["Decoder", "GraphDecoder"])
+def decoder(request, monkeypatch):
+    """Each of the two, the second as on CUDA, but that a step is done anew and not replayed."""
+    way = (getattr(common, request.param), {"Decoder": 1, "GraphDecoder": 8}[request.param])
+    monkeypatch.setattr(common, "decoder_of", lambda device: way)
+    monkeypatch.setattr(common, "captured", lambda work: work)
+    return request.param
+
+
+def test_mask_goes_through_the_first_eos(tiny, monkeypatch, decoder):
     """Tokens follow a script; asked at every token, a row leaves the batch where it ends."""
     model, processor = tiny
     end, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
     script = [[7, 7], [end, 8], [9, end], [end, 9]] + [[7, 7]] * 4
-    if every == 1:
+    if decoder == "Decoder":
         script = [[7, 7], [end, 8], [end]]
     script = iter(torch.tensor(tokens) for tokens in script)
     monkeypatch.setattr(common, "draw_token", lambda *words: next(script))
-    monkeypatch.setattr(common, "eos_interval", lambda device: every)
     rows, images = make_rows(2)
     prompt = common.encode(processor, [row.student_prompt() for row in rows], images)
     ids, mask = common.sample(model, processor, prompt, 9, np.zeros((2, 9)))
@@ -123,7 +130,7 @@ def test_mask_goes_through_the_first_eos(tiny, monkeypatch, every):
         processor.tokenizer.decode([7]), processor.tokenizer.decode([7, 8])]
 
 
-def test_a_token_depends_on_its_own_number_only(tiny):
+def test_a_token_depends_on_its_own_number_only(tiny, decoder):
     """Not on the rows beside it: exactly so in float64, whatever the rollout batch."""
     model, processor = copy.deepcopy(tiny[0]).double(), tiny[1]
     rows, images = make_rows(5)
@@ -139,6 +146,26 @@ def test_a_token_depends_on_its_own_number_only(tiny):
     width = min(other.shape[1], whole[0].shape[1])
     same = (other[:, :width] == whole[0][:, :width]).all(1)
     assert same.tolist() == [True, False, True, True, True]
+
+
+@pytest.mark.parametrize("with_pictures", [True, False])
+def test_fixed_memory_draws_the_same_tokens(tiny, monkeypatch, with_pictures):
+    """As CUDA samples, with rows that leave the batch at different times, in float64."""
+    model, processor = copy.deepcopy(tiny[0]).double(), tiny[1]
+    rows, images = make_rows(9)
+    prompt = common.encode(processor, [row.student_prompt() for row in rows],
+                           images if with_pictures else None)
+    uniforms, found, kept = np.random.default_rng(3).random((9, 60)), [], []
+    keep = common.GraphDecoder.keep
+    monkeypatch.setattr(common, "captured", lambda work: work)
+    monkeypatch.setattr(common.GraphDecoder, "keep",
+                        lambda self, going: (kept.append(len(going)), keep(self, going)))
+    for way in ((common.Decoder, 1), (common.GraphDecoder, 2)):
+        monkeypatch.setattr(common, "decoder_of", lambda device, way=way: way)
+        found.append(common.sample(model, processor, prompt, 60, uniforms, rollout_batch=6))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    lengths = found[0][1].sum(1)
+    assert kept and len(set(lengths.tolist())) > 3
 
 
 def test_picture_placeholders_are_never_sampled(tiny):
