@@ -142,6 +142,7 @@ def main(args):
     common.gather(None)  # the others wait for the data
     args.data = args.data or gen_data.PRESETS[args.preset]["out"]
     train, val = gen_data.load_rows(args.data, "train"), gen_data.load_rows(args.data, "val")
+    gen_data.check_pictures(train + val)
     inputs = {"train": gen_data.digest_rows(train), "val": gen_data.digest_rows(val),
               "init": common.digest_folder(init)}
     if trained_on is not None:

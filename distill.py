@@ -269,6 +269,7 @@ def main(args):
     common.gather(None)  # the others wait for the data
     args.data = args.data or gen_data.PRESETS[args.preset]["out"]
     rows = gen_data.choose_rows(gen_data.load_rows(args.data, "train"), args.tasks)
+    gen_data.check_pictures(rows)
     inputs = {"train": gen_data.digest_rows(rows), "init": common.digest_folder(init)}
     if trained_on is not None:
         trained_on |= {row.key() for row in rows}

@@ -305,8 +305,7 @@ def check_jobs(model, jobs):
     pictures = set()
     for job in jobs:
         pictures |= {path for _, _, path in job.questions if path}
-    for path in sorted(pictures):
-        gen_data.open_picture(path)
+    gen_data.decode_all(pictures)
 
 
 def ask_model(args, jobs, model, processor):
@@ -636,6 +635,7 @@ def main(args):
     try:
         check_folder(out)
         if args.responses:
+            gen_data.check_pictures(rows)  # the page shows them
             score_responses(args, rows, pool)
         else:
             score_model(args, rows, pool, adapters)

@@ -51,7 +51,7 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 # What each preset trains on; the three real backbones share it.
@@ -83,6 +83,8 @@ DIFFICULTIES = ("easy", "medium", "hard")
 UNFINISHED = "unfinished data"  # the kind of a data folder that is being written
 PARTS = ("map", "route", "answer")  # of a response
 MAX_PIXELS = 4096  # a picture's side; larger ones are refused before they are decoded
+MAX_RATIO = 200  # of its sides: what the image processor takes
+MAX_TEXT = 2**26  # bytes of text or colour profile in a PNG
 PATIENCE = 50_000  # random puzzles without a new one of a wanted difficulty, then fewer exist
 
 
@@ -1147,14 +1149,63 @@ def sample_rows(task, level, split, number, seed, exclude=()):
 # ---------------------------------------------------------------- the data folder
 
 def open_picture(path):
-    """The picture in a file, decoded. Fails if it is broken or too large to be decoded safely."""
+    """The picture in a file as everything here sees it: upright, on white, RGB with 8 bits.
+
+    Of several frames the first. Fails, naming the file, if it is broken, too large to be decoded
+    safely or too long for the image processor.
+    """
+    # Drawing tools write megabytes of text or colour profile, which Pillow takes for an attack.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT
     try:
-        image = Image.open(path)
-        if max(image.size) > MAX_PIXELS:
-            fail(f"{path}: {image.width}x{image.height} px, wanted at most {MAX_PIXELS} a side")
-        return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        fail(f"{path}: cannot be read as a picture ({error})")
+        with Image.open(path) as image:
+            size = f"{image.width}x{image.height} px"
+            if max(image.size) > MAX_PIXELS:
+                fail(f"{path}: {size}, wanted at most {MAX_PIXELS} a side")
+            if max(image.size) > MAX_RATIO * min(image.size):
+                fail(f"{path}: {size}, wanted one side at most {MAX_RATIO} times the other")
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+                return grey_picture(image)
+            if image.getbands()[-1] in "Aa" or "transparency" in image.info:
+                clear = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
+            return image.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise whatever there is
+        fail(f"{path}: cannot be read as a picture ({type(error).__name__}: {str(error)[:200]})")
+
+
+def grey_picture(image):
+    """A grey picture of 16 or 32 bits or of fractions, scaled to 8 bits.
+
+    White is 65535; of fractions the first of 1, 255 and 65535 that no value exceeds. Where there
+    are values above or below 0, black is the lowest value and white the highest.
+    """
+    values = np.asarray(image).astype(float)
+    if not np.isfinite(values).all():
+        raise ValueError("it holds values that are not finite")
+    low, high = values.min(), values.max()
+    whites = [white for white in (1, 255, 65535) if white == 65535 or image.mode == "F"]
+    white = next((white for white in whites if 0 <= low and high <= white), None)
+    if white is None:
+        values, white = values - low, high - low or 1
+    elif "transparency" in image.info:  # the one value that is
+        values[values == image.info["transparency"]] = white
+    return Image.fromarray(np.rint(values / white * 255).astype(np.uint8)).convert("RGB")
+
+
+def decode_all(paths):
+    """Decode pictures once: a broken one is told before anything is done with the others."""
+    for path in tqdm(sorted(set(paths)), desc="pictures", unit="picture", leave=False):
+        open_picture(path)
+
+
+def check_pictures(rows):
+    """Decode the pictures of a user's own rows; what was generated here is only hashed."""
+    paths = [row.path for row in rows if isinstance(row, OwnRow)]
+    if paths:
+        decode_all(paths)
 
 
 def read_metadata(file):

@@ -10,13 +10,14 @@ the rows that failed. How was asked stands in FILE.settings.json; other settings
 A row that got no answer has an "error" and is a failure of the evaluation, never a row less.
 """
 import base64
+import io
 import json
-import mimetypes
 import os
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from PIL import Image
 from tqdm import tqdm
 
 import common
@@ -26,6 +27,8 @@ from gen_data import Parser, digest, fail, lock_file, real_number, whole_number,
 
 RETRIES = 5     # of 408, 409, 429, 5xx, a time-out or a broken connection; 0.5 to 8 s apart
 TIMEOUT = 300   # seconds
+SENT = ("PNG", "JPEG", "WEBP")  # formats that servers read
+ORIENTATION = 0x0112  # the EXIF tag
 
 
 def parse_args(argv=None):
@@ -62,6 +65,23 @@ def hide(text, secret):
     return text
 
 
+def data_url(path):
+    """The picture as the stages see it: the file's own bytes where every reader of them sees the
+    same, else a PNG.
+    """
+    seen, content = gen_data.open_picture(path), Path(path).read_bytes()
+    with Image.open(io.BytesIO(content)) as image:
+        kind = image.format
+        plain = kind in SENT and image.mode == "RGB" and getattr(image, "n_frames", 1) == 1 \
+            and image.getexif().get(ORIENTATION, 1) == 1 and "transparency" not in image.info \
+            and (kind != "PNG" or content[24] == 8)  # bits a value
+    if not plain:
+        file, kind = io.BytesIO(), "PNG"
+        seen.save(file, kind)
+        content = file.getvalue()
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
+
+
 class Asker:
     """A client of the server: `asker(question)` -> the answer line.
 
@@ -85,9 +105,7 @@ class Asker:
         key, prompt, picture = question
         content = [{"type": "text", "text": prompt}]
         if picture:
-            kind = mimetypes.guess_type(picture)[0] or "image/png"
-            url = f"data:{kind};base64,{base64.b64encode(Path(picture).read_bytes()).decode()}"
-            content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+            content.insert(0, {"type": "image_url", "image_url": {"url": data_url(picture)}})
         sampling = {"temperature": self.args.temperature}
         if self.args.temperature:
             sampling["seed"] = int(digest(self.args.seed, key), 16) % 2**31
