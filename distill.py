@@ -262,7 +262,7 @@ def main(args):
     rank, processes = common.join_processes(args.batch)
     common.announce(args)
     init, trained_on = common.read_init(args.init)
-    if args.tasks:
+    if args.tasks and not args.data:
         gen_data.parse_tasks(args.tasks)  # refused before data are made
     if rank == 0:
         gen_data.ensure(args.data, args.preset, args.seed)

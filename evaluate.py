@@ -621,7 +621,7 @@ def finished_conditions(out, rows):
 
 def main(args):
     adapters, out = {} if args.responses else find_adapters(args), Path(args.out)
-    if args.tasks:
+    if args.tasks and not args.data:
         gen_data.parse_tasks(args.tasks)  # refused before data are made
     if args.responses and not Path(args.responses).is_file():
         fail(f"--responses {args.responses}: no such file")

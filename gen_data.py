@@ -28,6 +28,7 @@ data. Coordinates are (row, column), counted from 0 at the top left. Rows of a u
 "prompt" in place of task, state and plan: see `OwnRow`.
 """
 import argparse
+import codecs
 import errno
 import hashlib
 import json
@@ -40,6 +41,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import unicodedata
 import zlib
 from collections import deque
 from contextlib import nullcontext
@@ -770,17 +772,82 @@ def split_answers(names, text):
     return {name: answers.get(i, "") for i, name in enumerate(names, 1)}
 
 
-def same_answer(said, wanted, tolerance=0):
-    """Equal but for case, blanks and a full stop; numbers: up to the tolerance."""
-    number = re.compile(r"[+-]?(([0-9]{1,30}|[0-9]{1,3}(,[0-9]{3}){1,9})(\.[0-9]{1,30})?"
-                        r"|\.[0-9]{1,30})")
-    said, wanted = (text.strip().rstrip(".").replace("\u2212", "-") for text in (said, wanted))
-    if number.fullmatch(wanted):
-        if not number.fullmatch(said):
-            return False
-        a, b = (Decimal(text.replace(",", "")) for text in (said, wanted))
-        return abs(a - b) <= Decimal(str(tolerance))
-    return "".join(said.casefold().split()) == "".join(wanted.casefold().split())
+LABEL = re.compile(  # "**Answer:** ", "So the final answer is ", at a beginning or after a sentence
+    r"(?:^|[.!?:]\s{1,9})[>#*_\s]{0,9}(?:(?:so|thus|therefore|hence)[,\s]{1,2})?(?:(?:the|my)\s)?"
+    r"(?:(?:final|correct|right|best)\s)?answer(?:\s?[*_]{0,3}[:=]|\sis\b:?)[*_]{0,3}\s{0,9}",
+    re.IGNORECASE)
+WRAPPED = re.compile(
+    r"\\(?:boxed|text\w{0,4}|math\w{0,4})\{(.+)\}|\\\((.+)\\\)|\\\[(.+)\\\]|\*\*([^*]+)\*\*|__(.+)__"
+    r"|\*([^*]+)\*|`(.+)`|\$\$(.+)\$\$|\$(.+)\$|\((.+)\)|\[(.+)\]|\"(.+)\"", re.DOTALL)
+BOXED = re.compile(  # with braces in it, and braces in those
+    r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]{0,999}\}){0,999}\}){1,999})\}")
+NUMBER = re.compile(r"[+-]?(([0-9]{1,30}|[0-9]{1,3}(,[0-9]{3}){1,9}|[0-9]{1,3}( [0-9]{3}){1,9})"
+                    r"(\.[0-9]{1,30})?|\.[0-9]{1,30})(e[+-]?[0-9]{1,3})?", re.IGNORECASE)
+TYPOGRAPHY = str.maketrans(  # dashes, a minus, apostrophes
+    "\u2010\u2012\u2013\u2014\u2015\u2212\u2018\u2019\u201b\u02bc", "------''''")
+
+
+def one_form(text):
+    """The text in one form of Unicode (NFKC), with plain dashes and apostrophes, blanks collapsed.
+
+    A final full stop is set aside, where there is more than that.
+    """
+    text = " ".join(unicodedata.normalize("NFKC", text).translate(TYPOGRAPHY).split())
+    return text.removesuffix(".").rstrip() or text
+
+
+def readings(said):
+    """Yields an answer as it stands, then without what is around it: "The answer is", **, ()."""
+    for _ in range(6):
+        said = said.strip()
+        yield said
+        wrapped = WRAPPED.fullmatch(said) or WRAPPED.fullmatch(said.removesuffix(".").rstrip())
+        label = LABEL.search(said[:1000])
+        if wrapped:
+            said = wrapped[wrapped.lastindex]
+        elif label:
+            said = said[label.end():]
+        else:
+            return
+
+
+def read_number(text):
+    """The number that a text is, with groups of three by commas or blanks, or None."""
+    if any(unicodedata.category(mark) == "No" for mark in text):  # 5\u00b2 is not 52
+        return None
+    text = one_form(text)
+    return Decimal(re.sub("[ ,]", "", text)) if NUMBER.fullmatch(text) else None
+
+
+def same_words(said, wanted, tolerance):
+    """Equal but for case, the form of Unicode, the number of blanks and a final full stop."""
+    return any(one_form(one_form(text).casefold()) == one_form(one_form(wanted).casefold())
+               for text in readings(said))
+
+
+def same_number(said, wanted, tolerance):
+    """Numbers, at most the tolerance apart."""
+    numbers = [read_number(text) for text in readings(said)]
+    return any(number is not None and abs(number - read_number(wanted)) <= Decimal(str(tolerance))
+               for number in numbers)
+
+
+def same_letters(said, wanted, tolerance):
+    """Equal letter for letter, but for blanks around them and composed accents (NFC)."""
+    said, wanted = (unicodedata.normalize("NFC", text).strip() for text in (said, wanted))
+    return said == wanted
+
+
+# What a row's "compare" may be: {name: function(said, wanted, tolerance) -> is it right?} of two
+# texts, neither of them empty. A scorer of one's own is a function and a line here.
+COMPARE = {"words": same_words, "number": same_number, "exact": same_letters}
+
+
+def same_answer(said, wanted, compare="words", tolerance=0):
+    """Is an answer right? wanted: a text, a number, or a list of texts that are all right."""
+    wanted = wanted if isinstance(wanted, list) else [wanted]
+    return bool(said.strip()) and any(
+        COMPARE[compare](said, str(text), tolerance) for text in wanted)
 
 
 def part_of(pieces):
@@ -848,6 +915,11 @@ def example(task):
     return min(found, key=lambda pair: abs(len(pair[1]) - 3))
 
 
+def short(thing):
+    """A value as JSON, cut off, for a message."""
+    return json.dumps(thing)[:40]
+
+
 def numbered(lines):
     """One line as it is, several with their numbers."""
     if len(lines) == 1:
@@ -909,9 +981,9 @@ class PuzzleRow(Row):
     def fault(self):
         """What is wrong with the row, or None: its plan is executed."""
         if not isinstance(self.id, str):
-            return f'"id": wanted a text, got {json.dumps(self.id)[:40]}'
+            return f'"id": wanted a text, got {short(self.id)}'
         if not isinstance(self.level, int):
-            return f'"level": wanted a whole number, got {json.dumps(self.level)[:40]}'
+            return f'"level": wanted a whole number, got {short(self.level)}'
         outcome = check(self.puzzle, self.plan)[0]
         if outcome != "success":
             return f"the plan of {self.id} does not solve its puzzle: {outcome}"
@@ -990,15 +1062,37 @@ class OwnRow(Row):
 
         {"file_name", "id", "prompt", "symbols"} and optionally
         "hint"       what only the teacher may read, with "symbols+plan"
-        "answer"     what a response is compared with
+        "answer"     what a response is compared with: a text, a list of texts, a number
+        "compare"    how, a name in COMPARE: "words", or "number" where the answer is one
         "questions"  [{"question", "answer"}] of the cold start, else it asks for the symbols
         "group"      rows that are counted together
     Texts reach the model as they stand. task is the group.
     """
 
     def __init__(self, data, path=None, where=None):
+        data = {name: value for name, value in data.items() if value is not None}
         super().__init__(data, path, where)
         self.task = data.get("group", "own")
+        number = isinstance(data.get("answer"), (int, float))
+        self.compare = data.get("compare", "number" if number else "words")
+
+    def answer_texts(self):
+        """The answers that are right, as texts; none if the row has no answer."""
+        answer = self.data.get("answer", [])
+        return [str(text) for text in answer] if isinstance(answer, list) else [str(answer)]
+
+    def answer_fault(self):
+        """What is wrong with "answer" and "compare", or None."""
+        answer = self.data.get("answer", "")
+        if isinstance(answer, bool) or not isinstance(answer, (str, int, float, list)) \
+                or answer == [] or isinstance(answer, list) and not all(
+                    isinstance(text, str) for text in answer):
+            return f'"answer": wanted a text, a list of texts or a number, got {short(answer)}'
+        if self.compare not in COMPARE:
+            return f'"compare": wanted one of {", ".join(COMPARE)}, got {short(self.compare)}'
+        for text in self.answer_texts():
+            if self.compare == "number" and read_number(text) is None:
+                return f'"answer": wanted a number, as "compare" says, got {short(text)}'
 
     def fault(self):
         """What is wrong with the row, or None."""
@@ -1009,18 +1103,22 @@ class OwnRow(Row):
         if not isinstance(asked, list) or not all(isinstance(q, dict) for q in asked):
             return '"questions": wanted a list of {"question", "answer"}'
         texts = [(name, row.get(name)) for name in ("id", "prompt", "symbols")]
-        texts += [(name, row[name]) for name in ("hint", "answer", "group") if name in row]
+        if fault := self.answer_fault():
+            return fault
+        texts += [("answer", text) for text in self.answer_texts()]
+        texts += [(name, row[name]) for name in ("hint", "group") if name in row]
         for i, question in enumerate(asked, 1):
             texts += [(f"{name} {i}", question.get(name)) for name in ("question", "answer")]
         for name, text in texts:
             if not isinstance(text, str) or not text.strip():
-                return f'"{name}": wanted a text, got {json.dumps(text)[:40]}'
+                return f'"{name}": wanted a text, got {short(text)}'
             if special := re.search(r"<\|\w+\|>", text):
                 return f'"{name}" holds {special[0]}, which the model would not read as text'
             text.encode()  # half a surrogate pair is no text either: ValueError
-        if self.task in TASKS or self.task == "macro" or not re.fullmatch(
-                r"\w[\w .+-]{0,40}", self.task):
-            return f'"group": wanted a short name of its own, got {self.task[:40]!r}'
+        if self.task in TASKS or self.task == "macro":
+            return f'"group": {self.task} is the name of a task: choose another'
+        if not re.fullmatch(r"\w[\w .+-]{0,40}", self.task):
+            return f'"group": wanted a short name, got {self.task[:40]!r}'
 
     def key(self):
         """16 hex digits, the same for the same symbols and prompt."""
@@ -1040,7 +1138,7 @@ class OwnRow(Row):
         return "\n\n".join([self.data["symbols"], *hint, self.data["prompt"]])
 
     def response(self):
-        return f"<answer>{self.data.get('answer', '')}</answer>"
+        return f"<answer>{(self.answer_texts() or [''])[0]}</answer>"
 
     def questions(self):
         """{name: (question, answer)}; "map" asks for the symbols."""
@@ -1050,22 +1148,26 @@ class OwnRow(Row):
         return {f"question {i}": (q["question"], q["answer"]) for i, q in enumerate(asked, 1)}
 
     def is_right(self, name, said, wanted):
-        return same_answer(said, wanted)
+        """By words; letter for letter where the row's answer is compared so."""
+        return same_answer(said, wanted, "exact" if self.compare == "exact" else "words")
 
     def score(self, names, text):
         """As of every row; but an answer may hold "1." too, so all of them are compared at once."""
         right = super().score(names, text)
-        if same_answer(text, self.answers(names)):
+        if self.is_right(None, text, self.answers(names)):
             return dict.fromkeys(right, True)
         return right
 
     def judge(self, text, parse=None, tolerance=0):
-        """"plan" is the answer given: the last complete <answer>…</answer>, else the last line."""
+        """"plan" is the answer given: what the last complete <answer>…</answer> holds.
+
+        Without one it is the last \\boxed{}, else the last line.
+        """
         said, outcome = last_answer(text), "not judged"
         if said is None:
-            said = text.strip().rpartition("\n")[2]
+            said = (BOXED.findall(text) or [text.strip().rpartition("\n")[2]])[-1]
         if "answer" in self.data:
-            right = same_answer(said, self.data["answer"], tolerance)
+            right = same_answer(said, self.data["answer"], self.compare, tolerance)
             outcome = "success" if right else "wrong" if said.strip() else "no answer"
         return {"plan": said.strip() or None, "outcome": outcome, "optimal": None, "map": None,
                 "map_right": None}
@@ -1210,12 +1312,65 @@ def check_pictures(rows):
 
 def read_metadata(file):
     """Yields ("file, line n", the line's object) of a metadata.jsonl. Fails at a broken line."""
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+    content = file.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:4]:
+        fail(f"{file}: it is UTF-16, wanted UTF-8 text")
+    for number, line in enumerate(content.splitlines(), 1):
         where = f"{file}, line {number}"
+        if not line.strip():
+            continue
         try:
             yield where, json.loads(line)
         except (ValueError, RecursionError) as error:
             fail(f"{where}: not a row ({type(error).__name__}: {str(error)[:200]})")
+
+
+def split_folder(data, split):
+    """data/<split>; for val also data/validation, as the hub's folders call it."""
+    folder = Path(data, split)
+    if split == "val" and not folder.exists() and Path(data, "validation").is_dir():
+        return Path(data, "validation")
+    return folder
+
+
+def metadata_file(data, split):
+    """The metadata.jsonl of a split. Fails without one, with what is wanted."""
+    folder = split_folder(data, split)
+    file, table = folder / "metadata.jsonl", folder / "metadata.csv"
+    if file.is_file():
+        return file
+    if table.is_file():
+        fail(f"no {file}, only {table.name}: wanted a JSON object a line (pandas: "
+             'read_csv(…).to_json("metadata.jsonl", orient="records", lines=True))')
+    if is_data(data) and "source" in read_record(data):  # of a tool, by its own command
+        fail(f"no {file}: {data} was made without the split {split}")
+    if is_data(data) or not Path(data).is_dir():
+        fail(f"no {file}: `python gen_data.py --out {data}` makes puzzles there")
+    fail(f'no {file}: wanted a line {{"file_name", "id", "prompt", "symbols"}} for each of your '
+         "pictures (docs/your_own_task.md)")
+
+
+def find_picture(name, folder, data):
+    """(the file of the picture `name` of a split, None), or (None, what is wrong with it).
+
+    A link may lead to where its own tree keeps files: the data folder, a hub's cache, a repository
+    (of git-annex or DVC).
+    """
+    path, parts = folder / name, Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts:
+        return None, f"the picture {name!r} is not a file in {folder}"
+    target, trees = path.resolve(), [folder.resolve(), Path(data).resolve()]
+    for place in (trees[0], *trees[0].parents):
+        if (place / "blobs").is_dir() and (place / "snapshots").is_dir() \
+                or (place / ".dvc").is_dir() or (place / ".git").exists():
+            trees.append(place)
+            break
+    if not any(target.is_relative_to(tree) for tree in trees):
+        return None, f"the picture {name!r} is a link that leads out of {data}, to {target}"
+    if not path.is_file():
+        lost = f", where its link leads ({target})" if path.is_symlink() else ""
+        return None, f"there is no picture {path}{lost}"
+    return path, None
 
 
 def load_rows(data, split):
@@ -1223,24 +1378,19 @@ def load_rows(data, split):
 
     A row that is broken stops here, with its line. Its picture must lie beside the metadata.
     """
-    file = Path(data, split, "metadata.jsonl")
-    if not file.is_file():
-        fail(f"no {file}: `python gen_data.py --out {data}` makes puzzles there")
+    file = metadata_file(data, split)
     rows, lines = [], list(read_metadata(file))
     for where, line in lines:
         try:
-            kind = OwnRow if "prompt" in line or "symbols" in line else PuzzleRow
-            path = file.parent / line["file_name"]
-            row = kind(line, str(path), where)
-            fault = row.fault()
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            path, missing = find_picture(line["file_name"], file.parent, data)
+            own = line.get("prompt") is not None or line.get("symbols") is not None
+            row = (OwnRow if own else PuzzleRow)(line, str(path), where)
+            fault = row.fault() or missing
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError,
+                RuntimeError) as error:
             fail(f"{where}: not a row ({type(error).__name__}: {error})")
         if fault:
             fail(f"{where}: {fault}")
-        if path.name != line["file_name"] or path.name == ".." or path.is_symlink():
-            fail(f"{where}: the picture {line['file_name']!r} is not a file in {file.parent}")
-        if not path.is_file():
-            fail(f"{where}: there is no picture {path}")
         rows.append(row)
     if not rows:
         fail(f"{file} is empty: wanted at least one row")
@@ -1426,13 +1576,19 @@ def ensure(data, preset, seed):
     return data
 
 
-def parse_tasks(words):
-    """["maze", "frozenlake:3-5", "minibehaviour:5"] -> {"maze": (3, 4, 5, 6), ...}"""
+def parse_tasks(words, groups=()):
+    """["maze", "frozenlake:3-5", "minibehaviour:5"] -> {"maze": (3, 4, 5, 6), ...}
+
+    groups: names of own rows, which have no sizes: {"mine": (None,)}.
+    """
     tasks = {}
     for word in words:
         name, _, levels = word.partition(":")
+        if word in groups:
+            tasks[word] = (None,)
+            continue
         if name not in TASKS:
-            fail(f"unknown task {name!r}, known: {', '.join(TASKS)}")
+            fail(f"unknown task {name!r}, known: {', '.join([*TASKS, *groups])}")
         allowed = TASKS[name].levels
         try:
             low, _, high = levels.partition("-")
@@ -1446,16 +1602,22 @@ def parse_tasks(words):
 
 
 def choose_rows(rows, tasks, limit=None):
-    """The rows of these tasks ("maze", "maze:3-4"; default all), at most `limit` of a size."""
-    levels, groups = tasks and parse_tasks(tasks), {}
+    """The rows of these tasks and groups ("maze", "maze:3-4", "mine"), at most `limit` of a size.
+
+    tasks: default all.
+    """
+    own = dict.fromkeys(row.task for row in rows if isinstance(row, OwnRow))
+    levels, chosen = tasks and parse_tasks(tasks, own), {}
     for row in rows:
         if not tasks or row.level in levels.get(row.task, ()):
-            groups.setdefault((row.task, row.level), []).append(row)
-    if not groups:
+            chosen.setdefault((row.task, row.level), []).append(row)
+    if not chosen:
         words = f"--tasks {' '.join(tasks or TASKS)}"
+        if own:
+            fail(f"{words}: the data has no such row; it has the groups {', '.join(own)}")
         fail(f"{words}: the data has no such row; choose others or make them: "
              f"python gen_data.py {words} --out data/mine")
-    return [row for group in groups.values() for row in group[:limit]]
+    return [row for group in chosen.values() for row in group[:limit]]
 
 
 # ---------------------------------------------------------------- main
@@ -1499,7 +1661,7 @@ def main(args):
     check_out(args.out, args.overwrite)
     exclude = set()
     for folder in args.exclude:
-        files = [Path(folder, split, "metadata.jsonl") for split in SPLITS]
+        files = [split_folder(folder, split) / "metadata.jsonl" for split in SPLITS]
         if not any(file.is_file() for file in files):
             fail(f"--exclude {folder}: no data folder")
         for split, file in zip(SPLITS, files, strict=True):

@@ -1,5 +1,6 @@
 """Own rows: a user's pictures and symbols go through the same two stages and the evaluation."""
 import importlib.util
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -58,7 +59,7 @@ def qwen(tmp_path_factory):
 def write(tmp_path, **splits):
     """A data folder with these rows of each split, and a picture for all of them."""
     for split, rows in splits.items():
-        (tmp_path / split).mkdir(exist_ok=True)
+        (tmp_path / split).mkdir(exist_ok=True, parents=True)
         Image.new("RGB", (64, 64), "white").save(tmp_path / split / "a.png")
         lines = [json.dumps(row) + "\n" for row in rows]
         (tmp_path / split / "metadata.jsonl").write_text("".join(lines))
@@ -166,6 +167,14 @@ def test_what_student_and_teacher_read(tmp_path, qwen, monkeypatch):
     ("so <answer> New  York.</answer>", "success"), ("Paris?\nnew york\n\n", "success"),
     ("<answer>Paris</answer> no: <answer>NEW YORK</answer> <answer>", "success"),
     ("new york\nI think", "wrong"), ("<answer>york</answer>\nNew York", "wrong"),
+    ("<answer>NewYork</answer>", "wrong"), ("The answer is New York.", "success"),
+    ("It lies east. So the final answer is **New York**", "success"), ("**New York**", "success"),
+    ("**Answer:** New York", "success"), ("**Answer:** **New York**", "success"),
+    ("**Answer: New York.**", "success"),
+    ("\\[\\boxed{\\text{New York}}\\]\nI am sure.", "success"), ("(New York)", "success"),
+    ("<answer>\\boxed{New York}</answer>", "success"), ("`New York`.", "success"),
+    ("I doubt that the answer is New York", "wrong"), ("The answer is not New York", "wrong"),
+    ("The answer isn't New York", "wrong"), ("**New York** or Paris", "wrong"),
     (" \n", "no answer"), ("<answer></answer>", "no answer")])
 def test_answers_in_words(response, outcome):
     verdict = OwnRow({**ROW, "answer": "New York"}).judge(response)
@@ -174,6 +183,12 @@ def test_answers_in_words(response, outcome):
 
 
 @pytest.mark.parametrize("wanted, said, tolerance, outcome", [
+    (12, "12.0", 0, "success"), (0.5, "The answer is 0.50.", 0, "success"),
+    (-3, "-3", 0, "success"),
+    (4, "**4**", 0, "success"), (4, "4 .", 0, "success"), (4, "four", 0, "wrong"),
+    (1e-7, "0.0000001", 0, "success"), (2e22, "2e22", 0, "success"), (52, "5²", 0, "wrong"),
+    (12, "\uff11\uff12", 0, "success"), (1234, "1 234", 0, "success"), (1234, "12 34", 0, "wrong"),
+    (100200, "100,200", 0, "success"), (1234567, "1\u202f234\u202f567", 0, "success"),
     ("12", "12.0", 0, "success"), ("12", "1 2", 0, "wrong"), ("12", "13", 0, "wrong"),
     ("1.0", "1.1", 0.1, "success"), ("1.0", "1.11", 0.1, "wrong"), ("-3", "3", 5.9, "wrong"),
     ("7", "nan", 1e9, "wrong"), ("7", "9" * 5000, 1e9, "wrong"), ("7", "٧", 0, "wrong"),
@@ -181,8 +196,70 @@ def test_answers_in_words(response, outcome):
     ("1,200", "1200", 0, "success"), ("1200", "1,20,0", 0, "wrong"), ("0.5", ".5", 0, "success"),
     ("-5", "\u22125", 0, "success"), ("7", "+", 9, "wrong"), ("7", "", 9, "no answer")])
 def test_answers_that_are_numbers(wanted, said, tolerance, outcome):
-    verdict = OwnRow({**ROW, "answer": wanted}).judge(f"<answer>{said}</answer>", None, tolerance)
+    """A JSON number, or a text where the row says so."""
+    more = {"compare": "number"} if isinstance(wanted, str) else {}
+    row = OwnRow({**ROW, "answer": wanted, **more})
+    assert row.fault() is None
+    verdict = row.judge(f"<answer>{said}</answer>", None, tolerance)
     assert verdict["outcome"] == outcome
+
+
+@pytest.mark.parametrize("compare, wanted, said, right", [
+    (None, "1234", "12 34", False), (None, "12 34", "1234", False), (None, "4", "4 .", True),
+    (None, "100200", "100,200", False), (None, "100,200", "100200", False),
+    (None, "4", "4.0", False),
+    (None, "caf\u00e9", "cafe\u0301", True), (None, "Stra\u00dfe", "STRASSE", True),
+    (None, "7", "\uff17", True), (None, "1-2", "1\u20132", True), (None, "it's", "It\u2019s", True),
+    (None, ".", "", False), (None, ".", " \n", False), (None, ".", ".", True),
+    (None, "a", ".", False),
+    (None, "C", "(C)", True), (None, "(C)", "(C).", True), (None, "(0,1)", "[0,1]", False),
+    (None, ["NYC", "New York"], "new york", True),
+    (None, ["NYC", "New York"], "NYC New York", False),
+    ("words", "c1ccccc1", "C1CCCCC1", True), ("exact", "c1ccccc1", "C1CCCCC1", False),
+    ("exact", "c1ccccc1", " c1ccccc1\n", True), ("exact", "a  b", "a b", False),
+    ("exact", "x.", "x", False), ("exact", "C", "(C)", False),
+    ("exact", "caf\u00e9", "cafe\u0301", True),
+    ("exact", "x", "\uff58", False), ("exact", ["a", "A"], "A", True),
+    ("number", ["1", "2"], "2.0", True)])
+def test_what_counts_as_equal(compare, wanted, said, right):
+    row = OwnRow({**ROW, "answer": wanted, "compare": compare})
+    assert row.fault() is None
+    assert (row.judge(f"<answer>{said}</answer>")["outcome"] == "success") == right
+    first = row.response()  # the reference is right
+    assert row.judge(first)["outcome"] == "success"
+    asked = OwnRow({**ROW, "compare": compare, "questions": [{"question": "?", "answer": "c1C"}]})
+    assert asked.score(None, "c1c")["question 1"] == (compare != "exact")
+
+
+def test_a_response_in_latex():
+    row = OwnRow({**ROW, "answer": "\\frac{1}{\\sqrt{2}}", "compare": "exact"})
+    assert row.judge("So $\\boxed{\\frac{1}{\\sqrt{2}}}$.\nThat is all.")["outcome"] == "success"
+    assert row.judge("<answer>\\frac{1}{\\sqrt{2}}</answer>")["outcome"] == "success"
+
+
+def same_set(said, wanted, tolerance):
+    """The recipe of docs/your_own_task.md."""
+    return {item.strip() for item in said.split(",")} == {
+        item.strip() for item in wanted.split(",")}
+
+
+def test_a_scorer_of_ones_own(monkeypatch, tmp_path):
+    monkeypatch.setitem(gen_data.COMPARE, "set", same_set)
+    rows = [{**ROW, "answer": ["a, b", "c"], "compare": "set"}]
+    row, = gen_data.load_rows(write(tmp_path, test=rows), "test")
+    for said, right in (("b,a", True), ("c", True), ("a", False), ("a,b,c", False), ("", False)):
+        assert (row.judge(f"<answer>{said}</answer>")["outcome"] == "success") == right
+    text = Path(gen_data.__file__).with_name("docs").joinpath("your_own_task.md").read_text()
+    assert inspect.getsource(same_set).splitlines()[2].strip() in text
+
+
+@pytest.mark.parametrize("unit", [
+    "(", "\\boxed{", "\\boxed{{", "**", "answer: ", "{", "4 ", "$", ". "])
+def test_a_megabyte_of_an_answer(unit):
+    """None takes longer than its length: an expression that backtracks would not end."""
+    for compare in gen_data.COMPARE:
+        row = OwnRow({**ROW, "answer": "4", "compare": compare})
+        assert row.judge(unit * (10**6 // len(unit)))["outcome"] == "wrong"
 
 
 def test_without_answers_nothing_is_judged(tmp_path):
@@ -203,13 +280,24 @@ def test_without_answers_nothing_is_judged(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     ({"prompt": None}, '"prompt": wanted a text, got null'), ({"symbols": ""}, '"symbols": wanted'),
-    ({"prompt": "  "}, '"prompt": wanted a text'), ({"answer": 5}, '"answer": wanted a text'),
+    ({"prompt": "  "}, '"prompt": wanted a text'), ({"answer": ""}, '"answer": wanted a text'),
+    ({"answer": True}, '"answer": wanted a text, a list of texts or a number, got true'),
+    ({"answer": []}, '"answer": wanted a text, a list'),
+    ({"answer": [1]}, '"answer": wanted a text'),
+    ({"answer": ["a", " "]}, '"answer": wanted a text'),
+    ({"answer": {}}, '"answer": wanted a text'),
+    ({"answer": float("nan")}, '"answer": wanted a number'),
+    ({"compare": "set"}, '"compare": wanted'),
+    ({"answer": "five", "compare": "number"}, '"answer": wanted a number, as "compare" says'),
+    ({"file_name": "sub/../a.png"}, "is not a file in"), ({"file_name": "."}, "is not a file in"),
+    ({"file_name": "a\0.png"}, "line 2"), ({"group": "a/b"}, '"group": wanted a short name'),
+    ({"group": "macro"}, '"group": macro is the name of a task'),
     ({"hint": ["x"]}, '"hint": wanted a text'), ({"id": 3}, '"id": wanted a text'),
     ({"questions": "x"}, '"questions": wanted a list'), ({"questions": ["x"]}, "wanted a list"),
     ({"questions": [{"question": "x"}]}, '"answer 1": wanted a text, got null'),
     ({"task": "maze"}, "half an own example, half a puzzle: it has prompt or symbols and task"),
     ({"plan": ["U"]}, "half an own example, half a puzzle: it has prompt or symbols and plan"),
-    ({"group": "maze"}, '"group": wanted a short name'), ({"group": "a|b"}, '"group": wanted'),
+    ({"group": "maze"}, '"group": maze is the name'), ({"group": "a|b"}, '"group": wanted'),
     ({"symbols": "<|image_pad|>"}, '"symbols" holds <|image_pad|>'),
     ({"prompt": "\ud800"}, "UnicodeEncodeError"), ({"file_name": "b.png"}, "there is no picture"),
     ({"file_name": "../test/a.png"}, "is not a file in"), ({"id": "first"}, "the id 'first' is")])
@@ -217,6 +305,99 @@ def test_bad_rows(tmp_path, capsys, change, message):
     data = write(tmp_path, test=[{**ROW, "id": "first"}, {**ROW, **change}])
     line = stops(capsys, gen_data.load_rows, data, "test")
     assert "metadata.jsonl, line 2: " in line and message in line
+
+
+def test_forms_of_the_metadata(tmp_path, capsys):
+    """Blank lines, nulls, ./, subfolders, validation/ are read; else the line says what is wanted."""
+    data = Path(write(tmp_path / "mine", test=[ROW]))
+    file, nulls = data / "test/metadata.jsonl", dict.fromkeys([
+        "hint", "answer", "questions", "group", "compare", "task", "level", "state", "plan"])
+    (data / "test/deep/er").mkdir(parents=True)
+    shutil.copy(data / "test/a.png", data / "test/deep/er/b.png")
+    lines = [{**ROW, **nulls}, {**ROW, "id": "b", "file_name": "./a.png"},
+             {**ROW, "id": "c", "file_name": "deep/er/b.png", "group": "deep"}]
+    lines = "\n \n".join(json.dumps(line) for line in lines) + "\n\n"
+    file.write_bytes(b"\xef\xbb\xbf" + lines.replace("\n", "\r\n").encode())
+    rows = gen_data.load_rows(data, "test")
+    assert [Path(row.path).relative_to(data / "test").as_posix() for row in rows] == [
+        "a.png", "a.png", "deep/er/b.png"]
+    assert [row.where[-6:] for row in rows] == ["line 1", "line 3", "line 5"]
+    assert rows[0].key() == OwnRow(ROW).key() and rows[0].task == "own"
+    assert rows[0].teacher_prompt("symbols+plan") == OwnRow(ROW).teacher_prompt("symbols+plan")
+    assert rows[0].judge("x")["outcome"] == "not judged" and list(rows[0].questions()) == ["map"]
+    shutil.copytree(data / "test", data / "validation")
+    (data / "test").rename(tmp_path / "away")
+    assert len(gen_data.load_rows(data, "val")) == 3
+    line = stops(capsys, gen_data.load_rows, data, "test")
+    assert "gen_data.py" not in line and "docs/your_own_task.md" in line and '"symbols"' in line
+    (data / "test").mkdir()
+    (data / "test/metadata.csv").write_text("file_name,id\n")
+    line = stops(capsys, gen_data.load_rows, data, "test")
+    assert "only metadata.csv: wanted a JSON object a line" in line
+    for form in ("utf-16", "utf-16-le", "utf-16-be"):
+        file.write_text(lines, encoding=form)
+        assert f"{file}: it is UTF-16" in stops(capsys, gen_data.load_rows, data, "test")
+
+
+def test_pictures_that_are_links(tmp_path, capsys):
+    """As a hub's cache and DVC lay them down; a link to anywhere else is called one."""
+    hub = tmp_path / "datasets--me--mine"
+    data = Path(write(hub / "snapshots/abc", test=[ROW]))
+    picture, blob = data / "test/a.png", hub / "blobs/0123"
+    blob.parent.mkdir()
+    picture.rename(blob)
+    picture.symlink_to("../../../blobs/0123")
+    assert gen_data.open_picture(gen_data.load_rows(data, "test")[0].path).size == (64, 64)
+    data = Path(write(tmp_path / "repository/data", test=[ROW]))
+    cache = tmp_path / "repository/.dvc/cache/01"
+    cache.parent.mkdir(parents=True)
+    picture = data / "test/a.png"
+    picture.rename(cache)
+    picture.symlink_to(cache)
+    assert len(gen_data.load_rows(data, "test")) == 1
+    cache.unlink()
+    assert f"where its link leads ({cache})" in stops(capsys, gen_data.load_rows, data, "test")
+    picture.unlink()
+    picture.symlink_to(blob)
+    line = stops(capsys, gen_data.load_rows, data, "test")
+    assert f"'a.png' is a link that leads out of {data}, to {blob}" in line
+    (data / "test/sub").symlink_to(blob.parent)
+    (data / "test/metadata.jsonl").write_text(json.dumps({**ROW, "file_name": "sub/0123"}))
+    assert "is a link that leads out" in stops(capsys, gen_data.load_rows, data, "test")
+    shutil.rmtree(tmp_path / "repository/.dvc")
+    inside = data / "pictures"
+    inside.mkdir()
+    shutil.copy(blob, inside / "a.png")
+    picture.unlink()
+    picture.symlink_to(inside / "a.png")
+    (data / "test/metadata.jsonl").write_text(json.dumps(ROW))
+    assert len(gen_data.load_rows(data, "test")) == 1
+
+
+def test_groups_are_chosen_by_name(folder, capsys):
+    rows = gen_data.load_rows(folder / "mixed", "test")
+    groups = {row.task for row in rows if row.level is None}
+    for name in groups:
+        assert {row.task for row in gen_data.choose_rows(rows, [name])} == {name}
+    name = min(groups)
+    both = gen_data.choose_rows(rows, ["frozenlake:3", name], 1)
+    assert [row.task for row in both] == sorted(["frozenlake", name], key=[
+        row.task for row in rows].index)
+    assert f"unknown task 'x', known: {', '.join(gen_data.TASKS)}, " in stops(
+        capsys, gen_data.choose_rows, rows, ["x"])
+    own = [row for row in rows if row.level is None]
+    line = stops(capsys, gen_data.choose_rows, own, ["maze"])
+    assert "gen_data.py" not in line and "it has the groups" in line and name in line
+
+
+def test_a_group_called_like_a_task_beside_puzzles(folder, tmp_path, capsys):
+    data = shutil.copytree(folder / "mixed", tmp_path / "data")
+    for split in gen_data.SPLITS:
+        file = data / split / "metadata.jsonl"
+        file.write_text(file.read_text().replace('"group": "largest"', '"group": "frozenlake"'))
+    words = ["--preset", "tiny", "--data", str(data), "--out", str(tmp_path / "out")]
+    line = stops(capsys, lambda: coldstart.main(coldstart.parse_args(words)))
+    assert '"group": frozenlake is the name of a task: choose another' in line
 
 
 def test_missing_fields_and_duplicate_ids(tmp_path, capsys):
@@ -249,10 +430,10 @@ def test_only_what_was_judged_alike_stands_in_one_table(tmp_path):
         return line, list(conditions), (tmp_path / "eval/results.md").read_text()
 
     assert score({**ROW, "answer": "3"}, "first")[1] == ["first"]
-    line, names, text = score({**ROW, "answer": "4"}, "second")
+    line, names, text = score({**ROW, "answer": 4}, "second")
     assert names == ["second"] and line["outcome"] == "wrong" and "--tolerance" not in text
     assert line["level"] is None and "()" not in text
-    line, names, text = score({**ROW, "answer": "4"}, "third", "--tolerance", "1")
+    line, names, text = score({**ROW, "answer": 4}, "third", "--tolerance", "1")
     assert names == ["second", "third"] and line["outcome"] == "success"
     assert "(--tolerance): third 1." in text
     assert score(ROW, "fourth", error="time-out")[0]["outcome"] == "not judged"

@@ -23,7 +23,7 @@ def ask(labels, values, rng):
         return kind, "Where is A largest?", labels[a.argmax()]
     if kind == "difference":
         i, j = sorted(rng.choice(len(labels), 2, replace=False))
-        return kind, f"How much do A at {labels[i]} and {labels[j]} differ?", str(abs(a[i] - a[j]))
+        return kind, f"How much do A at {labels[i]} and {labels[j]} differ?", int(abs(a[i] - a[j]))
     first = np.append(values[:, 1] > a, True).argmax()
     return kind, "At which label is B first above A, or none?", [*labels, "none"][first]
 

@@ -247,6 +247,8 @@ def row_on_the_page(row):
     """What the gallery shows of a row: its picture and its cells, or an own row's texts."""
     shown = {name: row.data.get(name) for name in ("prompt", "symbols", "answer")}
     shown |= {"id": row.id, "task": row.task, "level": row.level}
+    if shown["answer"] is not None:
+        shown["answer"] = " or ".join(row.answer_texts())
     if row.level is not None:
         shown["cells"] = row.puzzle.cells()
     return shown | {"picture": small_picture(row)}
