@@ -73,7 +73,7 @@ def parse_args(argv=None):
     add("--ema", type=real_number(0, 1), default=0.99, help="share of the average kept by a step")
     add("--on_policy", type=real_number(0, 1), default=1.0,
         help="share of steps whose responses the student samples, else the teacher")
-    add("--tasks", nargs="+", help="train on these only: task, task:size or task:low-high")
+    add("--tasks", nargs="+", help="train on these only: task, task:size, task:low-high, group")
     add("--chunk", type=whole_number(1), help="response positions whose logits exist at a time")
     add("--show_every", type=whole_number(1), default=25,
         help="steps between sampled responses on the console and in rollouts.jsonl")

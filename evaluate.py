@@ -77,7 +77,7 @@ def parse_args(argv=None):
         "base, out/<preset>/coldstart and out/<preset>/distill, where they are)")
     add("--input", default="both", choices=("both", *INPUTS), help="the picture, the symbols "
         "(without a plan), both, or, as a control, the picture of another puzzle")
-    add("--tasks", nargs="+", help="task, or task:size, or task:low-high (default: all)")
+    add("--tasks", nargs="+", help="task, task:size, task:low-high or group (default: all)")
     add("--limit", type=whole_number(1), help="rows per task and board size (default: all)")
     add("--rollout_batch", type=whole_number(1), help="rows answered at a time")
     add("--max_new_tokens", type=whole_number(1), help="length limit of an answer, tokens")

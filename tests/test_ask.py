@@ -3,6 +3,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -37,7 +38,10 @@ def data(tmp_path_factory):
 
 
 class Server(ThreadingHTTPServer):
-    """Answers each request with what `script(body, attempt)` returns: (status, text or None)."""
+    """Answers each request with what `script(body, attempt)` returns.
+
+    That is (status, text, or a whole reply, or None); status 0 drops the connection.
+    """
 
     def __init__(self, script):
         self.script, self.bodies, self.attempts, self.lock = script, [], {}, threading.Lock()
@@ -60,13 +64,18 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(0.02)
         status, text = server.script(body, attempt)
         reply = {"error": {"message": f"bad key {KEY}"}}
-        if status == 200:
+        if isinstance(text, dict):
+            reply = text
+        elif status == 200:
             message = {"role": "assistant", "content": text}
             reply = {"choices": [{"index": 0, "finish_reason": "stop", "message": message}],
                      "usage": {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8},
                      "id": "x", "object": "chat.completion", "created": 0, "model": body["model"]}
         with server.lock:
             server.busy -= 1
+        if status == 0:
+            self.close_connection = True
+            return
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("retry-after-ms", "5")          # so that the test need not wait
@@ -178,6 +187,137 @@ def test_a_server_of_no_use_stops_the_run(data, tmp_path, monkeypatch, capsys, s
     said = capsys.readouterr()
     assert stop.value.code == 2 and "does not answer for org/m" in said.err
     assert KEY not in said.out + said.err and read_lines(tmp_path / "answers.jsonl") == []
+
+
+def reply_of(finish, **message):
+    """A whole reply with this finish reason."""
+    choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", **message}}
+    return {"choices": [choice], "id": "x", "object": "chat.completion", "created": 0, "model": "m"}
+
+
+REPLIES = [
+    ((200, reply_of("stop", content="<answer>U</answer>")), None),
+    ((200, reply_of("length", content="cut")), None), ((200, reply_of("stop", content=None)), None),
+    ((200, reply_of("content_filter", content="half")), "finish reason content_filter: half"),
+    ((200, reply_of("tool_calls", content=None)), "finish reason tool_calls"),
+    ((200, reply_of(None, content="x")), "finish reason None"),
+    ((200, reply_of("stop", content=None, reasoning_content="Let me see")), "Let me see"),
+    ((200, reply_of("length", content=None, reasoning="Hm")), "no content, but reasoning: Hm"),
+    ((200, reply_of("stop", content=[{"type": "text", "text": "U"}])), "content is no text: [{"),
+    ((200, reply_of("stop", content=[])), "its content is no text: []"),
+    ((200, {"error": {"message": f"overloaded, {KEY}", "code": 529}}), "overloaded, ***"),
+    ((200, {"choices": []}), "no answer"), ((400, {"error": {"message": "too long"}}), "too long"),
+    ((403, {"error": {"message": "moderated"}}), "moderated"), ((404, None), "404"),
+    ((0, None), "Connection error")]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Retries without a delay."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.001)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+@pytest.mark.parametrize("reply, error", REPLIES)
+def test_what_is_an_answer(data, tmp_path, capsys, quick, reply, error):
+    """One row gets this reply, the others an answer; then all of them get it."""
+    first = gen_data.load_rows(data, "test")[0].teacher_prompt("symbols")
+    server = Server(lambda body, attempt: reply if body["messages"][0]["content"][0][
+        "text"] == first else (200, "<answer>U</answer>"))
+    words = ["--input", "text", "--concurrency", "1"]
+    ask_for(server.url, data, tmp_path / "a", *words)
+    lines = read_lines(tmp_path / "a")
+    assert len(lines) == 8 and not any("error" in line for line in lines[1:])
+    if error is None:
+        assert "error" not in lines[0] and lines[0]["cut"] == (lines[0]["response"] == "cut")
+        return
+    assert error in lines[0]["error"] and lines[0]["response"] == ""
+    assert "7 of 8 rows answered" in capsys.readouterr().out
+    everywhere = Server(lambda body, attempt: reply)
+    line = stops(capsys, ask_for, everywhere.url, data, tmp_path / "b", *words)
+    assert error in line and KEY not in line
+    assert "of 8 rows was answered; the first error" in line or "does not answer for org/m" in line
+
+
+def test_a_server_that_hangs(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ask, "RETRIES", 0)
+    server = Server(lambda body, attempt: (time.sleep(2), (200, "late"))[1])
+    with pytest.raises(SystemExit):
+        ask_for(server.url, data, tmp_path / "a", "--input", "text", "--timeout", "0.3")
+    said = capsys.readouterr().err
+    assert f"warning: no answer of {server.url} for 0.3 s" in said
+    assert "no answer within 0.3 s, 1 times (--timeout)" in said
+
+
+@pytest.mark.parametrize("refused", ["max_tokens", "temperature", "both"])
+def test_a_server_that_names_another_form(data, tmp_path, capsys, refused):
+    """OpenAI's own words for its reasoning models."""
+    def script(body, attempt):
+        if refused != "temperature" and "max_tokens" in body:
+            return 400, {"error": {
+                "message": "Unsupported parameter: 'max_tokens' is not supported with this model. "
+                           "Use 'max_completion_tokens' instead."}}
+        if refused != "max_tokens" and "temperature" in body:
+            return 400, {"error": {
+                "message": "Unsupported value: 'temperature' does not support 0 with this model. "
+                           "Only the default (1) value is supported."}}
+        return 200, "<answer>U</answer>"
+    server = Server(script)
+    ask_for(server.url, data, tmp_path / "a", "--input", "text", "--max_new_tokens", "9",
+            "--extra", '{"top_p": 0.9, "chat_template_kwargs": {"enable_thinking": false}}')
+    said = capsys.readouterr()
+    assert "8 of 8 rows answered" in said.out
+    assert said.err.count("warning: ") == (2 if refused == "both" else 1)
+    body = server.bodies[-1][2]
+    assert body["top_p"] == 0.9 and body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert ("temperature" in body) == (refused == "max_tokens")
+    name, other = "max_tokens", "max_completion_tokens"
+    name, other = (name, other) if refused == "temperature" else (other, name)
+    assert body[name] == 9 and other not in body
+    line = stops(capsys, ask_for, server.url, data, tmp_path / "a", "--input", "text",
+                 "--max_new_tokens", "9")
+    assert "extra was {'top_p'" in line
+
+
+def test_another_split(data, tmp_path, capsys):
+    server = Server(lambda body, attempt: (200, "<answer>U</answer>"))
+    ask_for(server.url, data, tmp_path / "a", "--split", "val", "--tasks", "frozenlake")
+    rows = gen_data.load_rows(data, "val")
+    assert [line["id"] for line in read_lines(tmp_path / "a")] == [rows[0].id]
+    assert "--split val" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("extra", ["[1]", "{", "3", '{"model": "x"}', '{"stream": true}'])
+def test_extra_fields_that_are_none(capsys, extra):
+    words = ["--api_base", "http://x/v1", "--api_model", "m", "--out", "x", "--extra", extra]
+    assert "--extra: " in stops(capsys, ask.parse_args, words)
+
+
+def test_a_broken_picture_is_told_before_the_first_request(data, tmp_path, capsys):
+    broken = shutil.copytree(data, tmp_path / "data")
+    next((broken / "test").glob("*.png")).write_bytes(b"no picture")
+    server = Server(lambda body, attempt: (200, "x"))
+    line = stops(capsys, ask_for, server.url, broken, tmp_path / "a")
+    assert "cannot be read as a picture" in line and not server.bodies
+
+
+@pytest.mark.parametrize("name, value", [
+    ("HTTP_PROXY", "foo://me:hidden@h:1"), ("http_proxy", "http://me:hidden@h:port"),
+    ("ALL_PROXY", "http://me:hidden@127.0.0.1:1"), ("HTTP_PROXY", "http://me:hidden@h:99999")])
+def test_a_proxy_that_cannot_be_used(data, tmp_path, monkeypatch, capsys, quick, name, value):
+    """It is named, without its password; a server on this machine is asked without it."""
+    for known in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(known, raising=False)
+        monkeypatch.delenv(known.lower(), raising=False)
+    monkeypatch.setenv(name, value)
+    words = ["--input", "text", "--limit", "1"]
+    line = stops(capsys, ask_for, "http://example.invalid/v1", data, tmp_path / "a", *words)
+    assert f"${name}" in line and "hidden" not in line
+    server = Server(lambda body, attempt: (200, "<answer>U</answer>"))
+    ask_for(server.url, data, tmp_path / "b", *words)
+    ask_for(server.url.replace("127.0.0.1", "localhost"), data, tmp_path / "c", *words)
+    assert len(server.bodies) == 4
 
 
 def test_files_whose_names_differ_behind_a_dot(data, tmp_path, capsys):

@@ -308,7 +308,7 @@ def test_bad_rows(tmp_path, capsys, change, message):
 
 
 def test_forms_of_the_metadata(tmp_path, capsys):
-    """Blank lines, nulls, ./, subfolders, validation/ are read; else the line says what is wanted."""
+    """Blank lines, nulls, ./, subfolders, validation/ are read; else a line says what is wanted."""
     data = Path(write(tmp_path / "mine", test=[ROW]))
     file, nulls = data / "test/metadata.jsonl", dict.fromkeys([
         "hint", "answer", "questions", "group", "compare", "task", "level", "state", "plan"])

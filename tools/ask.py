@@ -7,15 +7,23 @@
 
 Answers are written as they come: the same command resumes where it was stopped, and asks again for
 the rows that failed. How was asked stands in FILE.settings.json; other settings want another FILE.
-A row that got no answer has an "error" and is a failure of the evaluation, never a row less.
+A row that got no answer has an "error", in the server's words, and is a failure of the evaluation,
+never a row less. Only what ends with "stop" or "length" is an answer. Where none of the first rows
+gets one, from a server that is not there or knows no such model, the run ends. Pictures are sent as
+the stages see them (`gen_data.open_picture`). Local addresses are asked without a proxy.
 """
+import argparse
 import base64
 import io
+import ipaddress
 import json
+import multiprocessing
 import os
+import re
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import proxy_bypass_environment
 
 from PIL import Image
 from tqdm import tqdm
@@ -26,7 +34,7 @@ import gen_data
 from gen_data import Parser, digest, fail, lock_file, real_number, whole_number, write_text
 
 RETRIES = 5     # of 408, 409, 429, 5xx, a time-out or a broken connection; 0.5 to 8 s apart
-TIMEOUT = 300   # seconds
+FEW = 8         # rows without an answer of which none says that there is a server
 SENT = ("PNG", "JPEG", "WEBP")  # formats that servers read
 ORIENTATION = 0x0112  # the EXIF tag
 
@@ -40,13 +48,18 @@ def parse_args(argv=None):
     add("--data", default=gen_data.PRESETS["tiny"]["out"], help="data folder")
     add("--input", default="image", choices=evaluate.INPUTS, help="the picture, the symbols, or, "
         "as a control, the picture of another puzzle")
-    add("--tasks", nargs="+", help="task, or task:size, or task:low-high (default: all)")
+    add("--split", default="test", choices=("test", "val"), help="rows that are asked about")
+    add("--tasks", nargs="+", help="task, task:size, task:low-high or group (default: all)")
     add("--limit", type=whole_number(1), help="rows per task and board size (default: all)")
     add("--max_new_tokens", type=whole_number(1), default=1024,
         help="length limit of an answer, tokens")
     add("--temperature", type=real_number(), default=0.0, help="0: greedy")
     add("--seed", type=whole_number(0), default=0, help="with a temperature: draws the answers")
     add("--concurrency", type=whole_number(1), default=8, help="requests at a time")
+    add("--timeout", type=real_number(above=True), default=60.0,
+        help="seconds that a request may take; it is made again a few times")
+    add("--extra", type=read_extra, metavar="JSON",
+        help="""more fields of each request, for example '{"top_p": 0.9}'""")
     args = parser.parse_args(argv)
     try:
         url = urlsplit(args.api_base)
@@ -82,11 +95,56 @@ def data_url(path):
     return f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
 
 
+def is_local(host):
+    """Is it an address of this machine or its network, for which no proxy is asked?"""
+    try:
+        return ipaddress.ip_address(host).is_private
+    except ValueError:
+        return host == "localhost" or host.endswith((".localhost", ".local"))
+
+
+def variables(*names):
+    """The variables of these names, in small letters or large, that are set."""
+    return [name for low in names for name in (low, low.upper()) if os.environ.get(name)]
+
+
+def read_extra(text):
+    """The `type=` of --extra: a JSON object of request fields."""
+    try:
+        extra = dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        raise argparse.ArgumentTypeError(f"got {text!r}, must be a JSON object") from None
+    for name in ("model", "messages", "stream", "n"):
+        if name in extra:
+            raise argparse.ArgumentTypeError(f"{name} is not for it")
+    return extra
+
+
+def read_reply(reply):
+    """What a row's line holds of the server's reply. ValueError: it is no answer, and why."""
+    refused = getattr(reply, "error", None)
+    if refused or not getattr(reply, "choices", None):
+        raise ValueError(f"no answer: {refused or reply}")
+    choice = reply.choices[0]
+    message = choice.message.to_dict(warnings=False) if choice.message else {}
+    text = message.get("content")
+    if choice.finish_reason not in ("stop", "length"):
+        why = getattr(choice, "error", None) or message.get("refusal") or text or "no reason given"
+        raise ValueError(f"finish reason {choice.finish_reason}: {why}")
+    beside = [name for name in ("refusal", "reasoning", "reasoning_content") if message.get(name)]
+    if text is None and beside:
+        raise ValueError(f"no content, but {beside[0]}: {message[beside[0]]}")
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"its content is no text: {text}")
+    return {"response": text or "", "tokens": reply.usage and reply.usage.completion_tokens,
+            "cut": choice.finish_reason == "length"}
+
+
 class Asker:
-    """A client of the server: `asker(question)` -> the answer line.
+    """A client of the server: `asker(question)` -> (the answer line, may the server be of no use?).
 
     A row that failed for good has an "error". ConnectionError where no row would get an answer: a
-    server that is not there, a refused key, an unknown model.
+    refused key, a server that is not there and never was.
     """
 
     def __init__(self, args):
@@ -98,8 +156,58 @@ class Asker:
         self.secret = os.environ.get("OPENAI_API_KEY", "").strip() or "no key"  # a .env's line end
         if not self.secret.isascii() or not self.secret.isprintable():
             fail("$OPENAI_API_KEY holds a character that no key has (a line end within it?)")
-        self.client = openai.OpenAI(base_url=args.api_base, api_key=self.secret,
-                                    max_retries=RETRIES, timeout=TIMEOUT)
+        self.refused = set()  # parameters that the server does not take
+        url = urlsplit(args.api_base)
+        direct = is_local(url.hostname) or proxy_bypass_environment(url.hostname)
+        names = [] if direct else variables(f"{url.scheme}_proxy", "all_proxy")
+        self.through = f" (through ${names[0]})" if names else ""
+        self.passwords = re.findall(r"//[^/@\s]*:([^/@\s]+)@", " ".join(
+            os.environ[name] for name in variables("http_proxy", "https_proxy", "all_proxy")))
+        try:
+            self.client = openai.OpenAI(
+                base_url=args.api_base, api_key=self.secret, max_retries=RETRIES,
+                timeout=args.timeout,
+                http_client=openai.DefaultHttpxClient(trust_env=not is_local(url.hostname)))
+        except Exception as error:  # of the proxy's address
+            names = variables("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ssl_cert_file")
+            if not names:
+                raise
+            fail(f"${' or $'.join(names)} cannot be used: {type(error).__name__}: "
+                 f"{self.masked(error)}")
+
+    def masked(self, text):
+        """A text of the server or the client, cut off, without the key and passwords."""
+        for secret in (self.secret, *self.passwords):
+            text = hide(str(text), secret)
+        return " ".join(text.split())[:300]
+
+    def request(self, content, sampling):
+        """The server's reply; asked again in the form that it names where it refuses ours."""
+        for _ in range(3):
+            fields = {"max_tokens": self.args.max_new_tokens, **sampling}
+            if "max_tokens" in self.refused:
+                fields["max_completion_tokens"] = fields.pop("max_tokens")
+            if "temperature" in self.refused:
+                del fields["temperature"]
+            try:
+                return self.client.chat.completions.create(
+                    model=self.args.api_model, messages=[{"role": "user", "content": content}],
+                    extra_body=self.args.extra, **fields)
+            except (self.openai.BadRequestError, self.openai.UnprocessableEntityError) as error:
+                if "max_tokens" in fields and "max_completion_tokens" in str(error):
+                    self.refuse("max_tokens", "asked with max_completion_tokens")
+                elif "temperature" in fields and re.search(
+                        "temperature.*(support|default|deprecated|allowed|permitted|unknown)",
+                        str(error), re.IGNORECASE):
+                    self.refuse("temperature", "asked without")
+                else:
+                    raise
+
+    def refuse(self, name, what):
+        """Remember that the server does not take a parameter; said once."""
+        if name not in self.refused:
+            common.warn(f"{self.args.api_base} takes no {name}: {what}")
+        self.refused.add(name)
 
     def __call__(self, question):
         key, prompt, picture = question
@@ -111,24 +219,23 @@ class Asker:
             sampling["seed"] = int(digest(self.args.seed, key), 16) % 2**31
         line = {**key, "model": self.args.api_model}
         try:
-            reply = self.client.chat.completions.create(
-                model=self.args.api_model, messages=[{"role": "user", "content": content}],
-                max_tokens=self.args.max_new_tokens, **sampling)
-            choice = reply.choices[0]
-            return {**line, "response": choice.message.content or "",
-                    "tokens": reply.usage and reply.usage.completion_tokens,
-                    "cut": choice.finish_reason == "length"}
+            return {**line, **read_reply(self.request(content, sampling))}, False
         except (self.openai.OpenAIError, TypeError, IndexError, AttributeError,
                 ValueError) as problem:
             error = f"{type(problem).__name__}: {problem} {problem.__cause__ or ''}"
+            if type(problem) is ValueError:  # the server's words
+                error = str(problem)
             error = "a header was refused" if "header" in error.lower() else error
-            error = hide(error, self.secret)[:300].strip()
-            useless = (self.openai.AuthenticationError, self.openai.PermissionDeniedError,
-                       self.openai.NotFoundError, self.openai.APIConnectionError)
-            slow = isinstance(problem, self.openai.APITimeoutError)
-            if isinstance(problem, useless) and not slow:
+            if isinstance(problem, self.openai.APITimeoutError):
+                error = f"no answer within {self.args.timeout:g} s, {RETRIES + 1} times (--timeout)"
+            elif isinstance(problem, self.openai.APIConnectionError):
+                error += self.through
+            error = self.masked(error)
+            if isinstance(problem, self.openai.AuthenticationError):
                 raise ConnectionError(error) from None
-            return {**line, "response": "", "error": error}
+            return {**line, "response": "", "error": error}, isinstance(problem, (
+                self.openai.PermissionDeniedError, self.openai.NotFoundError,
+                self.openai.APIConnectionError))
 
 
 def open_answers(out, settings):
@@ -155,11 +262,12 @@ def open_answers(out, settings):
 
 
 def main(args):
-    test, out = gen_data.load_rows(args.data, "test"), Path(args.out)
-    rows = gen_data.choose_rows(test, args.tasks, args.limit)
-    asked, asker = evaluate.planning_questions(rows, args.input, test), Asker(args)
+    pool, out = gen_data.load_rows(args.data, args.split), Path(args.out)
+    rows = gen_data.choose_rows(pool, args.tasks, args.limit)
+    asked, asker = evaluate.planning_questions(rows, args.input, pool), Asker(args)
+    gen_data.decode_all(path for _, _, path in asked if path)
     settings = {name: getattr(args, name) for name in
-                ("api_base", "api_model", "max_new_tokens", "temperature", "seed")}
+                ("api_base", "api_model", "max_new_tokens", "temperature", "seed", "extra")}
     settings["questions"] = evaluate.digest_questions(asked)
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = lock_file(f"{out}.lock", out)
@@ -168,28 +276,53 @@ def main(args):
     finally:
         lock.release()
     failed = sum("error" in line for line in lines)
+    if failed == len(lines):
+        fail(f"{out}: none of {failed} rows was answered; the first error: {lines[0]['error']}")
     print(f"{out}: {len(lines) - failed} of {len(lines)} rows answered" + (
         "; the same command asks again for the others" if failed else "") + "; next: "
-        + common.command("evaluate.py", responses=(out, None),
+        + common.command("evaluate.py", responses=(out, None), split=(args.split, "test"),
                          data=(args.data, gen_data.PRESETS["tiny"]["out"])))
 
 
 def ask_all(args, asked, asker, lines):
-    """The answers to all of `asked` in their order, in args.out too; lines: what is there."""
+    """The answers to all of `asked` in their order, in args.out too; lines: what is there.
+
+    Where the server may be of no use (nobody there, no such model), lines wait until it is known:
+    the run ends if nothing was ever answered, else they are those rows' errors.
+    """
     todo = [question for question in asked if evaluate.label(question[0]) not in lines]
+    useful, waiting = bool(lines), []
     with ThreadPool(args.concurrency) as pool, tqdm(total=len(todo), unit="row") as bar, \
             evaluate.append_answers(Path(args.out)) as file:
         try:
-            for line in pool.imap_unordered(asker, todo):
-                lines[evaluate.label(line)] = line
-                file.write(json.dumps(line) + "\n")
-                file.flush()
+            for line, useless in answers_of(pool.imap_unordered(asker, todo), args):
+                waiting.append(line)
+                useful = useful or not useless
+                if not useful and len(waiting) == min(FEW, len(todo)):
+                    raise ConnectionError(waiting[0]["error"])
+                while useful and waiting:
+                    line = waiting.pop(0)
+                    lines[evaluate.label(line)] = line
+                    file.write(json.dumps(line) + "\n")
+                    file.flush()
                 bar.update()
         except ConnectionError as problem:
             fail(f"{args.api_base} does not answer for {args.api_model}: {problem}")
     lines = [lines[evaluate.label(key)] for key, _, _ in asked]
     write_text(args.out, "".join(json.dumps(line) + "\n" for line in lines))
     return lines
+
+
+def answers_of(answers, args):
+    """Yields what an iterator of a pool gives; a line where it gives nothing for long."""
+    while True:
+        try:
+            yield answers.next(args.timeout)
+        except multiprocessing.TimeoutError:
+            common.warn(f"no answer of {args.api_base} for {args.timeout:g} s: is it busy, or does "
+                        "it hang? (--timeout, --concurrency)")
+        except StopIteration:
+            return
 
 
 if __name__ == "__main__":
