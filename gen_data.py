@@ -1564,7 +1564,7 @@ def ensure(data, preset, seed):
             raise SystemExit(code)
     elif not Path(data).is_dir():
         fail(f"--data {data}: no such folder; `python gen_data.py --preset {preset} --out {data}` "
-             "makes it")
+             "makes puzzles there (your own pictures: docs/your_own_task.md)")
     elif is_data(data):
         made = read_record(data)
         known = [f"{key} {made[key]}" for key in ("benchmark", "source", "preset", "seed")
