@@ -28,6 +28,7 @@ data. Coordinates are (row, column), counted from 0 at the top left. Rows of a u
 "prompt" in place of task, state and plan: see `OwnRow`.
 """
 import argparse
+import codecs
 import errno
 import hashlib
 import json
@@ -679,7 +680,8 @@ def place_forms(actions):
     """Two expressions for `last_place`: of any place of an answer, and of the body of a label.
 
     A label with a colon is a place whatever follows. With "is" or a line's end, and where it calls
-    the answer a path, a list of the actions must follow: "The plan is right" is prose.
+    the answer a path, a list of the actions must follow: "The plan is right" is prose, and "The
+    corrected plan is right" only takes back what stands before.
     """
     forms = {"tag": "<answer>(?:(?!<answer>).)*</answer>", "open": r"<answer>(?=\s*\S)"}
     names = any_of(names_of(actions, WORDS)) or "(?!)"
@@ -697,7 +699,9 @@ def place_forms(actions):
         forms["json"] = (rf"\{{(?=[^{{}}]*[\"'](?:{'|'.join(KEYS)})[\"']\s*:)"
                          r"(?:[^{}]|\{[^{}]*\})*\}")
         forms["label"] = (rf"{line}(?:{NOUNS}(?<!path){colon}|{NOUNS}{verb}{listed})"
-                          rf"|{again}(?:{colon}|{verb})|\b(?:revised|correct(?:ed|ion)){colon}")
+                          rf"|{again}(?:{colon}|{verb}{listed})"
+                          rf"|\b(?:revised|correct(?:ed|ion)){colon}")
+        forms["withdrawn"] = rf"{again}[ *_]{{0,4}}(?:\bis\b|\n)"  # and nothing in its place
     begins = rf"(?:{ITEM}|[↑↓←→⬆⬇⬅➡]|(?:go |move )?(?:{names})\b)"
     body = (r"[*_]{0,3}\s{0,9}(?:```[a-z]*\n)?(\[[^\[\]]*\]"
             rf"|{ITEM}[^\n]*(?:\n\s{{0,9}}{ITEM}[^\n]*)*"
@@ -741,16 +745,15 @@ def last_place(text, actions=(), cut=False):
        (own rows) only tags are places.
     4. All of its body counts and nothing else: a reader takes it whole or not at all.
     """
-    reply, found = after_thinking(text), None
-    forms, label_body = place_forms(actions)
-    for found in forms.finditer(reply):
-        pass  # to the last
-    if not found:
+    reply, (forms, label_body) = after_thinking(text), place_forms(actions)
+    last = deque(forms.finditer(reply), maxlen=1)
+    if not last:
         return None
+    found = last[0]
     form, said, rest = found.lastgroup, found[0], reply[found.end():]
     closed = {"tag": (8, 9), "box": (7, 1), "json": (0, 0)}  # how long its opening and closing are
     if form not in closed:
-        body = rest if form == "open" else label_body.match(rest)[1]
+        body = {"open": rest, "withdrawn": ""}.get(form, label_body.match(rest)[1])
         return None if cut else (said, body, "")
     if cut and rest.strip(" \n\t`$*."):
         return None
@@ -1239,9 +1242,16 @@ def open_picture(path):
         fail(f"{path}: cannot be read as a picture ({error})")
 
 
+def whole_text(thing):
+    """What json.loads returned, with U+FFFD for half a surrogate pair, which cannot be written."""
+    text = json.dumps(thing, ensure_ascii=False)
+    return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+
 def read_metadata(file):
     """Yields ("file, line n", the line's object) of a metadata.jsonl. Fails at a broken line."""
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+    content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+    for number, line in enumerate(content.splitlines(), 1):
         where = f"{file}, line {number}"
         try:
             yield where, json.loads(line)

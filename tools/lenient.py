@@ -105,9 +105,13 @@ def last_lines(text, actions):
 
 def read_plan(text, actions, tokens=TOKENS):
     """All of a text by the grammar: its actions, or None."""
-    names = names_of(actions)
-    strict = read_actions(text, names)
-    if strict and (tokens is TOKENS or text.isupper()):  # in prose, "dull" is no plan
+    strict = read_actions(text, names_of(actions))
+    if tokens is PLAIN:  # "Dull." is a word
+        words = {*" ".join(names_of(actions, WORDS)).split()}
+        for word in set(re.findall("[A-Za-z]+", text)):
+            if not word.isupper() and (len(word) == 1 or word.upper() not in words):
+                return None
+    if strict:
         return strict
     text = plain_text(unpack_json(text) if tokens is TOKENS else text)
     grammar = compile_tokens(actions, tokens is PLAIN, False)
@@ -233,7 +237,9 @@ def main(args):
     if Path(args.out).exists():
         fail(f"{args.out} exists: choose another --out")
     for where, line in gen_data.read_metadata(Path(args.answers)):
-        if not isinstance(line, dict) or not isinstance(line.get("response"), str | None):
+        line = gen_data.whole_text(line)
+        if not isinstance(line, dict) or not isinstance(line.get("id"), str) \
+                or not isinstance(line.get("response", 0), str | None):
             fail(f'{where}: wanted an object with "id" and "response"')
         if line.get("id") not in tasks:
             fail(f"{where}: id {line.get('id')!r} is not in {args.data}/{args.split}")
