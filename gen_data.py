@@ -669,7 +669,7 @@ WORDS = {"UP": "U", "DOWN": "D", "LEFT": "L", "RIGHT": "R",
 # Keys of a JSON object whose value is an answer; what may stand before and within "Action plan:".
 KEYS = ("answer", "final_answer", "plan", "action_plan", "final_plan", "actions", "action_sequence",
         "sequence", "moves", "path", "solution", "steps", "directions")
-BEFORE = "so|thus|therefore|hence|the|my|here is|here's|final|optimal|shortest|action|full|complete"
+BEFORE = "so|thus|therefore|hence|the|my|here is|here's|final|optimal|shortest|action|solution"
 AGAIN = "revised|corrected|updated|new|improved|better|fixed"  # it takes an earlier plan back
 NOUNS = r"(?:answer|plan|actions|sequence|solution|path)(?: of (?:actions|moves|steps))?"
 ITEM = r"(?:[-*•][ \t]|\(?[0-9]{1,3}[.):](?![0-9])|step [0-9]{1,3}\b)"  # of a list
@@ -692,7 +692,8 @@ def place_forms(actions):
         words = (rf"(?:go |move )?(?:{names})\b[^A-Za-z\n]{{0,9}}(?:[,;|>→+-]|\bthen\b|\band\b)"
                  rf"[^A-Za-z\n]{{0,9}}(?:(?:then|and|go|move) ){{0,3}}(?:{names})\b")
         listed = rf"(?={marked}(?:{capitals}|{words}|[↑↓←→⬆⬇⬅➡]))"
-        colon, verb = r"(?: is)?[ *_]{0,4}[:=]", r"[ *_]{0,4}(?:[:=]|\bis\b:?|\n)"
+        colon = r"(?: is)?[ *_]{0,4}(?:\([^()\n]{1,30}\)[ *_]{0,4})?[:=]"
+        verb = r"[ *_]{0,4}(?:[:=]|\bis\b:?|\n)"
         line = rf"^[ \t>#*-]{{0,9}}(?:(?:{BEFORE}|{AGAIN})[ ,]{{1,2}}){{0,5}}"
         again = rf"\b(?:{AGAIN}) (?:(?:{BEFORE}) ){{0,3}}{NOUNS}"
         forms["box"] = r"\\boxed\{(?:[^{}]|\{[^{}]*\})*\}"
@@ -703,7 +704,7 @@ def place_forms(actions):
                           rf"|\b(?:revised|correct(?:ed|ion)){colon}")
         forms["withdrawn"] = rf"{again}[ *_]{{0,4}}(?:\bis\b|\n)"  # and nothing in its place
     begins = rf"(?:{ITEM}|[↑↓←→⬆⬇⬅➡]|(?:go |move )?(?:{names})\b)"
-    body = (r"[*_]{0,3}\s{0,9}(?:```[a-z]*\n)?(\[[^\[\]]*\]"
+    body = (r"[*_]{0,3}\s{0,9}(?:```[a-z]*\n)?(\[[^\[\]]*\](?=[ `*.]*$)"
             rf"|{ITEM}[^\n]*(?:\n\s{{0,9}}{ITEM}[^\n]*)*"
             rf"|[^\n]*(?:\n[ \t]*{begins}[^\n]*)*)")
     joined = "|".join(f"(?P<{name}>{form})" for name, form in forms.items())

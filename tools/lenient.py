@@ -48,20 +48,24 @@ NUMBERS = ("ONE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE
 TIMES = {"ONCE": 1, "TWICE": 2, "THRICE": 3, **{word: i for i, word in enumerate(NUMBERS, 1)}}
 NUMBER = rf"(?:[0-9]{{1,2}}|{'|'.join(NUMBERS)})\b"
 UNIT = "(?:TIMES?|CELLS?|STEPS?|SQUARES?|SPACES?|TILES?|BLOCKS?|UNITS?)"
-BEFORE = rf"[0-9]{{1,2}} ?[X×]|{NUMBER} {UNIT}"  # 2x right, two steps right
-AFTER = rf"[X×] ?[0-9]{{1,2}}|(?:BY |FOR )?{NUMBER} {UNIT}|ONCE|TWICE|THRICE"  # right x2
+BEFORE = rf"[0-9]{{1,2}} ?[X×]|{NUMBER} {UNIT}|[0-9]{{1,2}}"  # 2x right, two steps right
+AFTER = rf"(?:[X×] ?[0-9]{{1,2}}|(?:BY |FOR )?{NUMBER} {UNIT}|ONCE|TWICE|THRICE)\b"  # right x2
+BARE_AFTER = (  # R2; right 2,
+    r"(?<=[A-Z])[0-9]{1,2}(?![0-9.):])|(?<=[A-Z] )[0-9]{1,2}(?= ?(?:[,;|\n]|\.?$))")
 TOKENS = {  # of a plan, the first that fits; {name}: the actions' spellings
-    "phrase": (rf"(?:(?:{VERBS})[ -])?(?:(?P<before>{BEFORE}) )?(?:TO THE )?(?P<name>{{name}})"
-               rf"(?!(?!X[0-9])[A-Z])(?: ?\( ?(?P<same>{{name}}) ?\))?"
-               rf"(?: ?\(?(?P<after>{AFTER})\b\)?)?"),
-    "arrow": "->|=>|→|➡",
-    "number": r"\(?(?:(?:STEP|ACTION|MOVE) )?(?P<at>[0-9]{1,3})[.):]|STEP (?P<step>[0-9]{1,3})\b",
+    "phrase": (rf"(?:(?:{VERBS})[ -])?(?:(?P<before>{BEFORE}) ?)?(?:TO THE )?"
+               r"(?P<name>{name})(?!(?!X[0-9])[A-Z])(?: ?\( ?(?P<same>{name}) ?\))?"
+               rf"(?: ?\( ?(?P<inside>{AFTER}) ?\)| ?(?P<after>{AFTER}|{BARE_AFTER}))?"),
+    "arrow": "->|=>|→|➡|⇒|>",
+    "number": r"\(?(?:(?:STEP|ACTION|MOVE) )?[0-9]{1,3}[.):]|STEP [0-9]{1,3}\b",
     "separator": r"AND THEN\b|AND\b|THEN\b|[ \n,;|+&.!•–—-]",
 }
 PLAIN = {  # of one in no explicit place
     "phrase": r"(?P<name>{name})(?![A-Z])", "arrow": TOKENS["arrow"], "number": TOKENS["number"],
     "separator": r"[ \n,;|.!-]",
 }
+LATEX = {r"\\UPARROW": "↑", r"\\DOWNARROW": "↓", r"\\LEFTARROW": "←",
+         r"\\(?:RIGHTARROW|TO)\b": "→"}
 MARKUP = re.compile(r"```(?:[A-Z+#]*\n)?|\\(?:TEXT|MATH)[A-Z]{0,6}|\\BOXED|[*_`'\"$\[\]{}\ufe0f\\]")
 # Fenced block, bold line, bold run of capitals: places where there is no explicit one.
 BARE = re.compile(r"^```[a-z+#]*\n((?:(?!```).)*)```|^[ \t>#-]{0,9}\*\*([^*\n]+)\*\*[ \t.]{0,9}$"
@@ -117,7 +121,7 @@ def read_plan(text, actions, tokens=TOKENS):
     grammar = compile_tokens(actions, tokens is PLAIN, False)
     if not re.search(rf"(?<![A-Z]){spellings(actions)}(?![A-Z])", text):
         grammar = compile_tokens(actions, tokens is PLAIN, True)
-    plan, numbers, at, previous, since_arrow = [], [], 0, None, 0
+    plan, numbers, bare, at, previous, since_arrow = [], [], [], 0, None, 0
     while at < len(text):
         found = grammar.match(text, at)
         if not found or not found[0]:
@@ -125,9 +129,10 @@ def read_plan(text, actions, tokens=TOKENS):
         kind, word = found.lastgroup, found[0]
         if kind == "phrase":
             said = found.groupdict()
-            some, before, after = (said.get(name) for name in ("name", "before", "after"))
-            some, times = actions_of(some, actions), count_of(before or after)
-            same = said.get("same")
+            before, same = said.get("before"), said.get("same")
+            after = said.get("after") or said.get("inside")
+            some, times = actions_of(said["name"], actions), count_of(before or after)
+            bare += [times] if (before or after or "").isdigit() else []
             doubtful = before and (after or previous == "phrase")  # of two actions, whose is it?
             if doubtful or not times or (before or after or same) and len(some) > 1 \
                     or same and actions_of(same, actions) != some:
@@ -142,7 +147,8 @@ def read_plan(text, actions, tokens=TOKENS):
         if word != " ":
             previous = kind
         at = found.end()
-    if previous == "arrow" or numbers != list(range(1, len(numbers) + 1)):
+    counted = len(bare) > 1 and bare == list(range(1, len(bare) + 1))  # 1 right, 2 down: a list
+    if counted or previous == "arrow" or numbers != list(range(1, len(numbers) + 1)):
         return None
     return plan or None
 
@@ -150,6 +156,8 @@ def read_plan(text, actions, tokens=TOKENS):
 def plain_text(text):
     """A text in capitals, without markup, without brackets around all of it."""
     text = re.sub(r"(?<=[A-Z])\*(?= ?[0-9])|(?<=[A-Z] )\*(?=[0-9])", " X", text.upper())  # R*2
+    for form, arrow in LATEX.items():
+        text = re.sub(form, arrow, text)
     text = re.sub(r"[^\S\n]+", " ", MARKUP.sub(" ", text)).strip()
     inner = re.fullmatch(r"\(([^()]*)\)[.;]?", text)
     return inner[1] if inner else text
