@@ -15,7 +15,7 @@ In this file, in this order:
     messages, flags and files      what all scripts share and what needs no torch
     FrozenLake, Maze, MiniBehaviour                   the tasks, each beside its picture
     solve, execute, check                             solver and judge share `step`
-    parse, read_map, read_fact                        what a response says
+    last_place, parse, read_map, read_fact            who speaks for a response, and what it says
     PuzzleRow, OwnRow                                 rows: prompts, reference answers, verdicts
     split_of, sample_rows                             which puzzle is in which split
     load_rows, write_dataset, ensure                  the data folder
@@ -664,9 +664,7 @@ def check(puzzle, plan):
 
 WORDS = {"UP": "U", "DOWN": "D", "LEFT": "L", "RIGHT": "R",
          "PICK UP": "PICK", "PICKUP": "PICK", "PUT DOWN": "DROP"}
-
-
-# Keys of a JSON object whose value is an answer; what may stand before and within "Action plan:".
+# Keys of a JSON object whose value is an answer; words of a label such as "Action plan:".
 KEYS = ("answer", "final_answer", "plan", "action_plan", "final_plan", "actions", "action_sequence",
         "sequence", "moves", "path", "solution", "steps", "directions")
 BEFORE = "so|thus|therefore|hence|the|my|here is|here's|final|optimal|shortest|action|solution"
@@ -697,7 +695,8 @@ def place_forms(actions):
         line = rf"^[ \t>#*-]{{0,9}}(?:(?:{BEFORE}|{AGAIN})[ ,]{{1,2}}){{0,5}}"
         again = rf"\b(?:{AGAIN}) (?:(?:{BEFORE}) ){{0,3}}{NOUNS}"
         forms["box"] = r"\\boxed\{(?:[^{}]|\{[^{}]*\})*\}"
-        forms["json"] = (rf"\{{(?=[^{{}}]*[\"'](?:{'|'.join(KEYS)})[\"']\s*:)"
+        keys = "|".join(KEYS).replace("_", "[ _-]")
+        forms["json"] = (rf"\{{(?=[^{{}}]*[\"'](?:{keys})[\"']\s*:)"
                          r"(?:[^{}]|\{[^{}]*\})*\}")
         forms["label"] = (rf"{line}(?:{NOUNS}(?<!path){colon}|{NOUNS}{verb}{listed})"
                           rf"|{again}(?:{colon}|{verb}{listed})"
