@@ -227,7 +227,8 @@ def test_mazes_are_perfect():
     ("frozenlake", "<answer>UUR</answer>", "U U R"),
     ("frozenlake", "<answer> u, R\nD </answer>", "U R D"),
     ("frozenlake", "<answer>U</answer> no: <answer>D</answer>", "D"),  # the last complete one
-    ("frozenlake", "<answer>U</answer> and <answer>D", "U"),
+    ("frozenlake", "<answer>U</answer> and <answer>", "U"),
+    ("frozenlake", "<answer>U</answer> and <answer>D", None),  # a later one, and not complete
     ("frozenlake", "<answer>" + "D,U," * 25_000 + "D</answer>", "D U " * 25_000 + "D"),
     ("frozenlake", "<answer>U</answer>" + "x" * 100_000, "U"),
     ("frozenlake", "<answer>" * 12_500, None),
@@ -272,7 +273,7 @@ def test_parse(task, text, plan):
     ("\\boxed{2} steps.\nAction plan: L,L", "L L"),
     ("**RR** or <answer>up</answer>", "U"),           # a tag counts before all others
     # no plan
-    ("<answer>no way</answer>\nAction plan: L,L", None),
+    ("Action plan: L,L\n<answer>no way</answer>", None),
     ("(0,1) -> (0,2)", None), ("<answer>(0,1) -> (0,2)</answer>", None), ("0,1,2", None),
     ("Action plan: (0,1) -> (0,2)", None), ("\\boxed{(0,1)}", None), ("Path: 0 → 1 → 2", None),
     ("go up to the lake", None), ("Action plan: go up to the lake", None),

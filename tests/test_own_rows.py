@@ -173,6 +173,17 @@ def test_answers_in_words(response, outcome):
     assert verdict["optimal"] is None and verdict["map_right"] is None
 
 
+@pytest.mark.parametrize("response, cut, outcome", [
+    ("Paris? <answer>Paris</answer></think>\n<answer>New York</answer>", False, "success"),
+    ("Paris?</think>\nNew York", False, "success"), ("<think>New York", False, "no answer"),
+    ("<answer>New York</answer>", True, "success"), ("<answer>New York", True, "no answer"),
+    ("<answer>New York", False, "success"), ("It is\nNew York", True, "no answer"),
+    ("<answer>New York</answer> or", True, "no answer")])
+def test_who_speaks_for_a_response(response, cut, outcome):
+    verdict = OwnRow({**ROW, "answer": "New York"}).judge(response, cut=cut)
+    assert verdict["outcome"] == outcome and not OwnRow(ROW).overruns(verdict["plan"])
+
+
 @pytest.mark.parametrize("wanted, said, tolerance, outcome", [
     ("12", "12.0", 0, "success"), ("12", "1 2", 0, "wrong"), ("12", "13", 0, "wrong"),
     ("1.0", "1.1", 0.1, "success"), ("1.0", "1.11", 0.1, "wrong"), ("-3", "3", 5.9, "wrong"),

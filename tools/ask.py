@@ -149,7 +149,7 @@ def main(args):
         lines = ask_all(args, asked, asker, open_answers(out, settings))
     finally:
         lock.release()
-    failed = sum("error" in line for line in lines)
+    failed = sum(bool(line.get("error")) for line in lines)
     print(f"{out}: {len(lines) - failed} of {len(lines)} rows answered" + (
         "; the same command asks again for the others" if failed else "") + "; next: "
         + common.command("evaluate.py", responses=(out, None),
