@@ -326,6 +326,9 @@ def test_numbers_that_are_not_finite(folder):
     assert "5 steps in a row were not finite: try a lower --lr" in text and "step 8 skipped" in text
     evidence = [json.loads(line) for line in open(folder / "nans/not_finite.jsonl")]
     assert len(evidence) == 6 * 4 and all("response" in line for line in evidence)
+    finish(folder, "distill", "both", patch="BAD = (2, 3, 4)" + POISON)
+    text = finish(folder, "distill", "both", code=2, steps=6, patch="BAD = (1, 2)" + POISON)
+    assert "5 steps in a row were not finite" in text           # those before the resume count too
 
 
 @pytest.mark.parametrize("stage", ["coldstart", "distill"])
@@ -354,6 +357,10 @@ def far(*words):
 module.chunked_divergence = far""")
     assert "warning: step 1: every response hit --max_new_tokens 2" in text
     assert "warning: the KL of the first step is 2" in text and "aligned?" in text
+    text = finish(folder, "distill", "empty", steps=1, patch="""
+real = common.average_gradients
+common.average_gradients = lambda weights, loss, tokens: real(weights, loss, 0)""")
+    assert "warning: step 1: no token counts" in text
 
 
 @pytest.mark.parametrize("stage, function, calls", [
