@@ -617,6 +617,22 @@ def test_a_task_draws_the_same_whatever_other_tasks_there_are(monkeypatch):
     assert [row.data for row in gen_data.sample_rows("maze", 3, "train", 6, seed=4)] == before
 
 
+def test_every_seed_task_size_and_split_draws_numbers_of_its_own(monkeypatch):
+    firsts, real = [], np.random.default_rng
+    for task in TASKS:
+        gen_data.example(task)                                       # has a fixed seed, once
+    monkeypatch.setattr(gen_data, "thirds", lambda *_: (3, 6))       # so have the borders
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: (
+        firsts.append(real(seed).random()), real(seed))[1])
+    for seed in (0, 1):
+        for task in TASKS:
+            for level in TASKS[task].levels:
+                for split in gen_data.SPLITS:
+                    next(gen_data.sample_rows(task, level, split, 3, seed))
+    levels = sum(len(kind.levels) for kind in TASKS.values())
+    assert len(set(firsts)) == len(firsts) == 2 * 3 * levels
+
+
 def test_imagefolder_of_datasets_reads_it(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     from datasets import load_dataset
