@@ -622,8 +622,11 @@ def test_every_seed_task_size_and_split_draws_numbers_of_its_own(monkeypatch):
     for task in TASKS:
         gen_data.example(task)                                       # has a fixed seed, once
     monkeypatch.setattr(gen_data, "thirds", lambda *_: (3, 6))       # so have the borders
-    monkeypatch.setattr(np.random, "default_rng", lambda seed: (
-        firsts.append(real(seed).random()), real(seed))[1])
+
+    def default_rng(seed):
+        firsts.append(real(seed).random())
+        return real(seed)
+    monkeypatch.setattr(np.random, "default_rng", default_rng)
     for seed in (0, 1):
         for task in TASKS:
             for level in TASKS[task].levels:
