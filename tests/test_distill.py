@@ -418,6 +418,18 @@ def test_tokens_have_the_models_distribution():
         assert (p[tail].log().mean() - mean).abs() < 5 * spread
 
 
+def test_rare_tokens_keep_their_share():
+    """Each is drawn by the numbers that are its own; near 1, float32 would have steps of 6e-8."""
+    torch.manual_seed(0)
+    logits, rare = torch.randn(151_936), torch.randint(1, 151_936, (50,))
+    logits[0] = 22
+    p = logits.softmax(-1).double()
+    edges = p.cumsum(0)
+    assert p[rare].max() < 1e-8 and edges[0] > 0.999
+    numbers = (edges[rare] - p[rare] / 2) / edges[-1]
+    assert torch.equal(common.draw_token(logits.expand(50, -1), numbers), rare)
+
+
 def test_no_number_draws_a_token_without_probability():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]] * 4)
     uniform = torch.tensor([0.0, 0.5 - 1e-12, 0.5, 1 - 2**-53], dtype=torch.float64)

@@ -1,5 +1,6 @@
 """The model's side, on the bundled backbone: encoding, alignment, sampling, adapters, NF4."""
 import copy
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_rows
+from conftest import make_rows, stops
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -66,6 +67,17 @@ def test_a_large_picture_has_at_most_256_tokens(tmp_path):
     for size, tokens in ((512, 256), (1024, 256), (256, 64)):
         batch = common.encode(processor, ["What?"], [Image.new("RGB", (size, size))])
         assert int(batch["mm_token_type_ids"].sum()) == tokens
+
+
+def test_room_for_the_picture_and_the_response(tiny, capsys):
+    """To the token: the context less 300 for the picture and what is to be written."""
+    tokenizer = SimpleNamespace(tokenize=lambda text, verbose: list(text))
+    processor = SimpleNamespace(tokenizer=tokenizer)
+    room = tiny[0].config.text_config.max_position_embeddings - 300 - 50
+    common.check_lengths(tiny[0], processor, {"a": "x" * room}, 50)
+    words = tiny[0], processor, {"a": "x", "b": "x" * (room + 1)}, 50
+    assert f"b: what the model reads and writes has {room + 1} tokens" in stops(
+        capsys, common.check_lengths, *words)
 
 
 def test_prompts_are_left_padded_and_responses_end_with_the_eos(tiny):
@@ -292,23 +304,35 @@ def test_validation_by_hand(tiny, tmp_path, monkeypatch):
     assert found["val_success"] == 1 / 3 and found.keys() == {"val_loss", "val_success"}
 
 
-def test_gradients_in_train_mode_answers_in_eval_mode(toy_data, tmp_path, monkeypatch):
-    """Only so are activations checkpointed, and keys and values kept; by the cold start's main."""
-    seen, loss, sample = set(), coldstart.answer_loss, common.sample
+def test_the_cold_starts_steps_and_validations(toy_data, tmp_path, monkeypatch):
+    """Gradients in train mode, from the split train; held-out answers in eval mode, from val.
 
-    def spy(model, *words):
-        seen.add(("loss", torch.is_grad_enabled(), model.training))
+    Only so are activations checkpointed, and keys and values kept.
+    """
+    seen, encode, loss, sample = set(), coldstart.encode, coldstart.answer_loss, common.sample
+
+    def state(model=None):
+        return torch.is_grad_enabled(), model and model.training
+
+    def encode_spy(processor, examples, device):
+        seen.update((row.id.partition("_")[0], *state()) for row, _ in examples)
+        return encode(processor, examples, device)
+
+    def loss_spy(model, *words):
+        seen.add(("loss", *state(model)))
         return loss(model, *words)
 
-    def sample_spy(model, *words, **more):
-        seen.add(("sample", torch.is_grad_enabled(), model.training))
-        return sample(model, *words, **more)
-    monkeypatch.setattr(coldstart, "answer_loss", spy)
+    def sample_spy(model, processor, prompts, limit, **more):
+        seen.add(("sample", *state(model), limit))
+        return sample(model, processor, prompts, limit, **more)
+    monkeypatch.setattr(coldstart, "encode", encode_spy)
+    monkeypatch.setattr(coldstart, "answer_loss", loss_spy)
     monkeypatch.setattr(common, "sample", sample_spy)
     coldstart.main(coldstart.parse_args([
         "--preset", "tiny", "--data", str(toy_data), "--out", str(tmp_path), "--steps", "2",
         "--batch", "2", "--max_new_tokens", "2", "--eval_every", "1"]))
-    assert seen == {("loss", True, True), ("loss", False, False), ("sample", False, False)}
+    assert seen == {("train", True, None), ("val", False, None), ("loss", True, True),
+                    ("loss", False, False), ("sample", False, False, 2)}
 
 
 # ---------------------------------------------------------------- adapters and NF4
@@ -360,8 +384,12 @@ def test_both_stages_change_only_the_adapter(toy_data, tmp_path, bits, monkeypat
              "--batch", "4", "--micro_batch", "3"]
     first, second = tmp_path / "coldstart", tmp_path / "distill"
     coldstart.main(coldstart.parse_args([*flags, "--out", str(first)]))
+    keys = json.loads((first / "trained_rows.json").read_text())
+    (first / "trained_rows.json").write_text(json.dumps([*keys, "f" * 16]))  # of a run before it
     distill.main(distill.parse_args([*flags, "--out", str(second), "--init", str(first),
                                      "--max_new_tokens", "10"]))
+    trained = set(json.loads((second / "trained_rows.json").read_text()))
+    assert trained == {row.key() for row in gen_data.load_rows(toy_data, "train")} | {"f" * 16}
     assert signal.getsignal(signal.SIGTERM) == handler  # given back
     weights = [load_file(out / "adapter/adapter_model.safetensors") for out in (first, second)]
     assert weights[0].keys() == weights[1].keys() and all("lora_" in name for name in weights[0])

@@ -206,6 +206,18 @@ def test_two_processes_end_where_one_ends(folder, whole, kind):
     same_but_for_sums(out, folder / f"whole-{kind}")
 
 
+def test_two_processes_share_the_work(folder):
+    """Half of each step's four rows, half of the eight held-out examples after the third."""
+    finish(folder, "coldstart", "shared", steps=3, count=2, patch="""
+real, seen = module.encode, []
+def encode(processor, examples, device):
+    seen.append(len(examples))
+    Path("shared-" + os.environ["RANK"]).write_text(str(seen))
+    return real(processor, examples, device)
+module.encode = encode""")
+    assert [(folder / f"shared-{rank}").read_text() for rank in (0, 1)] == ["[2, 2, 2, 4]"] * 2
+
+
 @pytest.mark.parametrize("first, then", [
     (2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_the_number_of_processes_may_change(folder, whole, first, then):
