@@ -33,7 +33,10 @@ def foreign_adapter(tiny, folder, **options):
     {"lora_dropout": 0.1}, {"target_modules": r".*language_model.*\.o_proj"}],
     ids=lambda options: " ".join(options) or "list")
 def test_a_lora_of_another_tool_is_taken(tiny, tmp_path, capsys, options):
-    """It says what it said there, and off it is the base; dropout is set to 0 with a line."""
+    """It says what it said there, and off it is the base; dropout is set to 0 with a line.
+
+    So it is where tokens are sampled, merged too.
+    """
     theirs = foreign_adapter(tiny, tmp_path, **options)
     wanted = common.probe(theirs)
     ours = common.add_lora(copy.deepcopy(tiny[0]), path=str(tmp_path))
@@ -41,6 +44,13 @@ def test_a_lora_of_another_tool_is_taken(tiny, tmp_path, capsys, options):
     assert (wanted - tiny[0].base_probe).abs().max() > 0.01
     with ours.disable_adapter():
         assert torch.equal(common.probe(ours), tiny[0].base_probe)
+    with common.light_adapters(ours):
+        torch.testing.assert_close(common.probe(ours), wanted, atol=1e-3, rtol=1e-4)
+    with ours.disable_adapter(), common.light_adapters(ours):
+        assert torch.equal(common.probe(ours), tiny[0].base_probe)
+    ours.merge_adapter()
+    with common.light_adapters(ours):
+        torch.testing.assert_close(common.probe(ours), wanted, atol=1e-3, rtol=1e-4)
     assert ("lora_dropout" in capsys.readouterr().err) == ("lora_dropout" in options)
     assert ours.peft_config["default"].lora_dropout == 0
 
