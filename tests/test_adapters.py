@@ -136,6 +136,18 @@ def nf4(*skipped):
                               llm_int8_skip_modules=list(skipped))
 
 
+def test_weights_are_told_apart_by_their_ends_and_their_size(tmp_path):
+    """Without reading gigabytes: the first MiB, the last, and how many there are between."""
+    found = set()
+    for size, place in ((3 << 20, 5), (3 << 20, (1 << 20) - 1), (3 << 20, (3 << 20) - 1),
+                        (3 << 20, 2 << 20), (4 << 20, 5)):
+        content = bytearray(size)
+        content[place] = 1
+        (tmp_path / "model.safetensors").write_bytes(content)
+        found.add(common.digest_folder(tmp_path)["model.safetensors"])
+    assert len(found) == 5
+
+
 def test_a_checkpoint_that_is_stored_in_4_bits(tmp_path, capsys):
     folder = stored(tmp_path, quantization_config=nf4("lm_head", "model.visual"))
     assert distill.parse_args(["--model", folder, "--init", "none"]).bits == 4
