@@ -118,14 +118,15 @@ def validate(model, processor, examples, args):
     prompts, targets, masks = encode(processor, examples, model.device)
     for ids, mask, prompt in common.micro_batches(args.micro_batch, (targets, masks), (prompts,)):
         loss += answer_loss(model, prompt, ids, mask).item()
-    answers = common.decode(processor, *common.sample(
-        model, processor, prompts, args.max_new_tokens, rollout_batch=args.rollout_batch))
-    for (row, names), text in zip(examples, answers, strict=True):
+    ids, mask = common.sample(model, processor, prompts, args.max_new_tokens,
+                              rollout_batch=args.rollout_batch)
+    answers, cut = common.decode(processor, ids, mask), common.was_cut(model, processor, ids, mask)
+    for (row, names), text, is_cut in zip(examples, answers, cut, strict=True):
         if args.target == "perception":
             right = all(row.score(names, text).values())
             verdicts.append(("map" if names == ("map",) else "questions", right))
         else:
-            verdicts.append(("success", row.judge(text)["outcome"] == "success"))
+            verdicts.append(("success", row.judge(text, cut=is_cut)["outcome"] == "success"))
     losses, tokens, shares = zip(*common.gather((loss, int(masks.sum()), verdicts)), strict=True)
     verdicts, metrics = sum(shares, []), {"val_loss": sum(losses) / sum(tokens)}
     for name in sorted(dict(verdicts)):

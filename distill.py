@@ -231,7 +231,7 @@ def rollout_lines(model, processor, step, rows, ids, mask, scores):
     texts, cut = common.decode(processor, ids, mask), common.was_cut(model, processor, ids, mask)
     lines = []
     for i, row in enumerate(rows):
-        verdict = row.judge(texts[i])
+        verdict = row.judge(texts[i], cut=cut[i])
         tokens = processor.batch_decode(ids[i, :lengths[i], None])  # one text per token
         lines.append({
             "step": step + 1, "id": row.id, "task": row.task, "response": texts[i],

@@ -211,7 +211,7 @@ def read_answers(file):
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             fail(f"{file}, line {number}: not an answer ({text[:40]!r}); take the line out, and it "
                  "is asked again")
-        if "error" not in line:  # what failed is asked again
+        if not line.get("error"):  # what failed is asked again
             lines[name] = line
     return lines
 
@@ -331,19 +331,25 @@ def ask_model(args, jobs, model, processor):
 
 
 def read_responses(file, rows, pool, allow_missing):
-    """The answers in `file`, one per row; ids that are unknown, duplicate or missing are errors."""
+    """The answers in `file`, one per row; ids that are unknown, duplicate or missing are errors.
+
+    A line is read by what it means: an error that is null, "" or false is none, a response that is
+    null is an empty one, and half a surrogate pair, which is no text, becomes U+FFFD.
+    """
     known, lines = {row.id for row in pool}, {}
     try:
-        texts = Path(file).read_text(encoding="utf-8").split("\n")
+        texts = Path(file).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         fail(f"cannot read --responses {file}: {error}")
     for number, text in enumerate(texts, 1):
         if not text.strip():
             continue
         try:
-            line = json.loads(text)
+            line = gen_data.whole_text(json.loads(text))
         except (ValueError, RecursionError):
             fail(f'{file}, line {number}: not JSON; wanted one {{"id", "response"}} per line')
+        if isinstance(line, dict) and line.get("response", "") is None:
+            line["response"] = ""
         if not isinstance(line, dict) or not all(isinstance(line.get(name), str)
                                                  for name in ("id", "response")):
             fail(f'{file}, line {number}: wanted an object with "id" and "response", both text; '
@@ -358,7 +364,7 @@ def read_responses(file, rows, pool, allow_missing):
         if line["id"] not in known:
             fail(f"{file}, line {number}: id {line['id']!r} is not among the rows of --data")
         lines[line["id"]] = {name: line[name] for name in ANSWER if name in line}
-        if not line.get("error"):  # null, as some tools say that there was none
+        if not line.get("error"):  # as some tools say that there was none
             lines[line["id"]].pop("error", None)
     missing = [row.id for row in rows if row.id not in lines]
     if missing and not allow_missing:
@@ -378,9 +384,9 @@ def verdict_of(row, line, trained=None, tolerance=0):
     planning's if it fails there too or there is no plan, unclear if no map could be read. Rows
     that are no puzzles have neither. trained: keys of rows, None if they are not known.
     """
-    parse = (lambda task, text: line["plan"]) if "plan" in line else gen_data.parse
-    verdict = row.judge(line["response"], parse, tolerance)
-    if "error" in line and verdict["outcome"] != "not judged":
+    parse = (lambda *_: line["plan"]) if "plan" in line else gen_data.parse
+    verdict = row.judge(line["response"], parse, tolerance, line.get("cut") is True)
+    if line.get("error") and verdict["outcome"] != "not judged":
         verdict["outcome"] = "error"
     failure = None
     if verdict["outcome"] != "success" and verdict["map_right"] is not None:
@@ -389,8 +395,10 @@ def verdict_of(row, line, trained=None, tolerance=0):
             described = gen_data.TASKS[row.task](**verdict["map"])
             works = gen_data.check(described, verdict["plan"])[0] == "success"
             failure = "perception" if works else "planning"
+    known = None if trained is None else row.key() in trained
+    overrun = verdict["outcome"] == "success" and row.overruns(verdict["plan"])
     return {**line, "task": row.task, "level": row.level, "bucket": row.bucket, **verdict,
-            "failure": failure, "trained_on": None if trained is None else row.key() in trained}
+            "overrun": overrun, "failure": failure, "trained_on": known}
 
 
 def conclude(folder, rows, lines, seen, settings, args, trained=None):
@@ -459,13 +467,13 @@ def rate(name, groups):
 
 
 def answer_frame(verdicts):
-    """One line per answer: id, task, level, bucket, outcome, tokens, trained_on, and RATES.
+    """One line per answer: id, task, level, bucket, outcome, overrun, tokens, trained_on, RATES.
 
     What does not apply to a row is NaN: it counts in no rate.
     """
     frame = pd.DataFrame(verdicts, columns=[
         "id", "task", "level", "bucket", "outcome", "plan", "optimal", "map_right", "cut",
-        "tokens", "trained_on"])
+        "tokens", "trained_on", "overrun"])
     frame["success"] = frame["outcome"].eq("success").astype(float)
     frame["parsed"] = frame["plan"].notna().astype(float)
     frame.loc[frame["outcome"] == "not judged", ["success", "parsed"]] = None
@@ -500,6 +508,7 @@ def table_line(answers, bucket=None):
     numbers["trained_on"] = len(rows) - len(unseen) if known else None
     numbers |= rate("success_unseen", by_task(unseen, "success"))
     numbers["tokens"] = None if answers["tokens"].isna().all() else float(answers["tokens"].mean())
+    numbers["overrun"] = int(answers["overrun"].eq(True).sum())
     failures = Counter(outcome for outcome in answers["outcome"] if outcome != "success")
     return numbers | {"failures": dict(failures.most_common())}
 

@@ -15,7 +15,7 @@ In this file, in this order:
     messages, flags and files      what all scripts share and what needs no torch
     FrozenLake, Maze, MiniBehaviour                   the tasks, each beside its picture
     solve, execute, check                             solver and judge share `step`
-    parse, read_map, read_fact                        what a response says
+    last_place, parse, read_map, read_fact            who speaks for a response, and what it says
     PuzzleRow, OwnRow                                 rows: prompts, reference answers, verdicts
     split_of, sample_rows                             which puzzle is in which split
     load_rows, write_dataset, ensure                  the data folder
@@ -667,27 +667,102 @@ def check(puzzle, plan):
 
 WORDS = {"UP": "U", "DOWN": "D", "LEFT": "L", "RIGHT": "R",
          "PICK UP": "PICK", "PICKUP": "PICK", "PUT DOWN": "DROP"}
+# Keys of a JSON object whose value is an answer; words of a label such as "Action plan:".
+KEYS = ("answer", "final_answer", "plan", "action_plan", "final_plan", "actions", "action_sequence",
+        "sequence", "moves", "path", "solution", "steps", "directions")
+BEFORE = "so|thus|therefore|hence|the|my|here is|here's|final|optimal|shortest|action|solution"
+AGAIN = "revised|corrected|updated|new|improved|better|fixed"  # it takes an earlier plan back
+NOUNS = r"(?:answer|plan|actions|sequence|solution|path)(?: of (?:actions|moves|steps))?"
+ITEM = r"(?:[-*•][ \t]|\(?[0-9]{1,3}[.):](?![0-9])|step [0-9]{1,3}\b)"  # of a list
 
 
-def parse(task, text):
-    """The actions of the last complete <answer>…</answer>; None if there is none or it holds more.
+@lru_cache
+def place_forms(actions):
+    """Two expressions for `last_place`: of any place of an answer, and of the body of a label.
 
-    Actions are separated by commas, blanks or nothing ("UUR"), in either case. What other models
-    write is read by `tools.lenient.parse`.
+    A label with a colon is a place whatever follows. With "is" or a line's end, and where it calls
+    the answer a path, a list of the actions must follow: "The plan is right" is prose, and "The
+    corrected plan is right" only takes back what stands before.
     """
-    answer = last_answer(text)
-    return None if answer is None else read_actions(answer, names_of(TASKS[task].actions))
+    forms = {"tag": "<answer>(?:(?!<answer>).)*</answer>", "open": r"<answer>(?=\s*\S)"}
+    names = any_of(names_of(actions, WORDS)) or "(?!)"
+    if actions:
+        own = any_of(actions)
+        marked = r"[\s*_`'\"\[($]{0,9}(?:[0-9]{1,2}[.)] ?)?"
+        capitals = rf"(?-i:(?:{own})(?=[^A-Za-z\n]*(?:$|(?:{own}))))"
+        words = (rf"(?:go |move )?(?:{names})\b[^A-Za-z\n]{{0,9}}(?:[,;|>→+-]|\bthen\b|\band\b)"
+                 rf"[^A-Za-z\n]{{0,9}}(?:(?:then|and|go|move) ){{0,3}}(?:{names})\b")
+        listed = rf"(?={marked}(?:{capitals}|{words}|[↑↓←→⬆⬇⬅➡]))"
+        colon = r"(?: is)?[ *_]{0,4}(?:\([^()\n]{1,30}\)[ *_]{0,4})?[:=]"
+        verb = r"[ *_]{0,4}(?:[:=]|\bis\b:?|\n)"
+        line = rf"^[ \t>#*-]{{0,9}}(?:(?:{BEFORE}|{AGAIN})[ ,]{{1,2}}){{0,5}}"
+        again = rf"\b(?:{AGAIN}) (?:(?:{BEFORE}) ){{0,3}}{NOUNS}"
+        forms["box"] = r"\\boxed\{(?:[^{}]|\{[^{}]*\})*\}"
+        keys = "|".join(KEYS).replace("_", "[ _-]")
+        forms["json"] = (rf"\{{(?=[^{{}}]*[\"'](?:{keys})[\"']\s*:)"
+                         r"(?:[^{}]|\{[^{}]*\})*\}")
+        forms["label"] = (rf"{line}(?:{NOUNS}(?<!path){colon}|{NOUNS}{verb}{listed})"
+                          rf"|{again}(?:{colon}|{verb}{listed})"
+                          rf"|\b(?:revised|correct(?:ed|ion)){colon}")
+        forms["withdrawn"] = rf"{again}[ *_]{{0,4}}(?:\bis\b|\n)"  # and nothing in its place
+    begins = rf"(?:{ITEM}|[↑↓←→⬆⬇⬅➡]|(?:go |move )?(?:{names})\b)"
+    body = (r"[*_]{0,3}\s{0,9}(?:```[a-z]*\n)?(\[[^\[\]]*\](?=[ `*.]*$)"
+            rf"|{ITEM}[^\n]*(?:\n\s{{0,9}}{ITEM}[^\n]*)*"
+            rf"|[^\n]*(?:\n[ \t]*{begins}[^\n]*)*)")
+    joined = "|".join(f"(?P<{name}>{form})" for name, form in forms.items())
+    flags = re.IGNORECASE | re.MULTILINE
+    return re.compile(joined, flags | re.DOTALL), re.compile(body, flags)
 
 
-def last_answer(text):
-    """What the last complete <answer>…</answer> holds, or None."""
-    begin, answer = None, None
-    for tag in re.finditer("<(/?)answer>", text):
-        if not tag[1]:
-            begin = tag.end()
-        elif begin is not None:
-            answer = text[begin:tag.start()]
-    return answer
+def parse(task, text, cut=False):
+    """The actions of the <answer>…</answer> that speaks for a response; None if there is none.
+
+    None too where it holds more. Actions are separated by commas, blanks or nothing ("UUR"), in
+    either case. What other models write is read by `tools.lenient.parse`. cut: see `last_place`.
+    """
+    actions = TASKS[task].actions
+    opening, body, closing = last_place(text, actions, cut) or ("", "", "")
+    if (opening, closing) != ("<answer>", "</answer>"):
+        return None
+    return read_actions(body, names_of(actions))
+
+
+def after_thinking(text):
+    """The reply in a response: what follows the last </think>; "" where a <think> stays open.
+
+    The opening mark need not be there: templates of thinking models write it into the prompt.
+    """
+    reply = text.rpartition("</think>")[2]
+    return "" if "<think>" in reply else reply
+
+
+def last_place(text, actions=(), cut=False):
+    """Who speaks for a response: (opening, body, closing) of a place, or None. For every reader.
+
+    1. A response that was cut (no EOS within the limit) answers only if it ends with a closed
+       place: what it repeats of its prompt, or drafts, is no answer.
+    2. Thinking never answers (`after_thinking`).
+    3. The last explicit place speaks, also where it only takes an earlier plan back: a tag (one
+       without its closing at the end too), a \\boxed{}, a JSON object with a key of KEYS, a line
+       that begins with "Action plan:" or the like, "Corrected plan: " anywhere. Without `actions`
+       (own rows) only tags are places.
+    4. All of its body counts and nothing else: a reader takes it whole or not at all.
+    """
+    reply, (forms, label_body) = after_thinking(text), place_forms(actions)
+    last = deque(forms.finditer(reply), maxlen=1)
+    if not last:
+        return None
+    found = last[0]
+    form, said, rest = found.lastgroup, found[0], reply[found.end():]
+    closed = {"tag": (8, 9), "box": (7, 1), "json": (0, 0)}  # how long its opening and closing are
+    if form not in closed:
+        body = {"open": rest, "withdrawn": ""}.get(form, label_body.match(rest)[1])
+        return None if cut else (said, body, "")
+    if cut and rest.strip(" \n\t`$*."):
+        return None
+    head, tail = closed[form]
+    end = len(said) - tail
+    return said[:head], said[head:end], said[end:]
 
 
 def names_of(actions, others=()):
@@ -945,6 +1020,10 @@ class Row:
         """What stands above questions. reads: a text in the picture's place, or None."""
         return [reads] if reads else []
 
+    def overruns(self, plan):
+        """Does a plan go on after the goal? Only puzzles have one."""
+        return False
+
     def ask(self, names=None, reads=None):
         """Ask perception questions: one plainly, several numbered. names: default all."""
         questions = self.questions()
@@ -965,7 +1044,7 @@ class Row:
         questions = self.questions()
         names = names or tuple(questions)
         right = {}
-        for name, said in split_answers(names, text).items():
+        for name, said in split_answers(names, after_thinking(text)).items():
             right[name] = self.is_right(name, said, questions[name][1])
         return right
 
@@ -1019,6 +1098,11 @@ class PuzzleRow(Row):
             lines.append(HINT.format(plan=",".join(self.plan)))
         return "\n".join([*lines, self.ask_plan()])
 
+    def overruns(self, plan):
+        """Does a plan reach the goal and go on? What comes after it is not executed."""
+        outcome, executed = check(self.puzzle, plan)
+        return outcome == "success" and len(plan) > executed
+
     def response(self):
         """The reference response."""
         return reference_response(self.puzzle, self.plan)
@@ -1043,14 +1127,14 @@ class PuzzleRow(Row):
         said = read_fact(name, said, self.puzzle.actions)  # None: nothing that could be right
         return said is not None and said == read_fact(name, wanted, self.puzzle.actions)
 
-    def judge(self, text, parse=parse, tolerance=0):
+    def judge(self, text, parse=parse, tolerance=0, cut=False):
         """What a response is worth: its plan, how it ends, the map it describes and if it is right.
 
         optimal: it succeeds, and as many steps were executed as the shortest plan has. What is
-        written after the goal was reached is not executed and does not count. parse(task, text):
-        the reader. tolerance: for own rows.
+        written after the goal was reached is not executed and does not count. parse(task, text,
+        cut): the reader. cut: was the response? tolerance: for own rows.
         """
-        plan, read = parse(self.task, text), read_map(self.task, text)
+        plan, read = parse(self.task, text, cut), read_map(self.task, after_thinking(text))
         outcome, executed = check(self.puzzle, plan)
         return {"plan": plan, "outcome": outcome,
                 "optimal": outcome == "success" and executed == len(self.plan),
@@ -1154,17 +1238,19 @@ class OwnRow(Row):
     def score(self, names, text):
         """As of every row; but an answer may hold "1." too, so all of them are compared at once."""
         right = super().score(names, text)
-        if self.is_right(None, text, self.answers(names)):
+        if self.is_right(None, after_thinking(text), self.answers(names)):
             return dict.fromkeys(right, True)
         return right
 
-    def judge(self, text, parse=None, tolerance=0):
-        """"plan" is the answer given: what the last complete <answer>…</answer> holds.
-
-        Without one it is the last \\boxed{}, else the last line.
+    def judge(self, text, parse=None, tolerance=0, cut=False):
+        """"plan" is the answer given: that of the last <answer>, else, if the response is not cut,
+        the last \\boxed{} or the last line.
         """
-        said, outcome = last_answer(text), "not judged"
-        if said is None:
+        place, outcome, said = last_place(text, cut=cut), "not judged", ""
+        if place:
+            said = place[1]
+        elif not cut:
+            text = after_thinking(text)
             said = (BOXED.findall(text) or [text.strip().rpartition("\n")[2]])[-1]
         if "answer" in self.data:
             right = same_answer(said, self.data["answer"], self.compare, tolerance)
@@ -1310,9 +1396,15 @@ def check_pictures(rows):
         decode_all(paths)
 
 
+def whole_text(thing):
+    """What json.loads returned, with U+FFFD for half a surrogate pair, which cannot be written."""
+    text = json.dumps(thing, ensure_ascii=False)
+    return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+
 def read_metadata(file):
     """Yields ("file, line n", the line's object) of a metadata.jsonl. Fails at a broken line."""
-    content = file.read_bytes()
+    content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:4]:
         fail(f"{file}: it is UTF-16, wanted UTF-8 text")
     for number, line in enumerate(content.splitlines(), 1):

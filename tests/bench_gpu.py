@@ -4,7 +4,7 @@
     python tests/bench_gpu.py --presets 2b 4b 8b --bits 4 16 --max_new_tokens 340
     python tests/bench_gpu.py --device cpu --tiny       # the same code on the bundled sizes
 
-This was never run on a GPU: whoever has one is the first. Each stage's own main takes two steps, of
+docs/gpu.md has what one card gave. Each stage's own main takes two steps, of
 which the second is timed. Weights are made on the device matrix by matrix, in the precisions of
 common.load, so that 24 GB suffice for 8b in 4 bits. Random weights hardly ever draw an EOS: every
 response has --max_new_tokens, so a step costs more than one of a trained model.

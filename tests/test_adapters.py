@@ -33,7 +33,10 @@ def foreign_adapter(tiny, folder, **options):
     {"lora_dropout": 0.1}, {"target_modules": r".*language_model.*\.o_proj"}],
     ids=lambda options: " ".join(options) or "list")
 def test_a_lora_of_another_tool_is_taken(tiny, tmp_path, capsys, options):
-    """It says what it said there, and off it is the base; dropout is set to 0 with a line."""
+    """It says what it said there, and off it is the base; dropout is set to 0 with a line.
+
+    So it is where tokens are sampled, merged too.
+    """
     theirs = foreign_adapter(tiny, tmp_path, **options)
     wanted = common.probe(theirs)
     ours = common.add_lora(copy.deepcopy(tiny[0]), path=str(tmp_path))
@@ -41,6 +44,13 @@ def test_a_lora_of_another_tool_is_taken(tiny, tmp_path, capsys, options):
     assert (wanted - tiny[0].base_probe).abs().max() > 0.01
     with ours.disable_adapter():
         assert torch.equal(common.probe(ours), tiny[0].base_probe)
+    with common.light_adapters(ours):
+        torch.testing.assert_close(common.probe(ours), wanted, atol=1e-3, rtol=1e-4)
+    with ours.disable_adapter(), common.light_adapters(ours):
+        assert torch.equal(common.probe(ours), tiny[0].base_probe)
+    ours.merge_adapter()
+    with common.light_adapters(ours):
+        torch.testing.assert_close(common.probe(ours), wanted, atol=1e-3, rtol=1e-4)
     assert ("lora_dropout" in capsys.readouterr().err) == ("lora_dropout" in options)
     assert ours.peft_config["default"].lora_dropout == 0
 
@@ -124,6 +134,18 @@ def nf4(*skipped):
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                               bnb_4bit_compute_dtype=torch.bfloat16,
                               llm_int8_skip_modules=list(skipped))
+
+
+def test_weights_are_told_apart_by_their_ends_and_their_size(tmp_path):
+    """Without reading gigabytes: the first MiB, the last, and how many there are between."""
+    found = set()
+    for size, place in ((3 << 20, 5), (3 << 20, (1 << 20) - 1), (3 << 20, (3 << 20) - 1),
+                        (3 << 20, 2 << 20), (4 << 20, 5)):
+        content = bytearray(size)
+        content[place] = 1
+        (tmp_path / "model.safetensors").write_bytes(content)
+        found.add(common.digest_folder(tmp_path)["model.safetensors"])
+    assert len(found) == 5
 
 
 def test_a_checkpoint_that_is_stored_in_4_bits(tmp_path, capsys):

@@ -123,6 +123,10 @@ def test_topk_is_a_divergence_that_tends_to_the_full_one():
     other = torch.tensor([[0.5, 0.1, 0.4]], dtype=torch.float64).log()
     by_hand = 0.7 * np.log(0.7 / 0.5) + 0.3 * np.log(0.3 / 0.5)
     assert float(topk_kl(two, other, k=1)) == pytest.approx(by_hand)
+    by_hand = 0.5 * np.log(0.5 / 0.2) + 0.5 * np.log(0.5 / 0.8)   # the top is the student's
+    other = torch.tensor([[0.2, 0.7, 0.1]], dtype=torch.float64).log()
+    assert float(topk_kl(torch.tensor([[0.5, 0.3, 0.2]]).double().log(), other, k=1)) \
+        == pytest.approx(by_hand)
 
 
 def test_skewed_and_clipped():
@@ -237,6 +241,20 @@ def test_the_chunked_loss_equals_the_unchunked_one(backbone, student, name):
             torch.testing.assert_close(found[key], expected[key], atol=5e-5, rtol=2e-3)
 
 
+def test_the_softmax_is_taken_in_float32_of_a_16_bit_network():
+    """In bfloat16 a divergence would be wrong by more than it often is, and negative."""
+    torch.manual_seed(0)
+    lm_head = torch.nn.Linear(8, 500, bias=False, dtype=torch.bfloat16)
+    hidden = torch.randn(6, 8).bfloat16()
+    teacher = hidden + 0.1 * torch.randn(6, 8).bfloat16()
+    _, scores = distill.chunked_divergence(hidden, teacher, torch.zeros(6, dtype=torch.long),
+                                           torch.ones(6), lm_head, reverse_kl, 4)
+    log_p, log_q = (lm_head(x).detach().double().log_softmax(-1) for x in (hidden, teacher))
+    for found in scores[:2]:
+        torch.testing.assert_close(found, by_torch(log_p, log_q).float(), atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(scores[2], -(log_p.exp() * log_p).sum(-1).float())
+
+
 def test_gradients_are_averaged_after_the_backward_pass(student):
     """One division, in float32: divided before it, float16 gradients are mostly zero."""
     weights, tokens = common.adapter_weights(student), 6400
@@ -252,6 +270,9 @@ def test_gradients_are_averaged_after_the_backward_pass(student):
     assert (loss, count) == (0.5, tokens)
     for weight, gradient in zip(weights, wanted, strict=True):
         torch.testing.assert_close(weight.grad, gradient.half().float() / tokens)
+        weight.grad.zero_()
+    assert common.average_gradients(weights, 0.0, 0) == (0, 0)      # no token counts: no NaN
+    assert not any(weight.grad.any() for weight in weights)
     student.zero_grad()
 
 
@@ -397,10 +418,26 @@ def test_tokens_have_the_models_distribution():
         assert (p[tail].log().mean() - mean).abs() < 5 * spread
 
 
+def test_rare_tokens_keep_their_share():
+    """Each is drawn by the numbers that are its own; near 1, float32 would have steps of 6e-8."""
+    torch.manual_seed(0)
+    logits, rare = torch.randn(151_936), torch.randint(1, 151_936, (50,))
+    logits[0] = 22
+    p = logits.softmax(-1).double()
+    edges = p.cumsum(0)
+    assert p[rare].max() < 1e-8 and edges[0] > 0.999
+    numbers = (edges[rare] - p[rare] / 2) / edges[-1]
+    assert torch.equal(common.draw_token(logits.expand(50, -1), numbers), rare)
+
+
 def test_no_number_draws_a_token_without_probability():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]] * 4)
     uniform = torch.tensor([0.0, 0.5 - 1e-12, 0.5, 1 - 2**-53], dtype=torch.float64)
     assert common.draw_token(logits, uniform).tolist() == [1, 1, 3, 3]
+    torch.manual_seed(0)                                 # rounded, they rarely sum to one
+    logits = torch.randn(100, 50)
+    logits[:, -1] = -torch.inf
+    assert common.draw_token(logits, uniform[-1:].expand(100)).max() < 49
     nowhere = torch.full((4, 5), torch.nan)              # still a token: the step is skipped later
     assert common.draw_token(nowhere, uniform).max() < 5
 
@@ -470,11 +507,12 @@ def test_who_samples_and_what_it_reads(toy_data, tmp_path, monkeypatch, share):
 
     def spy(model, processor, prompt, *rest, **options):
         layer = model.base_model.model.model.language_model.layers[0]
-        seen.append((not layer.mlp.up_proj.disable_adapters, "pixel_values" in prompt))
+        seen.append((not layer.mlp.up_proj.disable_adapters, "pixel_values" in prompt,
+                     model.training))
         return original(model, processor, prompt, *rest, **options)
     monkeypatch.setattr(common, "sample", spy)
     train(toy_data, tmp_path, "--on_policy", str(share), "--max_new_tokens", "4")
-    assert set(seen) == {(bool(share), bool(share))}
+    assert set(seen) == {(bool(share), bool(share), False)}
 
 
 def test_who_the_teacher_is_and_what_it_reads(toy_data, tmp_path, monkeypatch):
@@ -483,6 +521,7 @@ def test_who_the_teacher_is_and_what_it_reads(toy_data, tmp_path, monkeypatch):
 
     def spy(model, prompt, ids, mask):
         layer = model.base_model.model.model.language_model.layers[0]
+        assert model.training                    # else nothing is checkpointed
         seen.append((torch.is_grad_enabled(), not layer.mlp.up_proj.disable_adapters,
                      "pixel_values" in prompt, prompt["input_ids"].shape[1]))
         return original(model, prompt, ids, mask)

@@ -283,6 +283,50 @@ def test_a_plan_that_another_reader_read(data, tmp_path, capsys):
     assert '"plan": wanted a list of actions or null' in capsys.readouterr().err
 
 
+def test_lines_are_read_by_what_they_mean(data, tmp_path):
+    """No error is null, "" or false; a response may be null; half a surrogate pair is no text."""
+    rows = gen_data.load_rows(data, "test")
+    lines = [{"id": row.id, "response": row.response()} for row in rows]
+    for line, error in zip(lines, (None, "", False, "HTTP 500"), strict=False):
+        line["error"] = error
+    lines[4]["response"] = None
+    lines[5] |= {"response": "\ud800" + lines[5]["response"], "model": "\udfff"}
+    lines[6] |= {"plan": ["\ud83d"], "error": None}
+    lines[7] |= {"cut": None, "tokens": None}
+    file = tmp_path / "lines.jsonl"
+    text = "".join(json.dumps(line) + "\r\n" for line in lines)
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    run("--responses", file, "--data", data, "--out", tmp_path / "eval")
+    verdicts = lines_of(tmp_path / "eval/lines/predictions.jsonl")
+    assert [v["outcome"] for v in verdicts] == [
+        "success", "success", "success", "error", "no answer", "success", "no such action",
+        "success"]
+    assert verdicts[5]["response"][0] == verdicts[5]["model"] == verdicts[6]["plan"][0] == "\ufffd"
+    assert "error" not in verdicts[1] and "lines" in (tmp_path / "eval/results.md").read_text()
+
+
+def test_overruns_and_cut_plans():
+    """What comes after the goal counts for nothing but the column; a plan that was cut is none."""
+    over = GOOD.replace("</", ",U,U</")
+    verdicts = [judged(named(LAKE, str(i)), answer, **more) for i, (answer, more) in enumerate([
+        (GOOD, {}), (over, {}), (over, {"cut": True}), (EDGE.replace("</", ",D</"), {}),
+        (over + "\nMap: 3x3", {"cut": True}), (over.replace("</answer>", ""), {"cut": True}),
+        ("", {"plan": ["D", "D", "R", "R", "R"]}), (over, {"error": "HTTP 500"})])]
+    assert [v["outcome"] for v in verdicts] == [
+        "success", "success", "success", "edge", "no answer", "no answer", "success", "error"]
+    assert [v["overrun"] for v in verdicts] == [
+        False, True, True, False, False, False, True, False]
+    assert all(v["optimal"] for v in verdicts if v["outcome"] == "success")
+    table = evaluate.summarise(verdicts)
+    assert {cell["overrun"] for cell in table} == {3}
+    shown = report.macro_table({"mine": {"table": table, "args": {}, "asked": {}}})
+    assert dict(zip(shown["head"], shown["lines"][0], strict=True))["overrun"] == 3
+    for cell in table:                                # of a summary from before there was a column
+        del cell["overrun"]
+    shown = report.macro_table({"mine": {"table": table, "args": {}, "asked": {}}})
+    assert dict(zip(shown["head"], shown["lines"][0], strict=True))["overrun"] == ""
+
+
 def test_what_is_asked(data):
     """Each row's own picture, its symbols without the plan, or another puzzle's picture."""
     rows = gen_data.load_rows(data, "test")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 
 import networkx as nx
@@ -214,10 +215,42 @@ def test_frozenlake_agrees_with_gymnasium():
     assert seen == {None, "edge", "hole"}
 
 
+def test_a_maze_is_walked_as_it_stands():
+    """Where two sides of a border disagree, as in a map that was misread, the cell's own counts."""
+    maze = Maze.read([["SR", "G"], [".", ".U"]])
+    assert check(maze, ["R"]) == ("success", 1) and solve(maze) == ["R"]
+    assert maze.step((0, 1), "L") == ((0, 1), "wall")
+    assert maze.step((1, 1), "U") == ((0, 1), None) and maze.step((0, 1), "D")[1] == "wall"
+
+
 def test_mazes_are_perfect():
     for _, level, maze in boards(10, ["maze"]):
         opened = sum(bin(15 - bits).count("1") for row in maze.walls for bits in row)
         assert opened == 2 * (level * level - 1)  # a spanning tree, seen from both sides
+
+
+def test_every_maze_that_a_depth_first_walk_can_make_is_made():
+    """Of the 192 spanning trees of 3x3 those in which no wall parts two branches, from some root.
+
+    The ends are any two cells.
+    """
+    grid, walkable = nx.grid_2d_graph(3, 3), set()
+    for edges in combinations(sorted(map(tuple, map(sorted, grid.edges))), 8):
+        tree = nx.Graph(edges)
+        if len(tree) == 9 and nx.is_connected(tree):
+            closed = [edge for edge in grid.edges if not tree.has_edge(*edge)]
+            for root in grid:
+                paths = nx.single_source_shortest_path(tree, root)
+                if all(a in paths[b] or b in paths[a] for a, b in closed):
+                    walkable.add(frozenset(edges))
+    rng, found, ends = np.random.default_rng(0), set(), set()
+    for _ in range(4000):
+        maze = Maze.sample(rng, 3)
+        found.add(frozenset(
+            (a, b) for a, b in map(sorted, grid.edges)
+            if not maze.walls[a[0]][a[1]] & (2 if b[0] > a[0] else 8)))
+        ends.add((*maze.start, *maze.goal))
+    assert found == walkable and len(ends) == 9 * 8
 
 
 # ---------------------------------------------------------------- reading responses
@@ -227,7 +260,8 @@ def test_mazes_are_perfect():
     ("frozenlake", "<answer>UUR</answer>", "U U R"),
     ("frozenlake", "<answer> u, R\nD </answer>", "U R D"),
     ("frozenlake", "<answer>U</answer> no: <answer>D</answer>", "D"),  # the last complete one
-    ("frozenlake", "<answer>U</answer> and <answer>D", "U"),
+    ("frozenlake", "<answer>U</answer> and <answer>", "U"),
+    ("frozenlake", "<answer>U</answer> and <answer>D", None),  # a later one, and not complete
     ("frozenlake", "<answer>" + "D,U," * 25_000 + "D</answer>", "D U " * 25_000 + "D"),
     ("frozenlake", "<answer>U</answer>" + "x" * 100_000, "U"),
     ("frozenlake", "<answer>" * 12_500, None),
@@ -272,7 +306,7 @@ def test_parse(task, text, plan):
     ("\\boxed{2} steps.\nAction plan: L,L", "L L"),
     ("**RR** or <answer>up</answer>", "U"),           # a tag counts before all others
     # no plan
-    ("<answer>no way</answer>\nAction plan: L,L", None),
+    ("Action plan: L,L\n<answer>no way</answer>", None),
     ("(0,1) -> (0,2)", None), ("<answer>(0,1) -> (0,2)</answer>", None), ("0,1,2", None),
     ("Action plan: (0,1) -> (0,2)", None), ("\\boxed{(0,1)}", None), ("Path: 0 → 1 → 2", None),
     ("go up to the lake", None), ("Action plan: go up to the lake", None),
@@ -582,6 +616,25 @@ def test_a_task_draws_the_same_whatever_other_tasks_there_are(monkeypatch):
     before = [row.data for row in gen_data.sample_rows("maze", 3, "train", 6, seed=4)]
     monkeypatch.setattr(gen_data, "TASKS", {"maze": Maze, "other": FrozenLake})
     assert [row.data for row in gen_data.sample_rows("maze", 3, "train", 6, seed=4)] == before
+
+
+def test_every_seed_task_size_and_split_draws_numbers_of_its_own(monkeypatch):
+    firsts, real = [], np.random.default_rng
+    for task in TASKS:
+        gen_data.example(task)                                       # has a fixed seed, once
+    monkeypatch.setattr(gen_data, "thirds", lambda *_: (3, 6))       # so have the borders
+
+    def default_rng(seed):
+        firsts.append(real(seed).random())
+        return real(seed)
+    monkeypatch.setattr(np.random, "default_rng", default_rng)
+    for seed in (0, 1):
+        for task in TASKS:
+            for level in TASKS[task].levels:
+                for split in gen_data.SPLITS:
+                    next(gen_data.sample_rows(task, level, split, 3, seed))
+    levels = sum(len(kind.levels) for kind in TASKS.values())
+    assert len(set(firsts)) == len(firsts) == 2 * 3 * levels
 
 
 def test_imagefolder_of_datasets_reads_it(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The step in NF4 on a CUDA device: `python -m pytest -m gpu`. Never run on a GPU yet.
+"""The step in NF4 on a CUDA device: `python -m pytest -m gpu`.
 
 Without CUDA these are skipped and say so; that bench_gpu.py runs, and builds the network that
 common.load would load, is tested everywhere.

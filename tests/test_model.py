@@ -1,12 +1,16 @@
 """The model's side, on the bundled backbone: encoding, alignment, sampling, adapters, NF4."""
 import copy
+import json
+import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_rows
+from conftest import make_rows, stops
+from PIL import Image
 from safetensors.torch import load_file
 
 import coldstart
@@ -51,6 +55,29 @@ def test_chat_template(tiny):
         "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * cells + "<|vision_end|>"
         + rows[0].student_prompt() + "<|im_end|>\n<|im_start|>assistant\n")
     assert batch["mm_token_type_ids"].sum() == cells
+
+
+def test_a_large_picture_has_at_most_256_tokens(tmp_path):
+    """Whatever the checkpoint allows: as many as one of 512x512."""
+    folder = shutil.copytree(common.TINY, tmp_path / "model")
+    file = folder / "processor_config.json"
+    assert '"longest_edge": 262144' in file.read_text()
+    file.write_text(file.read_text().replace('"longest_edge": 262144', '"longest_edge": 9999999'))
+    processor = common.load(str(folder), 32)[1]
+    for size, tokens in ((512, 256), (1024, 256), (256, 64)):
+        batch = common.encode(processor, ["What?"], [Image.new("RGB", (size, size))])
+        assert int(batch["mm_token_type_ids"].sum()) == tokens
+
+
+def test_room_for_the_picture_and_the_response(tiny, capsys):
+    """To the token: the context less 300 for the picture and what is to be written."""
+    tokenizer = SimpleNamespace(tokenize=lambda text, verbose: list(text))
+    processor = SimpleNamespace(tokenizer=tokenizer)
+    room = tiny[0].config.text_config.max_position_embeddings - 300 - 50
+    common.check_lengths(tiny[0], processor, {"a": "x" * room}, 50)
+    words = tiny[0], processor, {"a": "x", "b": "x" * (room + 1)}, 50
+    assert f"b: what the model reads and writes has {room + 1} tokens" in stops(
+        capsys, common.check_lengths, *words)
 
 
 def test_prompts_are_left_padded_and_responses_end_with_the_eos(tiny):
@@ -158,8 +185,12 @@ def test_fixed_memory_draws_the_same_tokens(tiny, monkeypatch, with_pictures):
     uniforms, found, kept = np.random.default_rng(3).random((9, 60)), [], []
     keep = common.GraphDecoder.keep
     monkeypatch.setattr(common, "captured", lambda work: work)
-    monkeypatch.setattr(common.GraphDecoder, "keep",
-                        lambda self, going: (kept.append(len(going)), keep(self, going)))
+
+    def keep_and_look(self, going):
+        keep(self, going)
+        kept.append(len(going))
+        assert not self.warm and self.replay is None     # the old graph reads the old memory
+    monkeypatch.setattr(common.GraphDecoder, "keep", keep_and_look)
     for way in ((common.Decoder, 1), (common.GraphDecoder, 2)):
         monkeypatch.setattr(common, "decoder_of", lambda device, way=way: way)
         found.append(common.sample(model, processor, prompt, 60, uniforms, rollout_batch=6))
@@ -227,6 +258,83 @@ def test_gradient_checkpointing_changes_no_gradient(tiny, student):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+def test_what_the_cold_start_draws():
+    """Every row and question, maps in their share, else one to three others, none twice."""
+    rows = make_rows(5)[0]
+
+    def drawn(share):
+        examples = coldstart.draw_examples(rows, 3000, np.random.default_rng(0), share)
+        assert len(examples) == 3000
+        return examples
+    examples = drawn(0.6)
+    for row in rows:
+        own = [names for one, names in examples if one is row]
+        asked = [names for names in own if names != ("map",)]
+        assert 500 < len(own) < 700 and 0.53 < 1 - len(asked) / len(own) < 0.67
+        assert all(len(set(names)) == len(names) for names in asked)
+        lengths = [len(names) for names in asked]
+        assert all(0.25 < lengths.count(n) / len(asked) < 0.42 for n in (1, 2, 3))
+        assert set(sum(asked, ())) == set(row.questions()) - {"map"}
+    assert all(names == ("map",) for _, names in drawn(1))
+    assert not any("map" in names for _, names in drawn(0))
+
+
+def test_validation_by_hand(tiny, tmp_path, monkeypatch):
+    """Loss per token whatever the micro-batch; a row is right with all of its answers."""
+    model, processor = tiny
+    rows, pictures = make_rows(3)
+    for i, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
+        row.path = str(tmp_path / f"{i}.png")
+        picture.save(row.path)
+    names = [("map",), ("size", "player"), ("size",)]
+    texts = [rows[0].answers(names[0]), "1. 9x9\n2. " + rows[1].answers(("player",)),
+             rows[2].answers(names[2])]
+    args = SimpleNamespace(micro_batch=2, rollout_batch=2, max_new_tokens=2, target="perception")
+    monkeypatch.setattr(common, "decode", lambda *words: texts)
+    found = coldstart.validate(model, processor, list(zip(rows, names, strict=True)), args)
+    loss, tokens = 0.0, 0
+    for example in zip(rows, names, strict=True):
+        prompt, ids, mask = coldstart.encode(processor, [example], "cpu")
+        loss += float(coldstart.answer_loss(model, prompt, ids, mask))
+        tokens += int(mask.sum())
+    assert found == {"val_loss": pytest.approx(loss / tokens, rel=1e-4), "val_map": 1,
+                     "val_questions": 0.5}
+    args.target, texts = "answer", [rows[0].response(), "<answer>U,U,U,U,U,U</answer>", ""]
+    found = coldstart.validate(model, processor, [(row, ("answer",)) for row in rows], args)
+    assert found["val_success"] == 1 / 3 and found.keys() == {"val_loss", "val_success"}
+
+
+def test_the_cold_starts_steps_and_validations(toy_data, tmp_path, monkeypatch):
+    """Gradients in train mode, from the split train; held-out answers in eval mode, from val.
+
+    Only so are activations checkpointed, and keys and values kept.
+    """
+    seen, encode, loss, sample = set(), coldstart.encode, coldstart.answer_loss, common.sample
+
+    def state(model=None):
+        return torch.is_grad_enabled(), model and model.training
+
+    def encode_spy(processor, examples, device):
+        seen.update((row.id.partition("_")[0], *state()) for row, _ in examples)
+        return encode(processor, examples, device)
+
+    def loss_spy(model, *words):
+        seen.add(("loss", *state(model)))
+        return loss(model, *words)
+
+    def sample_spy(model, processor, prompts, limit, **more):
+        seen.add(("sample", *state(model), limit))
+        return sample(model, processor, prompts, limit, **more)
+    monkeypatch.setattr(coldstart, "encode", encode_spy)
+    monkeypatch.setattr(coldstart, "answer_loss", loss_spy)
+    monkeypatch.setattr(common, "sample", sample_spy)
+    coldstart.main(coldstart.parse_args([
+        "--preset", "tiny", "--data", str(toy_data), "--out", str(tmp_path), "--steps", "2",
+        "--batch", "2", "--max_new_tokens", "2", "--eval_every", "1"]))
+    assert seen == {("train", True, None), ("val", False, None), ("loss", True, True),
+                    ("loss", False, False), ("sample", False, False, 2)}
+
+
 # ---------------------------------------------------------------- adapters and NF4
 
 def test_lora_pattern_is_anchored(tiny):
@@ -236,6 +344,9 @@ def test_lora_pattern_is_anchored(tiny):
         assert sum("language_model" in name for name in names) == 7 * 5
         assert sum("visual" in name for name in names) == (4 * 3 + 2 * 3 if vision else 0)
         assert not any("lm_head" in name or "embed" in name for name in names)
+        scales = {module.scaling["default"] for module in model.modules()
+                  if hasattr(module, "lora_A")}
+        assert scales == {2}                                         # alpha is twice the rank
 
 
 def test_nf4_gradients_are_the_same_after_sampling():
@@ -273,8 +384,12 @@ def test_both_stages_change_only_the_adapter(toy_data, tmp_path, bits, monkeypat
              "--batch", "4", "--micro_batch", "3"]
     first, second = tmp_path / "coldstart", tmp_path / "distill"
     coldstart.main(coldstart.parse_args([*flags, "--out", str(first)]))
+    keys = json.loads((first / "trained_rows.json").read_text())
+    (first / "trained_rows.json").write_text(json.dumps([*keys, "f" * 16]))  # of a run before it
     distill.main(distill.parse_args([*flags, "--out", str(second), "--init", str(first),
                                      "--max_new_tokens", "10"]))
+    trained = set(json.loads((second / "trained_rows.json").read_text()))
+    assert trained == {row.key() for row in gen_data.load_rows(toy_data, "train")} | {"f" * 16}
     assert signal.getsignal(signal.SIGTERM) == handler  # given back
     weights = [load_file(out / "adapter/adapter_model.safetensors") for out in (first, second)]
     assert weights[0].keys() == weights[1].keys() and all("lora_" in name for name in weights[0])

@@ -182,6 +182,17 @@ def test_answers_in_words(response, outcome):
     assert verdict["optimal"] is None and verdict["map_right"] is None
 
 
+@pytest.mark.parametrize("response, cut, outcome", [
+    ("Paris? <answer>Paris</answer></think>\n<answer>New York</answer>", False, "success"),
+    ("Paris?</think>\nNew York", False, "success"), ("<think>New York", False, "no answer"),
+    ("<answer>New York</answer>", True, "success"), ("<answer>New York", True, "no answer"),
+    ("<answer>New York", False, "success"), ("It is\nNew York", True, "no answer"),
+    ("<answer>New York</answer> or", True, "no answer")])
+def test_who_speaks_for_a_response(response, cut, outcome):
+    verdict = OwnRow({**ROW, "answer": "New York"}).judge(response, cut=cut)
+    assert verdict["outcome"] == outcome and not OwnRow(ROW).overruns(verdict["plan"])
+
+
 @pytest.mark.parametrize("wanted, said, tolerance, outcome", [
     (12, "12.0", 0, "success"), (0.5, "The answer is 0.50.", 0, "success"),
     (-3, "-3", 0, "success"),
@@ -235,6 +246,9 @@ def test_a_response_in_latex():
     row = OwnRow({**ROW, "answer": "\\frac{1}{\\sqrt{2}}", "compare": "exact"})
     assert row.judge("So $\\boxed{\\frac{1}{\\sqrt{2}}}$.\nThat is all.")["outcome"] == "success"
     assert row.judge("<answer>\\frac{1}{\\sqrt{2}}</answer>")["outcome"] == "success"
+    boxed = "$\\boxed{\\frac{1}{\\sqrt{2}}}$"
+    assert row.judge(boxed, cut=True)["outcome"] == "no answer"
+    assert row.judge(f"<think>{boxed}</think>\nNone.")["outcome"] == "wrong"
 
 
 def same_set(said, wanted, tolerance):

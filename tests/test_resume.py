@@ -206,6 +206,18 @@ def test_two_processes_end_where_one_ends(folder, whole, kind):
     same_but_for_sums(out, folder / f"whole-{kind}")
 
 
+def test_two_processes_share_the_work(folder):
+    """Half of each step's four rows, half of the eight held-out examples after the third."""
+    finish(folder, "coldstart", "shared", steps=3, count=2, patch="""
+real, seen = module.encode, []
+def encode(processor, examples, device):
+    seen.append(len(examples))
+    Path("shared-" + os.environ["RANK"]).write_text(str(seen))
+    return real(processor, examples, device)
+module.encode = encode""")
+    assert [(folder / f"shared-{rank}").read_text() for rank in (0, 1)] == ["[2, 2, 2, 4]"] * 2
+
+
 @pytest.mark.parametrize("first, then", [
     (2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_the_number_of_processes_may_change(folder, whole, first, then):
@@ -326,6 +338,9 @@ def test_numbers_that_are_not_finite(folder):
     assert "5 steps in a row were not finite: try a lower --lr" in text and "step 8 skipped" in text
     evidence = [json.loads(line) for line in open(folder / "nans/not_finite.jsonl")]
     assert len(evidence) == 6 * 4 and all("response" in line for line in evidence)
+    finish(folder, "distill", "both", patch="BAD = (2, 3, 4)" + POISON)
+    text = finish(folder, "distill", "both", code=2, steps=6, patch="BAD = (1, 2)" + POISON)
+    assert "5 steps in a row were not finite" in text           # those before the resume count too
 
 
 @pytest.mark.parametrize("stage", ["coldstart", "distill"])
@@ -354,6 +369,10 @@ def far(*words):
 module.chunked_divergence = far""")
     assert "warning: step 1: every response hit --max_new_tokens 2" in text
     assert "warning: the KL of the first step is 2" in text and "aligned?" in text
+    text = finish(folder, "distill", "empty", steps=1, patch="""
+real = common.average_gradients
+common.average_gradients = lambda weights, loss, tokens: real(weights, loss, 0)""")
+    assert "warning: step 1: no token counts" in text
 
 
 @pytest.mark.parametrize("stage, function, calls", [

@@ -228,7 +228,8 @@ def test_refused(here, script, setup, words, message):
 
 @pytest.mark.parametrize("environment, message", [
     ({"WORLD_SIZE": "2"}, "no RANK"), ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x"),
-    ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK=3")])
+    ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK=3"),
+    ({"WORLD_SIZE": "3"}, "cannot be shared equally by 3 processes")])
 def test_a_broken_environment(here, environment, message):
     done = processes.run(here, "coldstart", *TOY, environment=environment)
     assert done.code == 2 and message in done.error()

@@ -275,7 +275,7 @@ def main(args):
         lines = ask_all(args, asked, asker, open_answers(out, settings))
     finally:
         lock.release()
-    failed = sum("error" in line for line in lines)
+    failed = sum(bool(line.get("error")) for line in lines)
     if failed == len(lines):
         fail(f"{out}: none of {failed} rows was answered; the first error: {lines[0]['error']}")
     print(f"{out}: {len(lines) - failed} of {len(lines)} rows answered" + (

@@ -7,7 +7,7 @@
 
 peak = what stays throughout + the phase of a step that needs most. Every part is a number of things
 times the bytes of one, and printed so. tests/bench_memory.py compares the sum with measured peaks
-on a CPU, tests/bench_gpu.py on the card it finds; no card was measured yet.
+on a CPU, tests/bench_gpu.py on the card it finds (docs/gpu.md).
 
 Left out, since something else is always larger: the teacher's pass and the student's forward pass
 (the backward pass computes every layer again, with gradients), the vision tower's own work while
@@ -59,8 +59,8 @@ NF4 = 1/2 + 1/64 + 4/(64 * 256)  # 4 bits, an 8-bit scale per 64 weights, a floa
 LOGIT_COPIES = 6                 # of a chunk, float32, with reverse_kl: log_p, log_q, p and so on,
 #                                  as tests/test_estimate.py counts them (skew_kl holds 9)
 NOT_MEASURED = """\
-No GPU was measured. Five lines on a CPU, 32 and 16 bits, lie within 5% of measured peaks
-(python tests/bench_memory.py --cases 1 2 3 4 5); 4 bits and the cold start were not measured.
+Measured on one card, an H100: 4b in 4 bits, four phases within 5% (docs/gpu.md); five lines on a
+CPU, 32 and 16 bits, within 5% too (python tests/bench_memory.py --cases 1 2 3 4 5).
 What CUDA itself takes is a guess, and a desktop on the same card comes on top.
 On a card: python tests/bench_gpu.py."""
 
@@ -160,24 +160,26 @@ def parts(args, counts):
     if args.bits == 4:
         matrix = [("a matrix in 16 bits", h * f, "weights", size)]
 
-    # Sampling: `rollout_batch` rows. Keys and values stay; of the network one layer at a time, at
-    # its widest in the MLP: gate and up, and what LoRA makes of them in float32, twice; beside them
-    # residual stream, norms, an input in float32; the mask. Each token copies a layer's cache.
+    # Sampling: `rollout_batch` rows. Keys and values of the whole length are there from the start,
+    # and the adapters once more in the base's precision. Of the network one layer at a time: with
+    # the prompts at its widest in the MLP (gate, up, their product), beside it residual stream,
+    # norms and the mask; with one token in attention, which repeats keys and values for every head.
     rows, prompt = args.rollout_batch, args.prompt_tokens
     whole = prompt + args.max_new_tokens
-    cached = 2 * k * size                # of a token, in a layer
-    layer = f * (2 * size + 8) + h * (4 * size + 6) + prompt * (1 + size)
-    copied = ("a copy of their pictures", rows * PATCHES, "patches", patch)
-    cache = ("keys and values", rows * whole, "tokens", layers * cached)
+    layer = f * 3 * size + h * (4 * size + 6) + whole * (1 + size)
+    sampling = [
+        ("keys and values", rows * whole, "tokens", layers * 2 * k * size),
+        ("adapters, once more", counts["adapters"], "weights", size),
+        ("a copy of their pictures", rows * PATCHES, "patches", patch)]
     phases = {
         "sampling: the prompts": [
-            ("keys and values", rows * prompt, "tokens", layers * cached), copied,
-            ("one layer at work", rows * prompt, "tokens", layer), *matrix],
+            *sampling, ("one layer at work", rows * prompt, "tokens", layer), *matrix],
         "sampling: the last token": [
-            cache, copied, ("one layer's, copied", rows * whole, "tokens", cached), *matrix],
+            *sampling, ("one layer's, for every head", rows * whole, "tokens", 2 * q * size),
+            *matrix],
         # logits and their softmax in float32; this and its running sum in float64
         "sampling: its draw": [
-            cache, copied, ("logits", rows * text.vocab_size, "logits", 4 + 4 + 8 + 8)]}
+            *sampling, ("logits", rows * text.vocab_size, "logits", 4 + 4 + 8 + 8)]}
 
     # Scoring with gradient: `micro_batch` rows. Checkpointing keeps the input of every layer; the
     # last norm keeps its own in float32. Adapters on the vision tower: the inputs of its blocks,

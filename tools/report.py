@@ -90,6 +90,7 @@ def macro_table(summaries):
     for name, cell in whole.items():
         line = [name, *(with_interval(cell.get(key), cell.get(f"{key}_ci")) for key in rates)]
         line += [percent(cell[key]) for key in ("parsed", "map_right", "cut")]
+        line.append(cell.get("overrun", ""))
         line.append("" if cell["tokens"] is None else round(cell["tokens"]))
         failures = [f"{outcome} {count}" for outcome, count in cell["failures"].items()]
         lines.append([*line, ", ".join(failures) or "none"])
@@ -100,10 +101,12 @@ def macro_table(summaries):
         "about": "In % with 95% intervals; the tasks weigh the same and every row counts. image: "
                  "the picture; text: the symbols, without a reference plan; swapped: the picture "
                  "of another puzzle. answer: one could be read; map: the one described is "
-                 "right; cut: no EOS within the limit."
+                 "right; cut: no EOS within the limit. overrun: how many plans reach the "
+                 "goal and go on, which is not executed and does not count."
                  + (f" Numbers could be off (--tolerance): {', '.join(near)}." if near else "")
                  + (f" {differing(summaries)}".rstrip().replace("\n", ". ")),
-        "head": ["condition", *rates.values(), "answer", "map", "cut", "tokens", "failures"],
+        "head": ["condition", *rates.values(), "answer", "map", "cut", "overrun", "tokens",
+                 "failures"],
         "lines": lines}
 
 
