@@ -267,7 +267,7 @@ def test_torchrun_itself(folder, whole):
 # ---------------------------------------------------------------- what goes wrong
 
 def test_the_second_of_two_runs_is_refused(folder):
-    [first] = start(folder, "coldstart", "shared", steps=500)
+    [first] = start(folder, "coldstart", "shared", steps=100_000)
     wait_for(first, folder / "shared/metrics.jsonl")
     assert "another process is writing to shared" in finish(folder, "distill", "shared", code=2)
     first.kill()
