@@ -317,6 +317,19 @@ def test_rows_are_chosen(data):
     assert chosen(["frozenlake:3-4", "maze"], 1) == [("frozenlake", 3), ("maze", 3)]
     with pytest.raises(SystemExit):
         chosen(["frozenlake:4"], None)
+    larger = gen_data.PuzzleRow({**rows[0].data, "level": 4})
+    some = gen_data.choose_rows([*rows, larger], None, 1)            # of a size, not of a task
+    assert [(row.task, row.level) for row in some] == [
+        ("frozenlake", 3), ("maze", 3), ("frozenlake", 4)]
+
+
+def test_a_question_is_its_prompt_and_its_picture(tmp_path):
+    """By their contents: another prompt or another byte of the picture is another question."""
+    def digest(prompt, content, name="a.png"):
+        (tmp_path / name).write_bytes(content)
+        return evaluate.digest_questions([({"id": "a"}, prompt, str(tmp_path / name))])
+    assert digest("x", b"1") == digest("x", b"1", "b.png")
+    assert len({digest("x", b"1"), digest("y", b"1"), digest("x", b"2")}) == 3
 
 
 @pytest.mark.parametrize("words, message", [
