@@ -341,6 +341,15 @@ def test_conditions_stand_in_the_order_of_the_stages(data, tmp_path):
     assert list(evaluate.finished_conditions(tmp_path, rows)) == order
 
 
+def test_batches_are_asked_whole(tmp_path):
+    """What is left of one would be another batch, and round in another way."""
+    questions = [({"id": str(i)}, "", None) for i in range(5)]
+    job = evaluate.Job(None, tmp_path, "predictions", questions, {})
+    job.file().parent.mkdir()
+    job.file().write_text("".join(json.dumps({"id": str(i)}) + "\n" for i in range(3)))
+    assert job.missing(2) == [questions[2:4], questions[4:]]
+
+
 def test_a_question_is_its_prompt_and_its_picture(tmp_path):
     """By their contents: another prompt or another byte of the picture is another question."""
     def digest(prompt, content, name="a.png"):

@@ -14,7 +14,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
 STEPS = 4
@@ -133,6 +133,12 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(folder, whole, kind, 
     assert "all 4 steps were done before; nothing is trained" in finish(folder, kind, out)
     assert contents(out) == whole[kind]
     assert before == {path: path.stat().st_mtime_ns for path in (out / "adapter").iterdir()}
+    # Killed at its last save, between the two: an earlier adapter is brought up to date.
+    file = out / "adapter/adapter_model.safetensors"
+    save_file({name: 0 * weight for name, weight in load_file(file).items()}, file)
+    os.utime(file, (0, 0))
+    finish(folder, kind, out)
+    assert contents(out) == whole[kind]
 
 
 @pytest.mark.parametrize("moment", ["checkpoint", "adapter"])
