@@ -214,14 +214,14 @@ def test_two_processes_end_where_one_ends(folder, whole, kind):
 
 def test_two_processes_share_the_work(folder):
     """Half of each step's four rows, half of the eight held-out examples after the third."""
-    finish(folder, "coldstart", "shared", steps=3, count=2, patch="""
+    finish(folder, "coldstart", "halves", steps=3, count=2, patch="""
 real, seen = module.encode, []
 def encode(processor, examples, device):
     seen.append(len(examples))
-    Path("shared-" + os.environ["RANK"]).write_text(str(seen))
+    Path("halves-" + os.environ["RANK"]).write_text(str(seen))
     return real(processor, examples, device)
 module.encode = encode""")
-    assert [(folder / f"shared-{rank}").read_text() for rank in (0, 1)] == ["[2, 2, 2, 4]"] * 2
+    assert [(folder / f"halves-{rank}").read_text() for rank in (0, 1)] == ["[2, 2, 2, 4]"] * 2
 
 
 @pytest.mark.parametrize("first, then", [
