@@ -498,6 +498,10 @@ def test_what_is_logged_of_rollouts(tiny):
     part = np.concatenate([line["part"] for line in lines])
     for k, name in enumerate(gen_data.PARTS):
         assert means[f"kl_{name}"] == pytest.approx(np.arange(tokens)[part == k].mean())
+    unjudged = {**lines[0], "outcome": "not judged", "optimal": None}       # an own row's
+    means = distill.rollout_means([lines[1], unjudged])
+    assert (means["success"], means["optimal"]) == (1, 0)
+    assert means["length"] == (len(lines[0]["kl"]) + len(lines[1]["kl"])) / 2
 
 
 @pytest.mark.parametrize("share", (0, 1))

@@ -82,7 +82,8 @@ def test_rates_by_hand():
     error = evaluate.verdict_of(MAZE, line)
     assert (error["outcome"], error["plan"], error["optimal"]) == ("error", None, False)
     assert lines_by_key([*verdicts, error])["maze", None, None] | {
-        "n": 2, "success": 0, "failures": {"no answer": 1, "error": 1}, "tokens": 40} \
+        "n": 2, "success": 0, "failures": {"no answer": 1, "error": 1}, "tokens": 40,
+        "cut": 0.5} \
         == lines_by_key([*verdicts, error])["maze", None, None]
 
 
@@ -235,6 +236,8 @@ def test_responses_from_elsewhere(data, tmp_path, capsys):
     macro = next(cell for cell in summary["table"] if cell["task"] == "macro")
     assert {"args", "versions"} <= summary.keys() and (macro["n"], macro["success"]) == (8, 0.625)
     assert "| gpt | 63 [" in capsys.readouterr().out
+    run(*words, "--limit", 1, "--name", "short")      # answers to more rows than are judged
+    assert len(lines_of(out / "short/predictions.jsonl")) == 2
     for broken, message in (
             (lines[:-1], f"no response for 1 rows, the first '{rows[-1].id}'"),
             ([*lines, lines[0]], f"'{rows[0].id}' is a duplicate"),
@@ -349,6 +352,9 @@ def test_what_is_asked(data):
     about = evaluate.perception_questions(rows[:1])
     assert [key["question"] for key, _, _ in about] == list(rows[0].questions())
     assert {path for _, _, path in about} == {rows[0].path}
+    texts = {name: question for name, (question, _) in rows[0].questions().items()}
+    for key, prompt, _ in about:                                     # one at a time
+        assert [name for name in texts if texts[name] in prompt] == [key["question"]]
 
 
 def test_rows_are_chosen(data):
@@ -361,6 +367,40 @@ def test_rows_are_chosen(data):
     assert chosen(["frozenlake:3-4", "maze"], 1) == [("frozenlake", 3), ("maze", 3)]
     with pytest.raises(SystemExit):
         chosen(["frozenlake:4"], None)
+    larger = gen_data.PuzzleRow({**rows[0].data, "level": 4})
+    some = gen_data.choose_rows([*rows, larger], None, 1)            # of a size, not of a task
+    assert [(row.task, row.level) for row in some] == [
+        ("frozenlake", 3), ("maze", 3), ("frozenlake", 4)]
+
+
+def test_conditions_stand_in_the_order_of_the_stages(data, tmp_path):
+    """Base first, the picture before the symbols; what has another name comes after them."""
+    rows = gen_data.load_rows(data, "test")
+    order = ["base-image", "base-text", "base-swapped", "coldstart-image", "distill-image",
+             "a-image"]
+    for name in order:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(
+            json.dumps({"rows": gen_data.digest_rows(rows)}))
+    assert list(evaluate.finished_conditions(tmp_path, rows)) == order
+
+
+def test_batches_are_asked_whole(tmp_path):
+    """What is left of one would be another batch, and round in another way."""
+    questions = [({"id": str(i)}, "", None) for i in range(5)]
+    job = evaluate.Job(None, tmp_path, "predictions", questions, {})
+    job.file().parent.mkdir()
+    job.file().write_text("".join(json.dumps({"id": str(i)}) + "\n" for i in range(3)))
+    assert job.missing(2) == [questions[2:4], questions[4:]]
+
+
+def test_a_question_is_its_prompt_and_its_picture(tmp_path):
+    """By their contents: another prompt or another byte of the picture is another question."""
+    def digest(prompt, content, name="a.png"):
+        (tmp_path / name).write_bytes(content)
+        return evaluate.digest_questions([({"id": "a"}, prompt, str(tmp_path / name))])
+    assert digest("x", b"1") == digest("x", b"1", "b.png")
+    assert len({digest("x", b"1"), digest("y", b"1"), digest("x", b"2")}) == 3
 
 
 @pytest.mark.parametrize("words, message", [
@@ -461,7 +501,7 @@ def test_no_answer_is_ever_lost(data, tmp_path, monkeypatch, capsys):
     assert len(list(out.glob("base-text/answers/*.jsonl"))) == 4
     with monkeypatch.context() as patch:
         patch.setattr("common.load", None)                # back to greedy: nothing is asked again
-        run(*words)
+        run(*words, "--seed", 5)                          # which draws nothing here
     assert files(out)["base-text/predictions.jsonl"] == greedy["base-text/predictions.jsonl"]
     capsys.readouterr()
     run(*words, "--temperature", 1, "--name", "warm")
@@ -590,11 +630,14 @@ def test_a_run_brings_its_model_and_every_condition_has_a_name(data, tmp_path, m
     record = {"kind": "run", "inputs": {"model": model},
               "args": {"preset": "tiny", "model": "tiny", "bits": 16, "lora_rank": 4,
                        "lora_vision": 1}}
-    for name in ("a/run", "b/run"):
+    for name in ("a/run", "b/run", "c/other"):
         adapted(common.load(common.TINY, 32)[0]).save_pretrained(f"{name}/adapter")
         Path(name, "args.json").write_text(json.dumps(record))
+    record["args"]["bits"] = 32
+    Path("c/other/args.json").write_text(json.dumps(record))
     assert evaluate.parse_args(["--adapter", "a/run/"]).bits == 16
     for words, message in ((["--adapter", "a/run", "b/run"], "two runs are called 'run'"),
+                           (["--adapter", "a/run", "c/other"], "trained in 32 bits, not in 16"),
                            (["--adapter", "a/run", "--bits", 32], "the run in a/run has --bits 16"),
                            (["--adapter", "a/run", "--preset", "4b"], "has --preset tiny")):
         with pytest.raises(SystemExit):

@@ -80,6 +80,7 @@ def test_importing_gen_data_does_not_import_torch_or_common():
     ("frozenlake", "R R", "hole", 1, False),
     ("frozenlake", "D U U", "edge", 2, False),
     ("frozenlake", "D R", "unfinished", 2, False),
+    ("frozenlake", "D U D U", "unfinished", 4, False),       # as long as the shortest plan
     ("frozenlake", "D PICK", "no such action", 1, False),
     ("frozenlake", None, "no answer", 0, False),
     ("maze", "R R D L L D R R", "success", 8, True),
@@ -204,6 +205,7 @@ def test_frozenlake_agrees_with_gymnasium():
             new, violation = lake.step(pos, action)
             seen.add(violation)
             if violation == "edge":  # gymnasium stays where it is
+                assert new == pos
                 continue
             cell, reward, ended, _, _ = env.step("LDRU".index(action))
             assert divmod(int(cell), level) == new
@@ -359,6 +361,16 @@ def test_maps_that_cannot_be_read(task, text):
     assert gen_data.read_map(task, text) is None
 
 
+def test_the_first_of_two_maps_is_read():
+    text = "Map: 2x2\nrow 0: S F\nrow 1: F G\nNo:\nMap: 2x2\nrow 0: S H\nrow 1: F G"
+    assert gen_data.read_map("frozenlake", text) == FrozenLake(["SF", "FG"])
+
+
+def test_parts_begin_with_their_marks_and_not_with_words():
+    pieces = ["My answer", ": Map", " ", "Rou", "te: answer", " <", "answer", ">U", " Route"]
+    assert gen_data.part_of(pieces) == [0, 0, 0, 0, 1, 1, 2, 2, 2]
+
+
 def test_a_maze_is_read_as_it_stands():
     """Two sides of the border between (0,0) and (0,1) disagree: only one cell is open to it."""
     maze = gen_data.read_map("maze", "Map: 2x2\nrow 0: SR .D\nrow 1: .R GUL")
@@ -412,6 +424,7 @@ def test_numbered_answers_are_read_back():
     assert right("1) (2,2)\n2) (0,2),\n(2,0)\n3) 3x3") == [True, True, True]
     assert right("Sure!\n**2.** (2,0), (0,2)\n1. (2,1)") == [False, True, False]
     assert right("(2,2)") == [False, False, False]
+    assert right("1. (0,0)\n2. none\n3. 3x3\nNo:\n1. (2,2)") == [True, False, True]  # the last
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -537,6 +550,24 @@ def test_keys_tell_puzzles_apart():
     lake = row_of(FrozenLake(["A...", "..P.", "TTT.", "TTT."]), ["U"])       # no lake, but a key
     others = [lake, row_of(OFFICE), row_of(Maze(MAZE.walls, [0, 0], [1, 2])), row]
     assert len({other.key() for other in others}) == 4
+    assert gen_data.digest({"a": 1, "b": 2}) == gen_data.digest({"b": 2, "a": 1})
+
+
+def test_a_tenth_each_is_held_out_by_the_layout():
+    """A maze's walls count and not its ends; a tenth each are val and test."""
+    rng, splits = np.random.default_rng(0), []
+    for _ in range(2000):
+        maze = Maze.sample(rng, 5)
+        splits.append(gen_data.split_of("maze", maze))
+        turned = Maze(maze.walls, maze.goal, maze.start)
+        assert gen_data.split_of("maze", turned) == splits[-1]
+    for name, share in (("train", 0.8), ("val", 0.1), ("test", 0.1)):
+        assert abs(splits.count(name) / 2000 - share) < 0.03
+
+
+def test_tasks_and_sizes_are_read():
+    assert gen_data.parse_tasks(["frozenlake:3-5", "maze:4", "minibehaviour"]) == {
+        "frozenlake": (3, 4, 5), "maze": (4,), "minibehaviour": tuple(MiniBehaviour.levels)}
 
 
 def test_difficulties_are_balanced_thirds():

@@ -120,6 +120,14 @@ def test_charts_and_puzzles_in_one_folder(folder, tmp_path):
     assert '"cells"' in page and "label,A,B" in page
 
 
+def test_keys_and_what_a_teacher_at_the_picture_reads():
+    """The same symbols under another prompt are another row; no symbols beside the picture."""
+    row, other = OwnRow({**ROW, "hint": HINT}), OwnRow({**ROW, "prompt": "Which is smaller?"})
+    assert row.key() != other.key() != OwnRow({**ROW, "symbols": "A,3"}).key()
+    assert row.key() == OwnRow(ROW).key()
+    assert row.teacher_prompt("picture") == row.student_prompt() == ROW["prompt"]
+
+
 def test_what_student_and_teacher_read(tmp_path, qwen, monkeypatch):
     """On Qwen's tokenizer: the tokens of both prompts, word for word, whatever the script."""
     hinted = {**ROW, "hint": HINT, "answer": "B",

@@ -14,7 +14,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
 STEPS = 4
@@ -133,6 +133,12 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(folder, whole, kind, 
     assert "all 4 steps were done before; nothing is trained" in finish(folder, kind, out)
     assert contents(out) == whole[kind]
     assert before == {path: path.stat().st_mtime_ns for path in (out / "adapter").iterdir()}
+    # Killed at its last save, between the two: an earlier adapter is brought up to date.
+    file = out / "adapter/adapter_model.safetensors"
+    save_file({name: 0 * weight for name, weight in load_file(file).items()}, file)
+    os.utime(file, (0, 0))
+    finish(folder, kind, out)
+    assert contents(out) == whole[kind]
 
 
 @pytest.mark.parametrize("moment", ["checkpoint", "adapter"])
@@ -208,14 +214,14 @@ def test_two_processes_end_where_one_ends(folder, whole, kind):
 
 def test_two_processes_share_the_work(folder):
     """Half of each step's four rows, half of the eight held-out examples after the third."""
-    finish(folder, "coldstart", "shared", steps=3, count=2, patch="""
+    finish(folder, "coldstart", "halves", steps=3, count=2, patch="""
 real, seen = module.encode, []
 def encode(processor, examples, device):
     seen.append(len(examples))
-    Path("shared-" + os.environ["RANK"]).write_text(str(seen))
+    Path("halves-" + os.environ["RANK"]).write_text(str(seen))
     return real(processor, examples, device)
 module.encode = encode""")
-    assert [(folder / f"shared-{rank}").read_text() for rank in (0, 1)] == ["[2, 2, 2, 4]"] * 2
+    assert [(folder / f"halves-{rank}").read_text() for rank in (0, 1)] == ["[2, 2, 2, 4]"] * 2
 
 
 @pytest.mark.parametrize("first, then", [

@@ -228,11 +228,17 @@ def test_refused(here, script, setup, words, message):
 
 @pytest.mark.parametrize("environment, message", [
     ({"WORLD_SIZE": "2"}, "no RANK"), ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x"),
-    ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK=3"),
-    ({"WORLD_SIZE": "3"}, "cannot be shared equally by 3 processes")])
+    ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK=3")])
 def test_a_broken_environment(here, environment, message):
     done = processes.run(here, "coldstart", *TOY, environment=environment)
     assert done.code == 2 and message in done.error()
+
+
+@pytest.mark.parametrize("batch, count", [(3, 2), (2, 3)])
+def test_a_batch_that_cannot_be_shared_equally(here, batch, count):
+    done = processes.run(here, "coldstart", *TOY, "--batch", batch,
+                         environment={"WORLD_SIZE": str(count)})
+    assert f"--batch {batch} cannot be shared equally by {count} processes" in done.error()
 
 
 def test_an_empty_rank_counts_as_unset(here):
