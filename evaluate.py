@@ -387,7 +387,7 @@ def verdict_of(row, line, trained=None, tolerance=0):
     parse = (lambda *_: line["plan"]) if "plan" in line else gen_data.parse
     verdict = row.judge(line["response"], parse, tolerance, line.get("cut") is True)
     if line.get("error") and verdict["outcome"] != "not judged":
-        verdict["outcome"] = "error"
+        verdict |= {"outcome": "error", "overrun": False}
     failure = None
     if verdict["outcome"] != "success" and verdict["map_right"] is not None:
         failure = "unclear"
@@ -396,9 +396,8 @@ def verdict_of(row, line, trained=None, tolerance=0):
             works = gen_data.check(described, verdict["plan"])[0] == "success"
             failure = "perception" if works else "planning"
     known = None if trained is None else row.key() in trained
-    overrun = verdict["outcome"] == "success" and row.overruns(verdict["plan"])
     return {**line, "task": row.task, "level": row.level, "bucket": row.bucket, **verdict,
-            "overrun": overrun, "failure": failure, "trained_on": known}
+            "failure": failure, "trained_on": known}
 
 
 def conclude(folder, rows, lines, seen, settings, args, trained=None):

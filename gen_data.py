@@ -852,8 +852,9 @@ LABEL = re.compile(  # "**Answer:** ", "So the final answer is ", at a beginning
     r"(?:(?:final|correct|right|best)\s)?answer(?:\s?[*_]{0,3}[:=]|\sis\b:?)[*_]{0,3}\s{0,9}",
     re.IGNORECASE)
 WRAPPED = re.compile(
-    r"\\(?:boxed|text\w{0,4}|math\w{0,4})\{(.+)\}|\\\((.+)\\\)|\\\[(.+)\\\]|\*\*([^*]+)\*\*|__(.+)__"
-    r"|\*([^*]+)\*|`(.+)`|\$\$(.+)\$\$|\$(.+)\$|\((.+)\)|\[(.+)\]|\"(.+)\"", re.DOTALL)
+    r"\\(?:boxed|text\w{0,4}|math\w{0,4})\{(.+)\}|\\\((.+)\\\)|\\\[(.+)\\\]"
+    r"|\*\*([^*]+)\*\*|__(.+)__|\*([^*]+)\*|`(.+)`|\$\$(.+)\$\$|\$(.+)\$|\((.+)\)|\[(.+)\]"
+    r"|\"(.+)\"", re.DOTALL)
 BOXED = re.compile(  # with braces in it, and braces in those
     r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]{0,999}\}){0,999}\}){1,999})\}")
 NUMBER = re.compile(r"[+-]?(([0-9]{1,30}|[0-9]{1,3}(,[0-9]{3}){1,9}|[0-9]{1,3}( [0-9]{3}){1,9})"
@@ -1020,10 +1021,6 @@ class Row:
         """What stands above questions. reads: a text in the picture's place, or None."""
         return [reads] if reads else []
 
-    def overruns(self, plan):
-        """Does a plan go on after the goal? Only puzzles have one."""
-        return False
-
     def ask(self, names=None, reads=None):
         """Ask perception questions: one plainly, several numbered. names: default all."""
         questions = self.questions()
@@ -1098,11 +1095,6 @@ class PuzzleRow(Row):
             lines.append(HINT.format(plan=",".join(self.plan)))
         return "\n".join([*lines, self.ask_plan()])
 
-    def overruns(self, plan):
-        """Does a plan reach the goal and go on? What comes after it is not executed."""
-        outcome, executed = check(self.puzzle, plan)
-        return outcome == "success" and len(plan) > executed
-
     def response(self):
         """The reference response."""
         return reference_response(self.puzzle, self.plan)
@@ -1131,13 +1123,14 @@ class PuzzleRow(Row):
         """What a response is worth: its plan, how it ends, the map it describes and if it is right.
 
         optimal: it succeeds, and as many steps were executed as the shortest plan has. What is
-        written after the goal was reached is not executed and does not count. parse(task, text,
-        cut): the reader. cut: was the response? tolerance: for own rows.
+        written after the goal was reached is not executed and does not count; overrun: there is
+        such. parse(task, text, cut): the reader. cut: was the response? tolerance: for own rows.
         """
         plan, read = parse(self.task, text, cut), read_map(self.task, after_thinking(text))
         outcome, executed = check(self.puzzle, plan)
         return {"plan": plan, "outcome": outcome,
                 "optimal": outcome == "success" and executed == len(self.plan),
+                "overrun": outcome == "success" and executed < len(plan),
                 "map": read and asdict(read), "map_right": read == self.puzzle}
 
 
@@ -1255,8 +1248,8 @@ class OwnRow(Row):
         if "answer" in self.data:
             right = same_answer(said, self.data["answer"], self.compare, tolerance)
             outcome = "success" if right else "wrong" if said.strip() else "no answer"
-        return {"plan": said.strip() or None, "outcome": outcome, "optimal": None, "map": None,
-                "map_right": None}
+        return {"plan": said.strip() or None, "outcome": outcome, "optimal": None,
+                "overrun": False, "map": None, "map_right": None}
 
 
 # ---------------------------------------------------------------- splits and sampling

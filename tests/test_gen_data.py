@@ -109,7 +109,8 @@ def test_verdicts(task, plan, outcome, executed, optimal):
         answer = f"<answer>{','.join(plan or ())}</answer>"
         text = f"{listing(puzzle.cells())}\nRoute: so.\n{answer}"
         assert row_of(puzzle).judge(text) == {
-            "plan": plan, "outcome": outcome, "optimal": optimal, "map": asdict(puzzle),
+            "plan": plan, "outcome": outcome, "optimal": optimal,
+            "overrun": outcome == "success" and executed < len(plan), "map": asdict(puzzle),
             "map_right": True}
 
 
@@ -336,8 +337,8 @@ def test_reference_responses_are_read_back():
         row = row_of(puzzle, level=level)
         text = row.response()
         assert row.judge(text) == row.judge(text, lenient.parse) == {
-            "plan": row.plan, "outcome": "success", "optimal": True, "map": asdict(puzzle),
-            "map_right": True}
+            "plan": row.plan, "outcome": "success", "optimal": True, "overrun": False,
+            "map": asdict(puzzle), "map_right": True}
         assert text.startswith(listing(puzzle.cells()) + "\nRoute: from ")
         names = [gen_data.PARTS[i] for i in gen_data.part_of(list(text))]
         assert names == sorted(names, key=gen_data.PARTS.index)

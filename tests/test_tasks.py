@@ -116,8 +116,9 @@ def test_plans_verdicts_and_answers():
     assert lenient.parse("lamps", "Action plan: up, left") is None
     text = row.response()
     assert row.judge(text) == {"plan": row.plan, "outcome": "success", "optimal": True,
-                               "map": asdict(PUZZLE), "map_right": True}
-    assert row.judge(text.replace("</answer>", ",PREV,NEXT</answer>"))["optimal"]
+                               "overrun": False, "map": asdict(PUZZLE), "map_right": True}
+    longer = row.judge(text.replace("</answer>", ",PREV,NEXT</answer>"))
+    assert longer["optimal"] and longer["overrun"]
     assert not row.judge(text.replace("<answer>", "<answer>NEXT,PREV,"))["optimal"]
 
 
