@@ -6,6 +6,7 @@ What the two stages and the evaluation share, in this order:
     encode, take_rows    prompts and pictures -> a left-padded batch (`encode` is the one caller of
                          the chat template)
     response_hidden      the hidden states that predict given response tokens
+    light_adapters, Decoder, GraphDecoder            how the network reads one token more
     sample, decode       responses, token by token, the EOS included
     add_flags, resolve   flags, and where their values come from
     learning_rate, adamw, average_gradients          what an optimizer step is made of
@@ -450,19 +451,18 @@ def light_adapters(model):
     """While it lasts, plain LoRA is two products in the base's precision, in place of PEFT's six.
 
     Without gradients, for sampling: one token at a time is bound by the number of kernels. Adapters
-    that are off, and other kinds (DoRA), keep PEFT's forward.
+    that are off, several at once, and other kinds (DoRA, with a bias) keep PEFT's forward.
     """
     from peft.tuners.lora import LoraLayer
-    light = []
+    light, dtype = [], network(model).dtype
     for module in network(model).modules():
-        if isinstance(module, LoraLayer) and not module.disable_adapters:
-            name, base = module.active_adapters[0], module.get_base_layer()
-            if isinstance(base, torch.nn.Linear) and not module.lora_variant and not module.merged:
-                down = module.lora_A[name].weight                              # [rank, inputs]
-                up = module.lora_B[name].weight * module.scaling[name]         # [outputs, rank]
-                dtype = network(model).dtype
-                module.forward = partial(light_forward, base, down.to(dtype), up.to(dtype).T)
-                light.append(module)
+        if isinstance(module, LoraLayer) and is_plain(module):
+            name, = module.active_adapters
+            down = module.lora_A[name].weight                                  # [rank, inputs]
+            up = module.lora_B[name].weight * module.scaling[name]             # [outputs, rank]
+            module.forward = partial(
+                light_forward, module.get_base_layer(), down.to(dtype), up.to(dtype).T)
+            light.append(module)
     try:
         yield
     finally:
@@ -470,7 +470,17 @@ def light_adapters(model):
             del module.forward  # the class's own again
 
 
+def is_plain(module):
+    """Is this LoraLayer base(x) + scaling * B(A(x)), with one adapter, and on?"""
+    if module.disable_adapters or module.merged or module.lora_variant:
+        return False
+    names = module.active_adapters
+    return (isinstance(module.get_base_layer(), torch.nn.Linear) and len(names) == 1
+            and names[0] in module.lora_A and module.lora_B[names[0]].bias is None)
+
+
 def light_forward(base, down, up, x):
+    """base(x) [..., outputs], and what an adapter adds to it. x: [..., inputs]."""
     out = base(x)
     out.view(-1, out.shape[-1]).addmm_(linear(x.reshape(-1, x.shape[-1]), down), up)
     return out
@@ -546,7 +556,7 @@ class GraphDecoder(Decoder):
         self.replay()
 
     def wants_to_drop(self, going):
-        return going.sum() <= len(going) // 2  # not for a few: a new graph takes a second
+        return going.sum() <= len(going) // 2  # not for a few: a new graph costs many tokens
 
     def keep(self, going):
         self.token, self.attention = self.token[going], self.attention[going]
@@ -588,11 +598,11 @@ def sample(model, processor, prompt, max_new_tokens, uniforms=None, temperature=
     count = len(prompt["input_ids"])
     ids = torch.full((count, max_new_tokens), pad, device=model.device)
     make_decoder, interval = decoder_of(model.device)
-    for begin in range(0, count, rollout_batch or count):
-        rows = torch.arange(count, device=model.device)[begin:begin + (rollout_batch or count)]
-        batch = take_rows(prompt, slice(begin, begin + len(rows)))
-        going = torch.ones_like(rows, dtype=torch.bool)
-        with light_adapters(model):
+    with light_adapters(model):
+        for begin in range(0, count, rollout_batch or count):
+            rows = torch.arange(count, device=model.device)[begin:begin + (rollout_batch or count)]
+            batch = take_rows(prompt, slice(begin, begin + len(rows)))
+            going = torch.ones_like(rows, dtype=torch.bool)
             decoder = make_decoder(network(model), batch, max_new_tokens)
             for t in range(max_new_tokens):
                 logits = decoder.logits.index_fill_(1, banned, -torch.inf)     # [rows, vocabulary]
@@ -610,6 +620,7 @@ def sample(model, processor, prompt, max_new_tokens, uniforms=None, temperature=
                     decoder.keep(going)
                     going = going[going]
                 decoder.step(token)
+            del decoder, logits  # its keys and values, before there are those of the next rows
     ended = torch.isin(ids, ends).long()
     mask = (ended.cumsum(1) - ended == 0).long()    # by position: padding may be an EOS too
     length = mask.sum(1).max()

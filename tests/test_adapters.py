@@ -55,6 +55,24 @@ def test_a_lora_of_another_tool_is_taken(tiny, tmp_path, capsys, options):
     assert ours.peft_config["default"].lora_dropout == 0
 
 
+def test_several_adapters_or_one_with_a_bias_are_sampled_as_they_are(tiny, tmp_path):
+    """What is no plain LoRA keeps its own forward: two at once, B with a bias."""
+    ours = foreign_adapter(tiny, tmp_path, lora_bias=True)
+    wanted = common.probe(ours)
+    with common.light_adapters(ours):
+        assert torch.equal(common.probe(ours), wanted)
+    ours = foreign_adapter(tiny, tmp_path)
+    ours.add_adapter("other", copy.deepcopy(ours.peft_config["default"]))
+    for name, weight in ours.named_parameters():
+        if "lora_B.other" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    ours.base_model.set_adapter(["default", "other"])
+    both = common.probe(ours)
+    assert (both - common.probe(common.network(foreign_adapter(tiny, tmp_path)))).abs().max() > 0.01
+    with common.light_adapters(ours):
+        assert torch.equal(common.probe(ours), both)
+
+
 def test_names_of_the_text_only_class_are_mapped(tiny, tmp_path):
     wanted = common.probe(foreign_adapter(tiny, tmp_path))
     file = tmp_path / "adapter_model.safetensors"

@@ -3,6 +3,7 @@ import copy
 import json
 import shutil
 import signal
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -173,6 +174,22 @@ def test_a_token_depends_on_its_own_number_only(tiny, decoder):
     width = min(other.shape[1], whole[0].shape[1])
     same = (other[:, :width] == whole[0][:, :width]).all(1)
     assert same.tolist() == [True, False, True, True, True]
+
+
+def test_one_cache_at_a_time(tiny, monkeypatch):
+    """Rows in parts: keys and values of one are gone before those of the next are made."""
+    alive = []
+
+    def make(*args):
+        assert not any(reference() for reference in alive)
+        made = common.Decoder(*args)
+        alive.append(weakref.ref(made))
+        return made
+    monkeypatch.setattr(common, "decoder_of", lambda device: (make, 1))
+    rows, images = make_rows(5)
+    prompt = common.encode(tiny[1], [row.student_prompt() for row in rows], images)
+    common.sample(*tiny, prompt, 8, rollout_batch=2)
+    assert len(alive) == 3
 
 
 @pytest.mark.parametrize("with_pictures", [True, False])
