@@ -3,6 +3,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -14,7 +15,7 @@ import pytest
 from conftest import make_rows
 
 import coldstart
-from tools import retention, study, study_results
+from tools import foreign, retention, study, study_results
 
 ROOT = Path(__file__).parents[1]
 
@@ -94,7 +95,7 @@ def write_answers(out, run, outcomes):
     (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_numbers_of_the_tables(tmp_path):
+def test_numbers_of_the_tables(tmp_path, monkeypatch):
     """Tasks weigh alike, then seeds; differences are paired by row and seed; the base has none."""
     ok, hole = ("success", True), ("hole", False)
     rows = [("maze", "m0"), ("maze", "m1"), ("maze", "m2"), ("maze", "m3"), ("frozenlake", "f0")]
@@ -107,7 +108,9 @@ def test_numbers_of_the_tables(tmp_path):
                       dict(zip(rows, results, strict=True)))
     runs = [("base", 40, 0, None)]
     runs += [(name, 40, seed, 1e-3) for name in ("mgsd", "sft_response") for seed in (0, 1)]
-    lines = study_results.collect(tmp_path, runs)
+    values = study_results.read_values(tmp_path, runs)
+    measures = study_results.find_measures(values, runs)
+    lines = study_results.collect(measures)
     found = {(line["variant"], line["measure"]): line for line in lines}
     assert found["mgsd", "success"]["mean"] == pytest.approx((7 / 8 + 5 / 8) / 2)
     assert found["mgsd", "maze"]["mean"] == pytest.approx(1 / 2)
@@ -119,11 +122,21 @@ def test_numbers_of_the_tables(tmp_path):
     assert found["base", "success"]["difference"] == pytest.approx(-0.75)
     assert "difference" not in found["mgsd", "success"]
     assert "| success | 0 [0, 0] | 75" in study_results.make_table(lines)
+    claims = study_results.make_claims(measures, 40)
+    assert "| c | distillation adds planning |  | not run |" in claims
+    low, high = (round(100 * end) for end in (-sft["difference_ci"][1], -sft["difference_ci"][0]))
+    assert f"mgsd success over sft_response success: 31 [{low}, {high}] | " in claims
+    assert study_results.make_claims(measures, 200).count("not run") == len(study_results.CLAIMS)
     study.main(study.parse_args(["tables", "--out", str(tmp_path), "--lr", "0.001", "--seeds", "0",
                                  "1", "--rows", "40", "--variants", "base", "mgsd",
                                  "sft_response"]))
-    assert "| seeds | 1 | 2 | 2 |\n| success | 0 [0, 0] | 75" in (
-        tmp_path / "results.md").read_text()
+    for ends, word in (((1, 2), "holds"), ((-2, -1), "does not hold here"), ((-1, 1), "undecided")):
+        monkeypatch.setattr(study_results, "estimate", lambda values, ends=ends: (0.0, ends))
+        assert f"| {word} |" in study_results.make_claims(measures, 40)
+    tables = (tmp_path / "results.md").read_text()
+    assert "| seeds | 2 | 2 | 2 |\n| success | 0 [0, 0] | 75" in tables
+    shutil.rmtree(tmp_path / "eval")  # what was measured elsewhere, or earlier, is in values.json
+    assert study_results.read_values(tmp_path, runs) == values
 
 
 def test_retention_is_read_back(tmp_path):
@@ -132,7 +145,8 @@ def test_retention_is_read_back(tmp_path):
     folder.mkdir(parents=True)
     right = [True, False, False, True, True]
     (folder / "retention.json").write_text(json.dumps({"model": {"symbols": {"right": right}}}))
-    values = study_results.values_of(tmp_path, "mgsd-40-0-lr0.001", "other symbols")
+    values = study_results.series(
+        study_results.values_of(tmp_path, "mgsd-40-0-lr0.001", "other symbols"))
     mean, (low, high) = study_results.estimate({0: values})
     assert mean == pytest.approx(0.6) and low < 0.5 and high > 0.7
 
@@ -164,11 +178,29 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     trained = [line.split(" && ")[0] for line in lines if "--lr " in line]
     assert len(trained) == len(set(trained))
     assert all("--steps 60 --batch 96" in command for command in trained)
-    for name, (command, every_size) in study.VARIANTS.items():
+    for name, command in study.VARIANTS.items():
         if command:
             found = re.findall(rf"/runs/{name}-(\d+)-\d-lr", "\n".join(trained))
-            wanted = study.SIZES if every_size else study.SIZES[:1]
+            wanted = study.SIZES if name in study.ALL_SIZES else study.SIZES[:1]
             assert sorted(set(map(int, found))) == sorted(wanted)
+
+
+def test_foreign_references():
+    """The same map and plan in other words; the answer is read as it is in the own ones."""
+    for row in make_rows(9)[0]:
+        text = foreign.foreign_response(row)
+        assert row.judge(text)["optimal"] and row.judge(text)["map"] is None
+        columns = [line.partition(": ")[2].split() for line in text.splitlines()[1:-2]]
+        assert [list(cells) for cells in zip(*columns, strict=True)] == [
+            list(cells) for cells in row.puzzle.cells()]
+        assert not set(text.splitlines()[:-1]) & set(row.response().splitlines())
+
+
+def test_numbers_as_they_are_shown():
+    assert study_results.show("success", 0.814, (0.77, 0.8551)) == "81 [77, 86]"
+    assert study_results.show("", -0.001, (-0.004, 0.004)) == "-0.1 [-0.4, 0]"
+    assert study_results.show("", 0.0, (-0.0, 0.0)) == "0 [0, 0]"
+    assert study_results.show("tokens", 45.2, (44, 46)) == "45 [44, 46]"
 
 
 @pytest.mark.slow
@@ -200,5 +232,5 @@ def test_killed_and_run_again(tmp_path, capsys):
     for table in tables:
         table[:] = [line for line in table if line["measure"] != "seconds"]
     assert tables[0] == tables[1] and len(tables[0]) > 10
-    for plot in ("success_by_rows", "retention", "kl"):
+    for plot in ("success_by_rows", "rates"):
         assert (tmp_path / f"killed/{plot}.png").is_file()

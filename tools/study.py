@@ -19,22 +19,26 @@ from tools import study_results
 from tools.study_results import name_of
 
 SIZES = (40, 200, 2000)                                   # training rows per task and board size
-# variant: (command of stage 2, "" for none; all data sizes, or the smallest only)
-VARIANTS = {
-    "base": ("", False),
-    "coldstart": ("", True),
-    "mgsd": ("distill.py", True),
-    "no_coldstart": ("distill.py --init none", False),
-    "sft_response": ("coldstart.py --target response", True),
-    "off_policy": ("distill.py --on_policy 0", True),
-    "sft_answer": ("coldstart.py --target answer", False),
-    "no_plan": ("distill.py --teacher_reads symbols", True),
-    "live_teacher": ("distill.py --teacher_weights live", False),
-    "ema_teacher": ("distill.py --teacher_weights ema", False),
-    "forward_kl": ("distill.py --divergence forward_kl", False),
-    "jsd": ("distill.py --divergence jsd", False),
-    "sampled": ("distill.py --divergence sampled", False),
+VARIANTS = {  # name: command of stage 2, "" for none
+    "base": "",
+    "coldstart": "",
+    "mgsd": "distill.py",
+    "no_coldstart": "distill.py --init none",
+    "sft_response": "coldstart.py --target response",
+    "sft_foreign": "-m tools.foreign",
+    "off_policy": "distill.py --on_policy 0",
+    "sft_answer": "coldstart.py --target answer",
+    "no_plan": "distill.py --teacher_reads symbols",
+    "live_teacher": "distill.py --teacher_weights live",
+    "ema_teacher": "distill.py --teacher_weights ema",
+    "forward_kl": "distill.py --divergence forward_kl",
+    "jsd": "distill.py --divergence jsd",
+    "sampled": "distill.py --divergence sampled",
+    "topk_kl": "distill.py --divergence topk_kl",
+    "clipped_kl": "distill.py --divergence clipped_kl",
 }
+ALL_SIZES = ("coldstart", "mgsd", "sft_response", "sft_foreign", "off_policy", "no_plan")
+ALL_RATES = ("mgsd", "sft_response", "sft_foreign", "off_policy")
 # What is measured of a run: evaluate.py's flags, the data, the split; and if for every data size.
 MEASURED = {
     "val": ("--input image", "test", "val", False),
@@ -57,7 +61,7 @@ def parse_args(argv=None):
     add("--rows", nargs="+", type=whole_number(1), default=SIZES,
         help="training rows per task and board size")
     add("--lrs", nargs="+", type=real_number(above=True), default=[5e-4, 1.5e-3, 4.5e-3],
-        help="of stage 2: all of them, on the first seed and the fewest rows")
+        help=f"of stage 2, of {', '.join(ALL_RATES)} on the fewest rows")
     add("--lr", type=real_number(above=True), default=5e-4, help="of stage 2, on all others")
     add("--steps", type=whole_number(1), default=60, help="of stage 2, in every variant")
     add("--coldstart_steps", type=whole_number(1), default=100)
@@ -78,7 +82,7 @@ def make_data(args, name, flags):
 
 def train(args, variant, rows, seed, lr=None):
     """The training of a run; without lr of a cold start."""
-    command = VARIANTS[variant][0] or "coldstart.py"
+    command = VARIANTS[variant] or "coldstart.py"
     words = ["python", command, f"--data {args.out}/data/{rows}-{seed} --seed {seed}",
              f"--steps {args.steps if lr else args.coldstart_steps} --batch {args.batch}"]
     if lr:
@@ -107,14 +111,13 @@ def all_runs(args):
     """[(variant, rows, seed, lr)], the smallest data size first; lr None without a stage 2."""
     runs = []
     for rows, variant in product(args.rows, args.variants):
-        command, every_size = VARIANTS[variant]
-        if rows > args.rows[0] and not every_size:
+        if rows > args.rows[0] and variant not in ALL_SIZES:
             continue
-        for seed in args.seeds[:1] if variant == "base" else args.seeds:
-            rates = {args.lr} if command else {None}
-            if command and rows == args.rows[0] and seed == args.seeds[0]:
-                rates |= set(args.lrs)
-            runs += [(variant, rows, seed, lr) for lr in sorted(rates, key=lambda lr: lr or 0)]
+        rates = [args.lr] if VARIANTS[variant] else [None]
+        if variant in ALL_RATES and rows == args.rows[0]:
+            rates = sorted({args.lr, *args.lrs})
+        seeds = args.seeds[:1] if variant == "base" else args.seeds
+        runs += [(variant, rows, seed, lr) for seed, lr in product(seeds, rates)]
     return runs
 
 

@@ -1,5 +1,7 @@
 """The study's tables and plots, from the files that its commands left (tools/study.py).
 
+values.json holds what was measured of every run, row by row. A run that it has and whose folders
+are not there is taken from it, so that a study may be made in parts, on several machines.
 A measure of a run is one value per test row. Means weigh tasks alike, then average over seeds;
 intervals (95%, percentile bootstrap) draw seeds and rows again, both at once; a difference to MGSD
 is taken row by row and seed by seed. Three seeds say little about the spread over seeds: such an
@@ -7,6 +9,7 @@ interval is too narrow rather than too wide.
 """
 import json
 import os
+import re
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "Agg"  # no window, whatever a notebook has set
@@ -16,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from evaluate import answer_frame
-from gen_data import PARTS, write_text
+from gen_data import write_text
 from tools.report import markdown
 
 REFERENCE = "mgsd"
@@ -33,9 +36,32 @@ MEASURES = {
     "other symbols": ("retention", "", "symbols"),
 }
 SUMMARY = ("success", "map right", "symbols", "questions", "new sizes", "pass@8", "seconds")
-RATE_COLUMNS = ("success", "symbols", "questions")      # on test, for every learning rate
+RATE_COLUMNS = ("success", "symbols", "questions", "other pictures")
+# A claim: the first (variant, measure) is above the second. Row by row, over the seeds of both.
+CLAIMS = (
+    ("a", "there is a gap", ("base", "symbols"), ("base", "success")),
+    ("b", "the cold start recovers the state", ("coldstart", "map right"), ("base", "map right")),
+    ("c", "distillation adds planning", ("mgsd", "success"), ("coldstart", "success")),
+    ("d", "its gains come from state recovery", ("mgsd", "map right"), ("coldstart", "map right")),
+    ("d", "and from optimal paths", ("mgsd", "optimal"), ("coldstart", "optimal")),
+    ("e", "without a cold start it is worse", ("mgsd", "success"), ("no_coldstart", "success")),
+    ("f", "inference looks at the picture", ("mgsd", "success"), ("mgsd", "swapped")),
+    ("g", "it forgets less than fine-tuning: questions", ("mgsd", "questions"),
+     ("sft_response", "questions")),
+    ("g", "symbols", ("mgsd", "symbols"), ("sft_response", "symbols")),
+    ("g", "other pictures", ("mgsd", "other pictures"), ("sft_response", "other pictures")),
+    ("h", "it succeeds more often than fine-tuning on as many rows", ("mgsd", "success"),
+     ("sft_response", "success")),
+    ("i", "the plan in the teacher's prompt helps", ("mgsd", "success"), ("no_plan", "success")),
+    ("j", "it succeeds more often than fine-tuning on foreign references", ("mgsd", "success"),
+     ("sft_foreign", "success")),
+    ("j", "and forgets less: questions", ("mgsd", "questions"), ("sft_foreign", "questions")),
+    ("j", "symbols", ("mgsd", "symbols"), ("sft_foreign", "symbols")),
+    ("k", "its own samples are worth it", ("mgsd", "success"), ("off_policy", "success")),
+)
 TASK_COLUMNS = ("frozenlake", "maze", "minibehaviour")  # success of each, beside the mean
 PLAIN = ("tokens", "seconds")                           # not in %
+COLOURS = ("#0072b2", "#d55e00", "#cc79a7", "#009e73", "#e69f00", "#56b4e9")
 
 
 def name_of(variant, rows, seed, lr=None):
@@ -50,38 +76,72 @@ def read_lines(path):
 
 
 def values_of(out, run, measure):
-    """A measure of a run -> a Series of numbers by (task, row); None if it was not measured."""
+    """A measure of a run -> {task: a number per row, by the rows' ids}; None if not measured."""
     kind, source, column = MEASURES[measure]
     folder = Path(out, "eval", run, kind)
     if kind == "retention":
         file = folder / "retention.json"
         if not file.is_file():
             return None
-        right = json.loads(file.read_text(encoding="utf-8"))["model"][column]["right"]
-        return pd.Series(right, pd.MultiIndex.from_product([["all"], range(len(right))]), float)
+        return {"all": json.loads(file.read_text(encoding="utf-8"))["model"][column]["right"]}
     folder = folder / f"model-{source}"
     if not (folder / "summary.json").is_file():
         return None
     if column == "questions":
         frame = pd.DataFrame(read_lines(folder / "perception.jsonl"))
-        return frame.groupby(["task", "id"])["right"].mean().astype(float)
-    lines = read_lines(folder / "predictions.jsonl")
-    frame = answer_frame(lines)
-    if column in ("perception", "planning"):
-        frame[column] = [float(line["failure"] == column) for line in lines]
-    by_row = frame.groupby(["task", "id"])["success" if column == "solved" else column]
-    return (by_row.max() if column == "solved" else by_row.mean()).astype(float)
+        column = "right"
+    else:
+        lines = read_lines(folder / "predictions.jsonl")
+        frame = answer_frame(lines)
+        if column in ("perception", "planning"):
+            frame[column] = [float(line["failure"] == column) for line in lines]
+        elif column == "solved":  # by any of its samples
+            frame[column] = frame.groupby("id")["success"].transform("max")
+    by_row = frame.groupby(["task", "id"])[column].mean().round(4).astype(object)
+    by_row = by_row.where(by_row.notna(), None)
+    return {task: rows.to_list() for task, rows in by_row.groupby(level=0)}
 
 
-def seconds_of(out, run, rows, seed):
+def seconds_of(out, run):
     """Seconds of training: the sum over the steps of the run and of the cold start it continues."""
     folder = Path(out, "runs", run)
-    if not (folder / "metrics.jsonl").is_file():
-        return None
     init = json.loads((folder / "args.json").read_text("utf-8"))["args"].get("init", "none")
     folders = [folder] if init == "none" else [folder, Path(init)]
     return sum(line["step_seconds"] for part in folders
                for line in read_lines(part / "metrics.jsonl"))
+
+
+def read_values(out, runs):
+    """{run: {measure: {task: [numbers]}}} of what was measured; it is kept in values.json.
+
+    runs: [(variant, rows, seed, lr)]. The rows are those of the same test data in every run, in the
+    same order.
+    """
+    file = Path(out, "values.json")
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for run in (name_of(*run) for run in runs):
+        measured = {}
+        for measure in MEASURES:
+            found = values_of(out, run, measure)
+            if found is not None:
+                measured[measure] = found
+        if measured and Path(out, "runs", run, "metrics.jsonl").is_file():
+            measured["seconds"] = {"all": [round(seconds_of(out, run))]}
+        if measured:
+            values[run] = measured
+    texts = [f"{json.dumps(run)}: {compact(measured)}" for run, measured in sorted(values.items())]
+    write_text(file, "{\n" + ",\n".join(texts) + "\n}\n")
+    return values
+
+
+def compact(values):
+    """JSON in one line, 1.0 as 1."""
+    return re.sub(r"\.0\b", "", json.dumps(values, separators=(",", ":")))
+
+
+def series(values):
+    """{task: [numbers]} -> a Series by (task, row)."""
+    return pd.concat({task: pd.Series(rows, dtype=float) for task, rows in values.items()})
 
 
 def estimate(values, resamples=2000):
@@ -99,35 +159,43 @@ def estimate(values, resamples=2000):
     return float(np.mean(means)), [float(end) for end in ends]
 
 
-def collect(out, runs):
+def find_measures(values, runs):
+    """{(variant, rows, measure): {seed: Series by (task, row)}}, success of each task too.
+
+    values: of `read_values`; runs: [(variant, rows, seed, lr)], one lr of each. The base answers
+    alike for every seed.
+    """
+    found = {}
+    for variant, rows, seed, lr in runs:
+        for measure, by_task in values.get(name_of(variant, rows, seed, lr), {}).items():
+            parts = {measure: by_task}
+            if measure == "success":
+                parts |= {task: {task: by_task[task]} for task in TASK_COLUMNS if task in by_task}
+            for name, part in parts.items():
+                found.setdefault((variant, rows, name), {})[seed] = series(part)
+    seeds = sorted({seed for by_seed in found.values() for seed in by_seed})
+    for (variant, *_), by_seed in found.items():
+        if variant == "base":
+            by_seed |= dict.fromkeys(seeds, next(iter(by_seed.values())))
+    return found
+
+
+def subtract(one, other):
+    """{seed: values of one minus those of the other, by row}; {} without a seed that both have."""
+    return {seed: (one[seed] - other[seed]).dropna() for seed in one if seed in other}
+
+
+def collect(found):
     """[{variant, rows, measure, n, seeds, mean, ci, difference, difference_ci}] of what is there.
 
-    runs: [(variant, rows, seed, lr)]. The difference is to MGSD's runs of the same data size.
+    found: of `find_measures`. The difference is to MGSD's runs of the same data size.
     """
-    found, lines = {}, []
-    for variant, rows, seed, lr in runs:
-        run = name_of(variant, rows, seed, lr)
-        for measure in MEASURES:
-            values = values_of(out, run, measure)
-            if values is None:
-                continue
-            found.setdefault((variant, rows, measure), {})[seed] = values
-            if measure == "success":
-                for task in TASK_COLUMNS:
-                    if task in values.index.get_level_values(0):
-                        found.setdefault((variant, rows, task), {})[seed] = values.loc[[task]]
-        seconds = seconds_of(out, run, rows, seed)
-        if seconds is not None:
-            found.setdefault((variant, rows, "seconds"), {})[seed] = pd.Series(
-                [seconds], pd.MultiIndex.from_tuples([("all", 0)]))
+    lines = []
     for (variant, rows, measure), values in found.items():
         mean, ci = estimate(values)
         line = {"variant": variant, "rows": rows, "measure": measure, "seeds": sorted(values),
                 "n": len(next(iter(values.values()))), "mean": mean, "ci": ci}
-        reference = found.get((REFERENCE, rows, measure), {})
-        if variant == "base":                                 # the same answers for every seed
-            values = dict.fromkeys(reference, next(iter(values.values())))
-        paired = {seed: values[seed] - reference[seed] for seed in values if seed in reference}
+        paired = subtract(values, found.get((REFERENCE, rows, measure), {}))
         if paired and variant != REFERENCE and measure != "seconds":
             line["difference"], line["difference_ci"] = estimate(paired)
         lines.append(line)
@@ -137,9 +205,11 @@ def collect(out, runs):
 # ---------------------------------------------------------------- tables and plots
 
 def show(measure, mean, ci):
-    """"74 [70, 78]": in %, but for tokens and seconds."""
-    scale = 1 if measure in PLAIN else 100
-    return f"{scale * mean:.0f} [{scale * ci[0]:.0f}, {scale * ci[1]:.0f}]"
+    """"74 [70, 78]": in %, but for tokens and seconds; one decimal where it would be -0."""
+    numbers = [number * (1 if measure in PLAIN else 100) for number in (mean, *ci)]
+    texts = [f"{number:.1f}" if -0.5 <= number <= -0.05 else f"{number:.0f}".replace("-0", "0")
+             for number in numbers]
+    return f"{texts[0]} [{texts[1]}, {texts[2]}]"
 
 
 def cells_of(lines, key="mean"):
@@ -163,26 +233,54 @@ def make_table(lines, key="mean"):
 
 
 def make_summary(lines, measures=SUMMARY):
-    """Arms down, a few measures across, of lines of one data size."""
+    """Variants down, a few measures across, of lines of one data size."""
     cells = cells_of(lines)
     rows = [[variant, *[cells.get((measure, variant), "") for measure in measures]]
             for variant in dict.fromkeys(variant for _, variant in cells)]
     return markdown({"head": ["variant", *measures], "lines": rows})
 
 
-def make_rate_table(args, runs):
-    """What every learning rate was worth, and what it kept, on the first seed and fewest rows."""
-    rows = []
+def make_claims(found, rows):
+    """Every claim with its difference, at this data size, and what the interval says of it."""
+    lines = []
+    for letter, words, one, other in CLAIMS:
+        paired = subtract(*(found.get((variant, rows, measure), {})
+                            for variant, measure in (one, other)))
+        if not paired:
+            lines.append([letter, words, "", "not run"])
+            continue
+        mean, (low, high) = estimate(paired)
+        result = "holds" if low > 0 else "does not hold here" if high < 0 else "undecided"
+        sides = f"{' '.join(one)} over {' '.join(other)}"
+        lines.append([letter, words, f"{sides}: {show('', mean, (low, high))}", result])
+    return markdown({"head": ["", "claim", "points of percent", "result"], "lines": lines})
+
+
+def collect_rates(values, runs, rows):
+    """{(variant, lr): {measure: (mean, ci)}} at one data size, over the seeds that are there."""
+    found = {}
     for variant, size, seed, lr in runs:
-        run = name_of(variant, size, seed, lr)
-        if lr and (size, seed) == (args.rows[0], args.seeds[0]):
-            texts = []
+        measured = values.get(name_of(variant, size, seed, lr), {})
+        if lr and size == rows and measured:
             for measure in RATE_COLUMNS:
-                values = values_of(args.out, run, measure)
-                texts.append("" if values is None else show(measure, *estimate({0: values})))
-            if any(texts):
-                rows.append([variant, f"{lr:g}", *texts])
-    return markdown({"head": ["variant", "rate", *RATE_COLUMNS], "lines": rows})
+                if measure in measured:
+                    by_seed = found.setdefault((variant, lr), {}).setdefault(measure, {})
+                    by_seed[seed] = series(measured[measure])
+    return {key: {measure: (*estimate(by_seed), len(by_seed)) for measure, by_seed in some.items()}
+            for key, some in found.items()}
+
+
+def make_rate_table(rates):
+    """What every learning rate was worth, and what it kept. rates: of `collect_rates`."""
+    several = {variant for variant, _ in rates
+               if sum(name == variant for name, _ in rates) > 1}
+    rows = []
+    for (variant, lr), measured in rates.items():
+        if variant in several:
+            texts = [show(name, *measured[name][:2]) if name in measured else ""
+                     for name in RATE_COLUMNS]
+            rows.append([variant, f"{lr:g}", measured["success"][2], *texts])
+    return markdown({"head": ["variant", "rate", "seeds", *RATE_COLUMNS], "lines": rows})
 
 
 def plot_sizes(lines, path):
@@ -204,53 +302,45 @@ def plot_sizes(lines, path):
     plt.close(figure)
 
 
-def plot_retention(lines, path, kept=("symbols", "questions")):
-    """What is kept against success from pictures, one point a variant: planning, perception."""
-    figure, panels = plt.subplots(1, len(kept), figsize=(9, 3.5), layout="constrained")
-    means = {(line["variant"], line["measure"]): 100 * line["mean"] for line in lines}
-    variants = dict.fromkeys(line["variant"] for line in lines)
+def plot_rates(rates, path, kept=("questions", "symbols")):
+    """What is kept against success from pictures: a line a variant, a point a learning rate."""
+    figure, panels = plt.subplots(1, len(kept), figsize=(9, 3.8), layout="constrained")
+    variants = list(dict.fromkeys(variant for variant, _ in rates))
+    variants = [name for name in variants if sum(name == other for other, _ in rates) > 1]
     for axes, measure in zip(panels, kept, strict=True):
-        for variant, colour in zip(variants, plt.get_cmap("tab20").colors, strict=False):
-            if (variant, "success") in means and (variant, measure) in means:
-                axes.plot(means[variant, "success"], means[variant, measure], "o", color=colour,
-                          label=variant)
+        for variant, colour in zip(variants, COLOURS, strict=False):
+            points = []
+            for (name, lr), measured in rates.items():
+                if name == variant and measure in measured:
+                    points.append((100 * measured["success"][0], 100 * measured[measure][0], lr))
+            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", color=colour,
+                      label=variant)
+            for x, y, lr in points:
+                axes.annotate(f"{lr:g}", (x, y), (4, 4), textcoords="offset points", fontsize=7,
+                              color=colour)
         axes.set(xlabel="success from pictures, %", ylabel=f"{measure}, %")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def plot_kl(out, runs, path, window=9):
-    """KL of the parts of a response over MGSD's training, mean over seeds, smoothed."""
-    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
-    logs = [pd.DataFrame(read_lines(Path(out, "runs", name_of(*run), "metrics.jsonl")))
-            for run in runs if Path(out, "runs", name_of(*run), "metrics.jsonl").is_file()]
-    for part in PARTS if logs else ():
-        column = pd.DataFrame([log[f"kl_{part}"].astype(float) for log in logs]).mean()
-        axes.plot(column.rolling(window, 1, center=True).mean(), label=part)
-    axes.set(xlabel="step", ylabel="KL, nats per token", yscale="log")
-    if logs:
-        axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def write(args, runs):
-    """results.md, results.json and three plots in args.out, of the runs that are there."""
-    chosen = [run for run in runs if run[3] in (None, args.lr)]
-    lines, smallest = collect(args.out, chosen), args.rows[0]
+    """values.json, results.md, results.json and two plots in args.out, of what is there."""
+    values, smallest = read_values(args.out, runs), args.rows[0]
+    found = find_measures(values, [run for run in runs if run[3] in (None, args.lr)])
+    lines, rates = collect(found), collect_rates(values, runs, smallest)
     small = [line for line in lines if line["rows"] == smallest]
     parts = [f"# {smallest} rows per task and board size: mean over seeds [95% interval], %",
-             make_summary(small), make_table(small), "# Differences to mgsd, paired",
-             make_table(small, "difference")]
+             make_summary(small), "# Claims", make_claims(found, smallest), "# All measures",
+             make_table(small), "# Differences to mgsd, paired", make_table(small, "difference")]
     for rows in args.rows[1:]:
         some = [line for line in lines if line["rows"] == rows]
-        parts += [f"# {rows} rows", make_table(some), make_table(some, "difference")]
-    parts += [f"# Learning rates (seed {args.seeds[0]})", make_rate_table(args, runs)]
+        if some:
+            parts += [f"# {rows} rows", make_summary(some), make_table(some, "difference")]
+    parts += ["# Learning rates", make_rate_table(rates)]
     out = Path(args.out)
     write_text(out / "results.json", json.dumps({"lines": lines}, indent=1) + "\n")
     plot_sizes(lines, out / "success_by_rows.png")
-    plot_retention(small, out / "retention.png")
-    plot_kl(out, [run for run in chosen if run[:2] == (REFERENCE, smallest)], out / "kl.png")
+    plot_rates(rates, out / "rates.png")
     write_text(out / "results.md", "\n\n".join(part.strip() for part in parts) + "\n")
     print(f"{parts[0]}\n\n{parts[1]}more in {out}/results.md")
