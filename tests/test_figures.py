@@ -8,7 +8,7 @@ import gen_data
 from tools import figures
 
 
-def test_both_pictures_from_files(tmp_path, capsys):
+def test_pictures_from_files(tmp_path, capsys):
     """A success, a violation, no answer; of each task the first puzzle of its largest size."""
     gen_data.main(gen_data.parse_args([
         "--preset", "tiny", "--tasks", "frozenlake:3", "maze:3-4", "--train", "1", "--val", "1",
@@ -22,6 +22,11 @@ def test_both_pictures_from_files(tmp_path, capsys):
         (tmp_path / "eval" / name).mkdir(parents=True)
         file = tmp_path / "eval" / name / "predictions.jsonl"
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    line = {"level": None, "bucket": None, "success": 0.5, "success_ci": None}
+    table = [{**line, "task": task, "level": level}
+             for task, level in (("maze", None), ("macro", None), ("maze", 3))]
+    (tmp_path / "eval/results.json").write_text(json.dumps(
+        {"conditions": {name: {"table": table} for name in ("base-image", "base-text")}}))
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps({
         "step": i + 1, "success": i / 20, "optimal": i / 30, "kl_map": 1 / (i + 1),
@@ -29,8 +34,9 @@ def test_both_pictures_from_files(tmp_path, capsys):
     words = ["--eval", str(tmp_path / "eval"), "--distill", str(tmp_path / "run"), "--data",
              str(tmp_path / "data"), "--out", str(tmp_path / "docs"), "--conditions", *texts]
     figures.main(figures.parse_args(words))
-    for name in ("answers", "training"):
-        assert min(Image.open(tmp_path / f"docs/{name}.png").size) > 300
+    for name in ("method", "success", "answers", "training"):
+        width, height = Image.open(tmp_path / f"docs/{name}.png").size
+        assert width > height / 2 > 100
     chosen = figures.choose_puzzles(rows, {row.id for row in rows})
     assert [(row.task, row.level) for row in chosen] == [("frozenlake", 3), ("maze", 4)]
     assert chosen[1] is next(row for row in rows if row.level == 4)

@@ -1,14 +1,16 @@
-"""The README's two pictures, from an evaluation and the log of a distillation.
+"""The pictures of README and docs, from an evaluation and the log of a distillation.
 
     python -m tools.figures --eval out/tiny/eval --distill out/tiny/distill --out docs
 
-docs/answers.png:  the same held-out puzzles as different models answer them, one row per task: the
-                   first one of its largest board size, whatever became of it. Plans are drawn from
-                   the start, green or red (failed), with a cross at the violation.
-docs/training.png: what the rollouts of the distillation were worth, and the KL between student and
-                   teacher in the three parts of a response.
+method.png:   who reads what in a step of distillation. Needs no run.
+success.png:  success per task: the stages from pictures, and the base from symbols.
+answers.png:  the same held-out puzzles as different models answer them, one row per task: the first
+              one of its largest board size, whatever became of it.
+training.png: what the rollouts of the distillation were worth, and the KL between student and
+              teacher in the three parts of a response.
 """
 import io
+import json
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -16,17 +18,23 @@ from pathlib import Path
 os.environ["MPLBACKEND"] = "Agg"  # no window, whatever a notebook has set
 
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.patheffects import Normal, Stroke
 from PIL import Image
 
 import gen_data
 from gen_data import PARTS, Parser, fail, open_picture, run_script
-from tools.report import read_lines, walk
+from tools.report import percent, read_lines, walk
 
 GOOD, BAD, INK, SOFT = "#109a55", "#d92c26", "#1c2330", "#5b6575"
 COLOURS = ("#0072b2", "#e69f00", "#009e73")
 COLUMNS = {"base-image": "base model", "coldstart-image": "after the cold start",
            "distill-image": "after distillation"}
+BARS = {"base-image": "#b8c0cc", "coldstart-image": "#7fb2dd", "distill-image": "#0072b2"}
+CEILING = "base-text"
 WINDOW = 9  # steps over which a curve is smoothed
+BOARD = ["SFH", "FFF", "HFG"]  # of the diagram
 
 
 def parse_args(argv=None):
@@ -95,7 +103,7 @@ def draw_answer(axes, row, verdict):
 
 def draw_answers(rows, verdicts, titles):
     """rows: the puzzles, one per line; verdicts: {condition: {id: verdict}}, one per column."""
-    size, gaps = (2.9 * len(verdicts), 3.3 * len(rows)), {"hspace": 0.2, "wspace": 0.06}
+    size, gaps = (2.2 * len(verdicts), 2.55 * len(rows)), {"hspace": 0.24, "wspace": 0.06}
     figure, grid = plt.subplots(len(rows), len(verdicts), squeeze=False, figsize=size,
                                 gridspec_kw=gaps)
     for line, row in zip(grid, rows, strict=True):
@@ -104,6 +112,92 @@ def draw_answers(rows, verdicts, titles):
         line[0].set_ylabel(f"{row.task} {row.level}", fontsize=11, color=INK)
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=12, color=INK, pad=9)
+    marks = [("start of the plan", {"marker": "o", "markerfacecolor": "white"}),
+             ("PICK or DROP", {"marker": "o"}),
+             ("violation", {"marker": "X", "linestyle": "none", "markerfacecolor": BAD,
+                            "markeredgecolor": "white"})]
+    handles = [Line2D([], [], color=SOFT, markersize=8, label=label, **style)
+               for label, style in marks]
+    figure.legend(handles=handles, loc="lower center", ncols=3, frameon=False, fontsize=9.5)
+    return figure
+
+
+def draw_method():
+    """A step of distillation: two readers, the same tokens, one divergence."""
+    puzzle = gen_data.FrozenLake(BOARD)
+    plan = gen_data.solve(puzzle)
+    figure, axes = plt.subplots(figsize=(10.6, 3.3))
+    axes.set(xlim=(0, 106), ylim=(0, 33), aspect="equal")
+    axes.axis("off")
+    blue, orange = COLOURS[:2]
+
+    def box(x, y, width, height, colour, lines):
+        axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=1",
+                                      facecolor="white", edgecolor=colour, linewidth=1.8))
+        for i, (text, style) in enumerate(lines):
+            height_of_line = y + height / 2 + 1.25 * (len(lines) - 1) - 2.5 * i
+            axes.text(x + width / 2, height_of_line, text, ha="center", va="center",
+                      **{"fontsize": 9.5, "color": INK, **style})
+
+    def arrow(start, end, colour=SOFT, bend=0.0):
+        axes.annotate("", end, start, arrowprops={
+            "arrowstyle": "-|>", "color": colour, "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0,
+            "connectionstyle": f"arc3,rad={bend}"})
+
+    bold, small = {"weight": "bold"}, {"fontsize": 8.5, "color": SOFT}
+    axes.imshow(puzzle.render(64), extent=(1, 13, 19.5, 31.5), zorder=2)
+    axes.text(7, 18, "picture", ha="center", va="top", fontsize=9.5, color=INK)
+    symbols = "\n".join([gen_data.listing(puzzle.cells()), f"plan: {','.join(plan)}"])
+    axes.text(1, 8.6, symbols, va="center", family="monospace", fontsize=8.5, color=INK)
+    axes.text(7, 1.8, "symbols + plan", ha="center", va="top", fontsize=9.5, color=INK)
+    box(20, 20, 27, 11, blue, [("student", bold), ("network, adapters on", {}),
+                               ("samples and scores", small)])
+    box(20, 3, 27, 11, orange, [("teacher", bold), ("same network, adapters off", {}),
+                                ("scores, no gradient", small)])
+    box(55, 11.5, 24, 11, SOFT, [("the student's tokens", bold), ("Map: 3x3 row 0: S F H …", small),
+                                 ("Route: … <answer>…", small)])
+    box(86, 11.5, 19, 11, COLOURS[2], [("KL per token", bold), ("student ‖ teacher", {}),
+                                       ("full vocabulary", small)])
+    arrow((13.5, 25.5), (19.7, 25.5))
+    arrow((16, 8.5), (19.7, 8.5))
+    arrow((47.3, 25.5), (54.7, 20), blue)
+    arrow((47.3, 8.5), (54.7, 14), orange)
+    arrow((79.3, 17), (85.7, 17))
+    arrow((95.5, 22.8), (47.3, 28.5), COLOURS[2], bend=0.2)
+    axes.text(72, 32, "gradient: updates the adapters", ha="center", fontsize=9, color=INK)
+    return figure
+
+
+def draw_success(conditions):
+    """conditions: those of results.json. Bars per task with intervals; the ceiling as a line."""
+    tables = {}
+    for name in (*BARS, CEILING):
+        if name in conditions:
+            tables[name] = {line["task"]: line for line in conditions[name]["table"]
+                            if line["level"] is None and line["bucket"] is None}
+    figure, axes = plt.subplots(figsize=(8.3, 2.9), layout="constrained")
+    bars = [name for name in tables if name != CEILING]
+    tasks, width = list(next(iter(tables.values()))), 0.8 / max(1, len(bars))
+    for i, name in enumerate(bars):
+        for k, task in enumerate(tasks):
+            line, x = tables[name][task], k + (i - (len(bars) - 1) / 2) * width
+            low, high = line["success_ci"] or (line["success"], line["success"])
+            axes.bar(x, 100 * line["success"], 0.92 * width, color=BARS[name],
+                     label=COLUMNS[name] if k == 0 else None)
+            axes.plot([x, x], [100 * low, 100 * high], color=INK, linewidth=1)
+            axes.text(x, 2, percent(line["success"]), ha="center", fontsize=9, color=INK,
+                      path_effects=[Stroke(linewidth=2.5, foreground="white"), Normal()])
+    for k, task in enumerate(tasks if CEILING in tables else ()):
+        axes.plot([k - 0.42, k + 0.42], [100 * tables[CEILING][task]["success"]] * 2, "--",
+                  color=COLOURS[1], linewidth=1.6,
+                  label="base model, from symbols" if k == 0 else None)
+    axes.set_xticks(range(len(tasks)), ["mean of the tasks" if task == "macro" else task
+                                        for task in tasks])
+    axes.set(ylim=(0, 112), yticks=range(0, 101, 25))
+    axes.set_title("success from pictures, %", fontsize=11, color=INK, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=SOFT, labelsize=10)
+    figure.legend(frameon=False, fontsize=9, loc="outside right center")
     return figure
 
 
@@ -159,8 +253,13 @@ def main(args):
     if not rows:
         fail(f"{args.data}/test has no row that all of {', '.join(args.conditions)} answered")
     titles = [COLUMNS.get(name, name) for name in args.conditions]
+    results = Path(args.eval, "results.json")
+    if not results.is_file():
+        fail(f"no {results}: run python evaluate.py")
+    conditions = json.loads(results.read_text(encoding="utf-8"))["conditions"]
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    for name, figure in (("answers", draw_answers(rows, verdicts, titles)),
+    for name, figure in (("method", draw_method()), ("success", draw_success(conditions)),
+                         ("answers", draw_answers(rows, verdicts, titles)),
                          ("training", draw_training(metrics))):
         file = Path(args.out, f"{name}.png")
         drawn = io.BytesIO()
