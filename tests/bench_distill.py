@@ -6,7 +6,7 @@
 Every measurement is a process of its own: seconds, and peak memory over what the process held
 before. With trl and liger-kernel installed (tested: trl 1.16.0, liger-kernel 0.8.5) they are
 measured too: TRL's stable DistillationTrainer and its chunked divergence, its GOLDTrainer and that
-one's dense divergence, and Liger's fused JSD loss.
+one's unchunked divergence, and Liger's fused JSD loss.
 """
 import argparse
 import importlib.util
@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-WORDS = 151_936  # rows of Qwen's embedding; those after the special tokens belong to no token
+VOCABULARY = 151_936  # rows of Qwen's embedding; those after the special tokens belong to no token
 
 
 def qwen_checkpoint(folder, hidden=128, layers=5, seed=0):
@@ -37,7 +37,7 @@ def qwen_checkpoint(folder, hidden=128, layers=5, seed=0):
     config = json.loads((ROOT / "tiny/config.json").read_text())
     config["text_config"] |= dict(
         hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        vocab_size=WORDS, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        vocab_size=VOCABULARY, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     config["vision_config"] |= dict(out_hidden_size=hidden)
     config |= {name: getattr(processor, name) for name in estimate.TOKENS}
     torch.manual_seed(seed)
@@ -72,18 +72,18 @@ def measured(work, repeat=1):
 def loss(how, positions, chunk=64, divergence="reverse_kl", hidden_size=2560):
     """The loss and its gradient at the student's hidden states, bfloat16, as `how` computes them.
 
-    dense: the same formula as ours at all positions at once. Others' compute the reverse KL.
+    unchunked: the same formula as ours at all positions at once. Others' compute the reverse KL.
     """
     import test_distill
     import torch
 
     import distill
     torch.manual_seed(0)
-    lm_head = torch.nn.Linear(hidden_size, WORDS, bias=False, dtype=torch.bfloat16)
+    lm_head = torch.nn.Linear(hidden_size, VOCABULARY, bias=False, dtype=torch.bfloat16)
     lm_head.requires_grad_(False).weight.normal_(std=0.02)
     hidden = torch.randn(positions, hidden_size).bfloat16()
     teacher = (hidden + 0.5 * torch.randn(positions, hidden_size)).bfloat16()
-    token = torch.randint(WORDS, (positions,))
+    token = torch.randint(VOCABULARY, (positions,))
     leaf, formula = hidden.clone().requires_grad_(), distill.DIVERGENCES[divergence]
     if how == "trl":
         from trl.trainer.distillation_trainer import _chunked_divergence_loss
@@ -111,14 +111,14 @@ def loss(how, positions, chunk=64, divergence="reverse_kl", hidden_size=2560):
                 torch.linalg.vecdot(log_p.exp(), log_p)                      # the entropy, logged
                 by_hand.bfloat16() @ lm_head.weight
 
-    def dense(formula=formula):
+    def unchunked(formula=formula):
         log_p = lm_head(leaf).float().log_softmax(-1)
         with torch.no_grad():
             log_q = lm_head(teacher).float().log_softmax(-1)
         formula(log_p, log_q, token).mean().backward()
 
     def kl_div():
-        dense(lambda log_p, log_q, token: torch.nn.functional.kl_div(
+        unchunked(lambda log_p, log_q, token: torch.nn.functional.kl_div(
             log_q, log_p, log_target=True, reduction="none").sum(-1))
 
     def trl():
@@ -135,7 +135,7 @@ def loss(how, positions, chunk=64, divergence="reverse_kl", hidden_size=2560):
         fused(leaf, lm_head.weight, teacher, lm_head.weight, token).backward()
     hidden[:8].clone().requires_grad_().sum().backward()
     lm_head(hidden[:8]).float().log_softmax(-1)  # what torch loads late
-    works = {"products": products, "ours": ours, "dense": dense, "closed form": closed_form,
+    works = {"products": products, "ours": ours, "unchunked": unchunked, "closed form": closed_form,
              "torch kl_div": kl_div, "trl": trl, "trl gold": trl_gold, "liger": liger}
     return measured(works[how])
 
@@ -266,15 +266,15 @@ def loss_table(sizes=(1024, 2048), hidden_size=2560):
     import distill
     default = distill.SETTINGS["4b"]["chunk"]
     head(f"The loss and its gradient, hidden size {hidden_size}, 151,936 tokens, bfloat16; "
-         "products: the matrix products alone; dense: the same divergence unchunked", "positions",
-         "divergence", "how", "chunk", "s", "peak GB", "time / dense", "dense memory / its")
+         "products: the matrix products alone; unchunked: at all positions at once", "positions",
+         "divergence", "how", "chunk", "s", "peak GB", "time / unchunked", "unchunked memory / its")
     others = [("closed form", default), ("products", default), ("torch kl_div", 0)]
     others += [("trl", 0), ("trl gold", 0)] if have("trl") else []
     others += [("liger", default)] if have("liger_kernel") else []
     for positions in sizes:
         for name in distill.DIVERGENCES:
-            dense = run("loss", "dense", positions, hidden_size=hidden_size, divergence=name)
-            line(positions, name, "dense", "", dense["s"], dense["gb"], 1.0, 1.0)
+            whole = run("loss", "unchunked", positions, hidden_size=hidden_size, divergence=name)
+            line(positions, name, "unchunked", "", whole["s"], whole["gb"], 1.0, 1.0)
             hows = [("ours", default)]
             if name == "reverse_kl":
                 hows += [("ours", 32), ("ours", 128), *others]
@@ -284,7 +284,7 @@ def loss_table(sizes=(1024, 2048), hidden_size=2560):
                           **settings)
                 if got:
                     line(positions, name, how, chunk or "", got["s"], got["gb"],
-                         got["s"] / dense["s"], dense["gb"] / got["gb"])
+                         got["s"] / whole["s"], whole["gb"] / got["gb"])
 
 
 def step_table(folder, data, batch=8, tokens=128):
