@@ -37,7 +37,8 @@ def qwen_checkpoint(folder, hidden=128, layers=5, seed=0):
     config = json.loads((ROOT / "tiny/config.json").read_text())
     config["text_config"] |= dict(
         hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        vocab_size=VOCABULARY, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        vocab_size=VOCABULARY, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id)
     config["vision_config"] |= dict(out_hidden_size=hidden)
     config |= {name: getattr(processor, name) for name in estimate.TOKENS}
     torch.manual_seed(seed)
