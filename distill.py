@@ -68,8 +68,8 @@ def parse_args(argv=None):
     add("--divergence", default="reverse_kl", choices=DIVERGENCES, help="the loss")
     add("--teacher_reads", default="symbols+plan", choices=("symbols+plan", "symbols", "picture"),
         help="picture: the same as the student")
-    add("--teacher_weights", default="base", choices=("base", "live", "ema"), help="base: adapters "
-        "off; live: adapters on; ema: a moving average of the adapters")
+    add("--teacher_weights", default="base", choices=("base", "live", "ema"),
+        help="base: adapters off; live: adapters on; ema: a moving average of the adapters")
     add("--ema", type=real_number(0, 1), default=0.99, help="share of the average kept by a step")
     add("--on_policy", type=real_number(0, 1), default=1.0,
         help="share of steps whose responses the student samples, else the teacher")
@@ -337,7 +337,8 @@ def main(args):
             # 5. One optimizer step on the adapters.
             loss, tokens = common.average_gradients(weights, float(scores[0].sum()), tokens)
             grad_norm = float(torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm))
-            common.check_first_step(step, grad_norm)
+            if factors.any():  # else a gradient of zero is right
+                common.check_first_step(step, grad_norm)
             optimizer.param_groups[0]["lr"] = lr = common.learning_rate(step, args.steps, args.lr)
             if run.is_finite(loss, grad_norm, lines):  # else the step is skipped
                 optimizer.step()
@@ -352,7 +353,7 @@ def main(args):
             if step == 0 and means["kl"] > 10:
                 common.warn(f"the KL of the first step is {means['kl']:.1f} nats per token: are "
                             "teacher and student aligned?")
-            if tokens == 0:
+            if tokens == 0 or grad_norm == 0:
                 common.warn(f"step {step + 1}: no token counts, so there is nothing to learn")
             if step % args.show_every == 0:
                 run.append("rollouts.jsonl", lines[::math.ceil(len(lines) / 8)])  # of every task
