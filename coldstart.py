@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 import common
 import gen_data
-from gen_data import Parser, open_picture, real_number, whole_number
+from gen_data import Parser, fail, open_picture, real_number, whole_number
 
 TARGETS = ("perception", "response", "answer")
 
@@ -143,6 +143,10 @@ def main(args):
     common.gather(None)  # the others wait for the data
     args.data = args.data or gen_data.PRESETS[args.preset]["out"]
     train, val = gen_data.load_rows(args.data, "train"), gen_data.load_rows(args.data, "val")
+    for row in train + val:
+        if args.target == "perception" and not row.questions():
+            fail(f'{row.where}: neither "questions" nor "symbols" to ask for; distill.py --init '
+                 "none begins without a cold start")
     gen_data.check_pictures(train + val)
     inputs = {"train": gen_data.digest_rows(train), "val": gen_data.digest_rows(val),
               "init": common.digest_folder(init)}

@@ -323,7 +323,7 @@ def encode(processor, prompts, images=None, device="cpu"):
     """Prompts, with one PIL image each or none -> a left-padded batch up to where responses begin.
 
     Returns a dict of tensors: input_ids, attention_mask, mm_token_type_ids [B, P], and with
-    pictures pixel_values [patches of all rows, values], image_grid_thw [B, 3].
+    pictures pixel_values [patches of all rows, values], image_grid_thw [pictures, 3].
     """
     chats = []
     for prompt, image in zip(prompts, images or [None] * len(prompts), strict=True):
@@ -372,9 +372,12 @@ def take_rows(prompt, rows):
     taken = {name: prompt[name][rows, -length:]
              for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
     if "pixel_values" in prompt:
-        patches = prompt["image_grid_thw"].prod(1).tolist()  # of each row
-        taken["pixel_values"] = torch.cat(prompt["pixel_values"].split(patches)[rows])
-        taken["image_grid_thw"] = prompt["image_grid_thw"][rows]
+        shown = (prompt["mm_token_type_ids"] == 1).any(1).tolist()  # a teacher's may have none
+        rows = slice(sum(shown[:rows.start or 0]), sum(shown[:rows.stop]))
+        patches = prompt["image_grid_thw"].prod(1).tolist()  # of each picture
+        if rows.start < rows.stop:
+            taken["pixel_values"] = torch.cat(prompt["pixel_values"].split(patches)[rows])
+            taken["image_grid_thw"] = prompt["image_grid_thw"][rows]
     return taken
 
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import common
 import gen_data
-from gen_data import PARTS, Parser, open_picture, part_of, real_number, whole_number
+from gen_data import PARTS, Parser, fail, open_picture, part_of, real_number, whole_number
 
 # Defaults of the flags. Batches count rows.
 QWEN = {
@@ -67,7 +67,8 @@ def parse_args(argv=None):
         "out/<preset>/coldstart)")
     add("--divergence", default="reverse_kl", choices=DIVERGENCES, help="the loss")
     add("--teacher_reads", default="symbols+plan", choices=("symbols+plan", "symbols", "picture"),
-        help="picture: the same as the student")
+        help="texts, with the row's teacher_file_name beside them; picture: no text, but that "
+        "picture, or the student's where a row has none")
     add("--teacher_weights", default="base", choices=("base", "live", "ema"), help="base: adapters "
         "off; live: adapters on; ema: a moving average of the adapters")
     add("--ema", type=real_number(0, 1), default=0.99, help="share of the average kept by a step")
@@ -210,14 +211,22 @@ def draw_rows(rows, count, rng):
     return sorted(batch, key=lambda row: (row.task, row.level))
 
 
+def check_teacher(rows, teacher_reads):
+    """Fails where a row has no symbols and the teacher is to read them."""
+    for row in rows:
+        if teacher_reads != "picture" and not row.symbols():
+            fail(f'{row.where}: no "symbols" for --teacher_reads {teacher_reads}; give '
+                 "--teacher_reads picture: the teacher sees its teacher_file_name")
+
+
 def encode_roles(processor, rows, teacher_reads, device):
     """(what the student reads, what the teacher reads), encoded, of the rows of a step."""
     pictures = [open_picture(row.path) for row in rows]
     student = common.encode(processor, [row.student_prompt() for row in rows], pictures, device)
-    if teacher_reads == "picture":
-        return student, student
-    symbols = [row.teacher_prompt(teacher_reads) for row in rows]
-    return student, common.encode(processor, symbols, None, device)
+    paths = [row.teacher_picture(teacher_reads) for row in rows]
+    pictures = [path and open_picture(path) for path in paths]
+    prompts = [row.teacher_prompt(teacher_reads) for row in rows]
+    return student, common.encode(processor, prompts, pictures, device)
 
 
 def rollout_lines(model, processor, step, rows, ids, mask, scores):
@@ -269,6 +278,7 @@ def main(args):
     common.gather(None)  # the others wait for the data
     args.data = args.data or gen_data.PRESETS[args.preset]["out"]
     rows = gen_data.choose_rows(gen_data.load_rows(args.data, "train"), args.tasks)
+    check_teacher(rows, args.teacher_reads)
     gen_data.check_pictures(rows)
     inputs = {"train": gen_data.digest_rows(rows), "init": common.digest_folder(init)}
     if trained_on is not None:

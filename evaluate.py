@@ -75,8 +75,9 @@ def parse_args(argv=None):
     add("--split", default="test", choices=("test", "val"), help="rows that are asked about")
     add("--adapter", nargs="+", metavar="RUN", help="runs to evaluate, base for none (default: "
         "base, out/<preset>/coldstart and out/<preset>/distill, where they are)")
-    add("--input", default="both", choices=("both", *INPUTS), help="the picture, the symbols "
-        "(without a plan), both, or, as a control, the picture of another puzzle")
+    add("--input", default="both", choices=("both", *INPUTS), help="the picture; text: "
+        "what the teacher reads without a plan, symbols and a picture of its own; both; or, as a "
+        "control, the picture of another puzzle")
     add("--tasks", nargs="+", help="task, task:size, task:low-high or group (default: all)")
     add("--limit", type=whole_number(1), help="rows per task and board size (default: all)")
     add("--rollout_batch", type=whole_number(1), help="rows answered at a time")
@@ -152,14 +153,16 @@ def other_pictures(rows, pool):
     """{id: picture of the next puzzle in `pool` of the same task and size}, never a row's own."""
     groups, pictures = {}, {}                                # (task, level): {symbols: picture}
     for row in pool:
-        groups.setdefault((row.task, row.level), {})[row.symbols()] = row.path
+        group = groups.setdefault((row.task, row.level), {})
+        group[row.symbols() or row.teacher_path] = row.path
     for row in rows:
         group = groups[row.task, row.level]
         keys, paths = list(group), list(group.values())
         if len(keys) == 1:
             fail(f"--input swapped: {row.task}, board size {row.level}, has a single puzzle; "
                  "choose other --tasks or make more rows")
-        pictures[row.id] = paths[(keys.index(row.symbols()) + 1) % len(paths)]
+        number = keys.index(row.symbols() or row.teacher_path)
+        pictures[row.id] = paths[(number + 1) % len(paths)]
     return pictures
 
 
@@ -170,7 +173,7 @@ def planning_questions(rows, source, pool, samples=1):
         for row in rows:
             key = {"id": row.id, "sample": sample} if samples > 1 else {"id": row.id}
             if source == "text":
-                asked.append((key, row.teacher_prompt("symbols"), None))
+                asked.append((key, row.teacher_prompt("symbols"), row.teacher_picture("symbols")))
             else:
                 asked.append((key, row.student_prompt(), swapped.get(row.id, row.path)))
     return asked

@@ -363,6 +363,23 @@ def test_a_batch_scores_as_its_rows_alone(backbone, student):
         torch.testing.assert_close(whole[name], accumulated[name], atol=2e-5, rtol=2e-3)
 
 
+def test_rows_with_and_without_a_picture_in_one_batch(backbone, student):
+    """As a teacher reads own rows: each is scored as it is alone, whatever part it stands in."""
+    processor = backbone[1]
+    rows, images = make_rows(5)
+    images = [None, images[1], None, None, images[4]]
+    prompts = [row.teacher_prompt("symbols") for row in rows]
+    ids, mask = common.encode_responses(processor, [row.response() for row in rows])
+    batch, wholes = common.encode(processor, prompts, images), []
+    for i in range(5):
+        part = common.encode(processor, prompts[i:i + 1], images[i:i + 1])
+        wholes.append(teacher_states(student, part, ids[i:i + 1], mask[i:i + 1]))
+    for size in (1, 2, 3, 5):
+        states = [teacher_states(student, prompt, some, keep) for some, keep, prompt in
+                  common.micro_batches(size, (ids, mask), (batch,))]
+        torch.testing.assert_close(torch.cat(states), torch.cat(wholes), atol=2e-4, rtol=1e-3)
+
+
 def test_fresh_adapter_and_same_prompt_give_zero_kl(backbone):
     batch = a_batch(backbone[1])
     fresh = common.add_lora(backbone[0], 4, vision=True)
