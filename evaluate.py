@@ -126,8 +126,9 @@ def find_adapters(args):
             name, folder = "base", None
         else:
             folder = place = common.adapter_folder(run, "--adapter").resolve()
-            if place.name == "adapter" and place.parent.name:       # not the folder /adapter
-                place = place.parent
+            suffix = place.name.removeprefix("adapter")
+            if suffix in ("", "-best") and place.parent.name:       # not the folder /adapter
+                place = place.parent.with_name(place.parent.name + suffix)
             name, record = place.name, common.read_run(folder)
             if record and record["args"]["bits"] != args.bits:
                 fail(f"--adapter {run}: it was trained in {record['args']['bits']} bits, not in "
@@ -601,6 +602,17 @@ def compare(verdicts, reference=None):
     return {"reference": reference, "gaps": gaps, "differences": differences, "closed": closed}
 
 
+def warn_without_gap(gaps):
+    """Say so where the base is not better from symbols: then its teacher has nothing to teach."""
+    gap = gaps.get("base-image", {}).get("macro")
+    if gap:
+        low, high = gap["ci"] or (gap["mean"], gap["mean"])
+        if low <= 0:
+            common.warn(f"base-text minus base-image is {gap['mean']:+.0%} [{low:+.0%}, "
+                        f"{high:+.0%}]: no gap is seen, and what the base cannot do from symbols "
+                        "cannot be taught")
+
+
 # ---------------------------------------------------------------- main
 
 def check_folder(out):
@@ -701,6 +713,7 @@ def write_tables(args, rows):
     write_text(out / "report.html", page)
     print(f"\n{report.differing(summaries)}{report.markdown(tables[0])}\nmore in {out}/results.md "
           f"and {out}/report.html; every answer in {out}/<condition>/predictions.jsonl")
+    warn_without_gap(comparison["gaps"])
 
 
 if __name__ == "__main__":

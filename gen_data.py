@@ -1275,6 +1275,13 @@ class OwnRow(Row):
                 "overrun": False, "map": None, "map_right": None}
 
 
+def measures(verdict):
+    """{name: value} of a verdict for a mean over rows; None: it does not apply to the row."""
+    judged = verdict["outcome"] != "not judged"
+    return {"success": verdict["outcome"] == "success" if judged else None,
+            "optimal": verdict["optimal"]}
+
+
 # ---------------------------------------------------------------- splits and sampling
 
 def split_of(task, puzzle):

@@ -89,22 +89,3 @@ def test_the_systems_encoding_does_not_matter(toy_data, tmp_path, locale):
     assert done.returncode == 0, done.stderr
     assert "\u4f60" in (tmp_path / "eval/report.html").read_text(encoding="utf-8") or \
         "\\u4f60" in (tmp_path / "eval/report.html").read_text(encoding="utf-8")
-
-
-def test_weights_and_biases(tmp_path, monkeypatch):
-    """The package is imported only where it is asked for; it gets the lines of metrics.jsonl."""
-    begun, lines, ended = [], [], []
-    fake = SimpleNamespace(
-        init=lambda **settings: begun.append(settings) or SimpleNamespace(
-            log=lambda line, step: lines.append((step, line)), finish=lambda: ended.append(1)))
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    model = common.add_lora(common.load(common.TINY, 32)[0], 2)
-    for words in ([], ["--wandb", "mine"]):
-        args = distill.parse_args(["--out", str(tmp_path / str(len(words))), *words])
-        with common.Run(args, distill.parse_args, [distill.__file__], {}) as run:
-            run.restore(model)
-            for _ in run.steps():
-                run.log(loss=float("nan"), lr=0.5)
-                break
-    assert [settings["project"] for settings in begun] == ["mine"] and ended == [1]
-    assert lines[0][0] == 1 and lines[0][1]["lr"] == 0.5 and lines[0][1]["loss"] is None
