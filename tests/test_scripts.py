@@ -4,12 +4,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-import common
-import distill
 import gen_data
 
 ROOT = Path(__file__).parents[1]
@@ -31,9 +28,11 @@ def test_end_to_end(tmp_path):
     printed = run("evaluate.py", *seed, "--limit", 1, "--perception", "--max_new_tokens", 20)
     trained, out = [], tmp_path / "out/tiny"
     for stage, keys in (
-            ("coldstart", {"loss", "lr", "grad_norm", "val_loss", "val_map", "val_questions"}),
+            ("coldstart", {"loss", "lr", "grad_norm", "val_loss", "val_map", "val_questions",
+                           "val_length"}),
             ("distill", {"loss", "lr", "grad_norm", "kl", "kl_map", "kl_route", "kl_answer",
-                         "entropy", "success", "optimal", "length", "cut", "on_policy"})):
+                         "entropy", "success", "optimal", "length", "cut", "on_policy",
+                         "val_success", "val_optimal", "val_length", "val_kl"})):
         folder = out / stage
         lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
         assert [line["step"] for line in lines] == [1, 2]
