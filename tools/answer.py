@@ -2,7 +2,7 @@
 
     python -m tools.answer --adapter out/tiny/distill --task maze --picture maze.png
     python -m tools.answer --adapter out/charts/distill --picture chart.png --prompt "Where is A …?"
-    python -m tools.answer --adapter base --task maze --symbols maze.txt      # what the teacher reads
+    python -m tools.answer --adapter base --task maze --symbols maze.txt  # no picture
     python -m tools.answer --adapter out/tiny/distill --task maze --picture folder --out read.jsonl
 
 Model, bits and picture limit are those of the run. Answers are greedy. Without --prompt the task's
