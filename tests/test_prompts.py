@@ -44,8 +44,8 @@ def every_text(row):
 def page():
     lines = ["# Every prompt, word for word", "",
              "For one small board of each task. `python tests/test_prompts.py` prints this page, a "
-             "test pins it;", "`python -m tools.check data/tiny --html data.html` shows the prompts "
-             "of other boards.", ""]
+             "test pins it;", "`python -m tools.check data/tiny --html data.html` shows the "
+             "prompts of other boards.", ""]
     for task, puzzle in PUZZLES.items():
         row = PuzzleRow({"id": task, "task": task, "level": 3, "state": asdict(puzzle),
                          "plan": solve(puzzle)})
