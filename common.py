@@ -66,6 +66,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # reports a missing o
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
 
 TINY = str(Path(__file__).parent / "tiny")
+MAX_PIXELS = 512 * 512  # the paper's upper limit of a picture
 
 # A preset's backbone. Its steps, rates and batches stand in the stage that uses them.
 BACKBONES = {
@@ -74,24 +75,28 @@ BACKBONES = {
         "bits": 32,
         "lora_rank": 16,
         "lora_vision": 1,
+        "max_pixels": MAX_PIXELS,
     },
     "2b": {
         "model": "Qwen/Qwen3-VL-2B-Instruct",
         "bits": 4,
         "lora_rank": 16,
         "lora_vision": 0,
+        "max_pixels": MAX_PIXELS,
     },
     "4b": {
         "model": "Qwen/Qwen3-VL-4B-Instruct",
         "bits": 4,
         "lora_rank": 16,
         "lora_vision": 0,
+        "max_pixels": MAX_PIXELS,
     },
     "8b": {
         "model": "Qwen/Qwen3-VL-8B-Instruct",
         "bits": 4,
         "lora_rank": 16,
         "lora_vision": 0,
+        "max_pixels": MAX_PIXELS,
     },
 }
 
@@ -174,13 +179,32 @@ def probe(model):
         return net.lm_head(hidden).float()
 
 
-def load(path, bits):
+def load_processor(path, max_pixels=MAX_PIXELS):
+    """Tokenizer and image processor of a checkpoint. max_pixels: a larger picture is shrunk."""
+    from transformers import AutoProcessor
+    path = TINY if path == BACKBONES["tiny"]["model"] else path
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+    except (OSError, RuntimeError, ValueError) as error:
+        fail(f"cannot load --model {path}: {' '.join(str(error).split())[:300]}")
+    if not processor.chat_template:
+        fail(f"--model {path} has no chat template: wanted chat_template.jinja from the checkpoint "
+             "it was made of")
+    # max_pixels for from_pretrained may be ignored (transformers issue 41955).
+    size = processor.image_processor.size
+    most = min(size["longest_edge"], max_pixels)
+    processor.image_processor.size = {"shortest_edge": min(size["shortest_edge"], most),
+                                      "longest_edge": most}
+    return processor
+
+
+def load(path, bits, max_pixels=MAX_PIXELS):
     """(model, processor) of a Qwen3-VL checkpoint: frozen, in eval mode, on the GPU if there is.
 
     bits: 4 (NF4, double quantisation; vision tower and lm_head stay in 16 bits), 16 (bfloat16), 32.
     A checkpoint that is stored in 4 bits is taken as it is.
     """
-    from transformers import AutoProcessor, BitsAndBytesConfig, Qwen3VLForConditionalGeneration
+    from transformers import BitsAndBytesConfig, Qwen3VLForConditionalGeneration
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
     cuda = torch.cuda.is_available()
@@ -199,7 +223,6 @@ def load(path, bits):
         model, found = Qwen3VLForConditionalGeneration.from_pretrained(
             path, dtype=dtype, quantization_config=nf4 if bits == 4 and not stored else None,
             device_map={"": device}, use_safetensors=True, output_loading_info=True)
-        processor = AutoProcessor.from_pretrained(path)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         fail(f"cannot load --model {path}: {' '.join(str(error).split())[:300]}")
     missing = sorted(found["missing_keys"])
@@ -207,14 +230,7 @@ def load(path, bits):
     if missing or foreign:
         fail(f"--model {path} is not a whole Qwen3-VL checkpoint: {len(missing)} weights missing "
              f"{missing[:2]}, {len(foreign)} foreign {foreign[:2]}; download it again")
-    if not processor.chat_template:
-        fail(f"--model {path} has no chat template: wanted chat_template.jinja from the checkpoint "
-             "it was made of")
-    # The paper's upper limit, 512x512; max_pixels for from_pretrained may be ignored
-    # (transformers issue 41955).
-    size = processor.image_processor.size
-    processor.image_processor.size = {"shortest_edge": size["shortest_edge"],
-                                      "longest_edge": min(size["longest_edge"], 262_144)}
+    processor = load_processor(path, max_pixels)
     model.name_or_path = model.config.name_or_path = name  # as it was given, into adapters' files
     model.requires_grad_(False)
     if cuda:

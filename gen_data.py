@@ -8,7 +8,7 @@ for all of them stands below the classes.
     python gen_data.py                                # what the bundled tiny backbone learns from
     python gen_data.py --preset 4b                    # the paper's range -> data/qwen
     python gen_data.py --tasks frozenlake:3-5 maze:4 --train 500 --out data/mine
-    python -m tools.show                              # look: puzzles.png, and each task's prompts
+    python -m tools.check data/mine --html mine.html  # look: pictures, plans and every prompt
     python -m tools.benchmarks --help                 # public benchmarks as rows of the split test
 
 In this file, in this order:

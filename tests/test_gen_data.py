@@ -691,17 +691,6 @@ def test_imagefolder_of_datasets_reads_it(tmp_path, monkeypatch):
             assert np.array_equal(row["image"], Image.open(wanted.path))
 
 
-def test_show(tmp_path):
-    words = [sys.executable, "-m", "tools.show", "--preset", "4b", "--out", tmp_path / "a.png"]
-    result = subprocess.run(words, cwd=Path(gen_data.__file__).parent, capture_output=True,
-                            text=True)
-    assert result.returncode == 0, result.stderr
-    widest = max(len(levels) for levels in gen_data.PRESETS["4b"]["tasks"].values())
-    assert Image.open(tmp_path / "a.png").width == widest * 272
-    for task in gen_data.PRESETS["4b"]["tasks"]:
-        assert result.stdout.count(f"--- {task}: ") > 5
-
-
 def test_same_seed_same_bytes_and_no_state_in_two_splits(tmp_path):
     size = ["--preset", "tiny", "--train", 30, "--val", 5, "--test", 5]
     files = {}

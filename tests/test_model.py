@@ -421,11 +421,12 @@ def test_both_stages_change_only_the_adapter(toy_data, tmp_path, bits, monkeypat
 
 
 def test_an_adapter_merges_with_plain_peft(student, tiny, tmp_path, monkeypatch):
-    """The README's lines, in 32 bits: a checkpoint that needs neither PEFT nor this project."""
+    """The lines in the docs, in 32 bits: a checkpoint that needs neither PEFT nor this project."""
     student.save_pretrained(tmp_path / "out/tiny/distill/adapter")
     (tmp_path / "tiny").symlink_to(common.TINY)
     monkeypatch.chdir(tmp_path)
-    lines = (Path(common.__file__).parent / "README.md").read_text().split("```python\n")[1]
+    page = Path(common.__file__).parent / "docs/your_own_task.md"
+    lines = page.read_text(encoding="utf-8").split("```python\n")[1]
     exec(lines.split("```")[0].replace("bfloat16", "float32"), {})
 
     _, prompt, ids, mask = pictures_and_answers(tiny[1], 2)

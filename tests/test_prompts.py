@@ -18,7 +18,7 @@ from conftest import row_of  # noqa: E402
 import gen_data  # noqa: E402
 from gen_data import FrozenLake, Maze, MiniBehaviour, PuzzleRow, solve  # noqa: E402
 
-PIN = "f4a7c8118542c196"
+PIN = "3b8f49fba1077f5b"
 PUZZLES = {
     "frozenlake": FrozenLake(["SFH", "FFF", "HFG"]),
     "maze": Maze([[7, 3, 9], [5, 3, 10], [6, 3, 11]], [0, 0], [2, 2]),
@@ -44,7 +44,8 @@ def every_text(row):
 def page():
     lines = ["# Every prompt, word for word", "",
              "For one small board of each task. `python tests/test_prompts.py` prints this page, a "
-             "test pins it;", "`python -m tools.show` prints the prompts of other boards.", ""]
+             "test pins it;", "`python -m tools.check data/tiny --html data.html` shows the "
+             "prompts of other boards.", ""]
     for task, puzzle in PUZZLES.items():
         row = PuzzleRow({"id": task, "task": task, "level": 3, "state": asdict(puzzle),
                          "plan": solve(puzzle)})

@@ -210,9 +210,9 @@ def read_lines(file):
         return [json.loads(line, parse_constant=lambda _: None) for line in lines]
 
 
-def small_picture(row):
-    """The row's picture as a small data URL, for looking at."""
-    image, file = gen_data.open_picture(row.path), io.BytesIO()
+def small_picture(path):
+    """A picture as a small data URL, for looking at."""
+    image, file = gen_data.open_picture(path), io.BytesIO()
     image.thumbnail((PICTURE, PICTURE))
     image.quantize(64).save(file, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -254,7 +254,7 @@ def row_on_the_page(row):
         shown["answer"] = " or ".join(row.answer_texts())
     if row.level is not None:
         shown["cells"] = row.puzzle.cells()
-    return shown | {"picture": small_picture(row)}
+    return shown | {"picture": small_picture(row.path)}
 
 
 def level_points(summaries):

@@ -1,0 +1,282 @@
+"""tools.check: every finding has a folder that shows it; where a stage refuses, so does it."""
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from conftest import stops
+from PIL import Image
+from test_report import CHROMIUM, EVIL, browser  # noqa: F401
+
+import common
+import gen_data
+from gen_data import OwnRow
+from tools import check
+
+ROW = {"prompt": "Which is larger? <answer></answer>", "symbols": "A,3\nB,5", "answer": "B",
+       "group": "bars"}
+
+
+def noise(seed, size=(64, 64)):
+    """A picture like no other."""
+    return Image.fromarray(np.random.default_rng(seed).integers(
+        0, 255, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def write(folder, **splits):
+    """Own rows {split: [change]}: each has its own picture and symbols where it does not say so."""
+    number = 0
+    for split, changes in splits.items():
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        lines = []
+        for i, change in enumerate(changes):
+            number += 1
+            picture = change.pop("picture", None)
+            line = {"file_name": f"{i}.png", "id": f"{split}_{i}", **ROW,
+                    "symbols": f"A,{number}", **change}
+            if callable(picture):
+                picture(folder / split / f"{i}.png")
+            else:
+                (picture or noise(number)).save(folder / split / f"{i}.png")
+            lines.append(json.dumps(line) + "\n")
+        (folder / split / "metadata.jsonl").write_text("".join(lines))
+    return folder
+
+
+def sound(*changes):
+    """Three splits of two rows of one group, the rows of the first changed."""
+    return {"train": list(changes) or [{}, {}], "val": [{}, {}], "test": [{}, {}]}
+
+
+def said(capsys, folder, *words):
+    """(exit code, what it printed) of the tool on a folder."""
+    capsys.readouterr()
+    try:
+        check.main(check.parse_args([str(folder), *map(str, words)]))
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    out = capsys.readouterr()
+    assert (code == 2) == ("error: " in out.err)
+    return code, out.out + out.err
+
+
+def warnings(text):
+    return re.findall(r"^warning: (.*)$", text, re.MULTILINE)
+
+
+def test_a_sound_folder_has_no_findings(tmp_path, capsys):
+    code, text = said(capsys, write(tmp_path, **sound()))
+    assert code == 0 and not warnings(text) and "6 rows that the stages take, 0 warnings" in text
+    line = next(line for line in text.splitlines() if line.startswith("| train "))
+    assert line.startswith("| train | bars | 2 | 2 | 64x64 | 1.0 | 4 |")
+
+
+def test_generated_puzzles(toy_data, capsys):
+    code, text = said(capsys, toy_data)
+    assert code == 0 and not warnings(text)
+    splits = re.findall(r"^\| (\w+) \| (\w+ \d) \| (\d+) \|", text, re.MULTILINE)
+    assert len(splits) == 15 and ("test", "maze 4", "4") in splits
+
+
+def clear(path):
+    pixels = np.asarray(noise(7).convert("RGBA")).copy()
+    pixels[:9, :9, 3] = 0
+    Image.fromarray(pixels).save(path)
+
+
+def turned(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise(8).save(path, exif=exif)
+
+
+@pytest.mark.parametrize("change, warning", [
+    ({"picture": clear}, "transparent picture, seen on white: "),
+    ({"picture": turned}, "picture seen turned, as its EXIF says: "),
+    ({"picture": lambda path: noise(9).save(
+        path, "GIF", save_all=True, append_images=[noise(10)])}, "picture of several frames"),
+    ({"picture": lambda path: Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(
+        64, 64)).save(path)}, "picture of more than 8 bits, scaled to 8"),
+    ({"picture": Image.new("RGB", (64, 64), "red")}, "picture of one colour"),
+    ({"picture": noise(1, (1024, 1024))}, "picture of 1024x1024 px is seen as 512x512: 25% of its "
+     "pixels remain under --max_pixels 262144"),
+    ({"picture": noise(1, (400, 10))}, "picture of 400x10 px is seen as 416x32: stretched"),
+    ({"answer": "the tag <answer>"}, "the answer is never right, as words are compared"),
+    ({"answer": "a </think> b", "compare": "exact"}, "the answer is never right, as exact are"),
+    ({"answer": ["B", "a <answer>"]}, "the answer is never right, as words are compared"),
+    ({"questions": [{"question": "?", "answer": "a </think> b </think>"}]},
+     "the answer to question 1 is never right"),
+    ({"answer": "B " * 200}, "the right response has more tokens than --max_new_tokens 120"),
+    ({"prompt": "Which? <answer></answer> A,9", "symbols": "A,9"}, "the prompt holds the symbols"),
+    ({"answer": None}, "no answer: the evaluation judges nothing"),
+    ({"prompt": "Which is larger?"}, "the prompt does not ask for <answer></answer>"),
+    ({"answer": "\\frac{1}{2}"}, "the answer looks like LaTeX, compared by words"),
+    ({"answer": "c1ccccc1"}, "the answer looks like SMILES, compared by words"),
+    ({"answer": "print(a)"}, "the answer looks like code, compared by words"),
+    ({"answer": "4"}, "the answer is a number, compared by words"),
+    ({"symbols": "A,2"}, "the same symbols and prompt twice: "),
+    ({"symbols": "A,2", "answer": "C"}, "the same symbols and prompt twice, with other answers"),
+    ({"picture": noise(2)}, "the same picture and prompt twice, with other symbols: "),
+    ({"symbols": "A,3"}, "the same symbols and prompt in train and val: "),
+    ({"symbols": "A,3", "prompt": "Why? <answer></answer>"}, "the same symbols in train and val: "),
+    ({"picture": noise(5)}, "the same picture in test and train: ")])
+def test_a_warning(tmp_path, capsys, change, warning):
+    """Told with the row that it is about, and no reason to stop."""
+    code, text = said(capsys, write(tmp_path, **sound(change, {})))
+    found = [line for line in warnings(text) if line.startswith(warning)]
+    assert code == 0 and len(found) == 1, text
+    assert "train/metadata.jsonl, line 1" in found[0]
+
+
+@pytest.mark.parametrize("answer", ["Ada", "New York", "(C)", "NO", "BOSS", "3 apples", "5-7",
+                                    "north-west", "A,B", "don't know", "C2", "12:30"])
+def test_plain_answers_are_no_code(tmp_path, answer):
+    found = check.Findings()
+    check.check_own(OwnRow({**ROW, "id": "a", "answer": answer}, where="here"), found)
+    assert not found.warnings
+
+
+@pytest.mark.parametrize("answer", ["x^{2}", "$x$", "\\alpha", "C(=O)O", "CC(=O)Oc1ccccc1C(=O)O",
+                                    "return x", "f(x)", "a == b", "CC#N.[Na+]"])
+def test_what_letters_matter_in(answer):
+    found = check.Findings()
+    check.check_own(OwnRow({**ROW, "id": "a", "answer": answer}, where="here"), found)
+    assert len(found.warnings) == 1
+    found = check.Findings()
+    exact = {**ROW, "id": "a", "answer": answer, "compare": "exact"}
+    check.check_own(OwnRow(exact, where="here"), found)
+    assert not found.warnings
+
+
+def test_groups(tmp_path, capsys):
+    splits = sound()
+    splits["test"] += [{"group": "lines"}]
+    text = said(capsys, write(tmp_path, **splits))[1]
+    assert "warning: in test and not in train: lines" in text
+    assert "warning: a single row in test, so that evaluate.py --input swapped is refused: " \
+        "lines" in text
+
+
+def test_a_puzzle_that_stands_twice(toy_data, tmp_path, capsys):
+    data = shutil.copytree(toy_data, tmp_path / "data")
+    files = {split: data / split / "metadata.jsonl" for split in gen_data.SPLITS}
+    line = files["train"].read_text().splitlines(True)[0]
+    files["train"].write_text(files["train"].read_text() + line)
+    shutil.copy(data / "train" / json.loads(line)["file_name"], data / "val/copy.png")
+    moved = {**json.loads(line), "id": "moved", "file_name": "copy.png"}
+    files["val"].write_text(files["val"].read_text() + json.dumps(moved) + "\n")
+    code, text = said(capsys, data)
+    kinds = "\n".join(warnings(text))
+    assert code == 0 and f"2 rows have the id {json.loads(line)['id']}" in kinds
+    assert "the same state in train and val" in kinds and "picture in train and val" in kinds
+
+
+# ---------------------------------------------------------------- what the stages refuse
+
+def test_all_errors_are_told(tmp_path, capsys):
+    """Pictures, lengths and a broken split, each in the stages' own words; none hides another."""
+    long = "word " * 5000
+    splits = sound({"picture": lambda path: path.write_bytes(b"no picture")},
+                   {"picture": noise(1, (2000, 4))}, {"symbols": long}, {})
+    data = write(tmp_path, **splits)
+    (data / "val/metadata.jsonl").write_text("{")
+    shutil.rmtree(data / "test")
+    code, text = said(capsys, data)
+    errors = re.findall(r"^error: (.*)$", text, re.MULTILINE)
+    assert code == 2 and len(errors) == 6
+    for where, words in ((f"{data}/train/0.png: ", "cannot be read as a picture"),
+                         (f"{data}/train/1.png: ", "one side at most 200 times the other"),
+                         (f"{data}/train/metadata.jsonl, line 3: ", "exceeds the context"),
+                         (f"{data}/val/metadata.jsonl, line 1: ", "not a row"),
+                         (f"no {data}/test/metadata.jsonl", "wanted a line"),
+                         (f"{data}: ", "5 errors")):
+        assert any(error.startswith(where) and words in error for error in errors), where
+
+
+def test_the_words_are_the_stages_own(tmp_path, capsys):
+    data = write(tmp_path, **sound({"answer": True}, {}))
+    told = stops(capsys, gen_data.load_rows, data, "train")
+    assert told in said(capsys, data)[1].splitlines()
+    assert said(capsys, data, "--splits", "val", "test")[0] == 0
+
+
+def test_places_are_cut_short_unless_asked_for(tmp_path, capsys):
+    data = write(tmp_path, **sound(*[{"answer": str(i)} for i in range(9)]))
+    line = next(line for line in warnings(said(capsys, data)[1]) if "is a number" in line)
+    assert line.endswith("line 5 and 4 more")
+    line = next(line for line in warnings(said(capsys, data, "--all")[1]) if "is a number" in line)
+    assert line.endswith("line 9")
+
+
+def test_bad_commands(tmp_path, capsys):
+    for words, message in (
+            ([tmp_path / "nothing"], "no such folder"),
+            ([write(tmp_path, **sound()), "--model", tmp_path / "train"], "cannot load --model"),
+            ([tmp_path, "--splits", "all"], "invalid choice: 'all'")):
+        assert message in stops(capsys, lambda words: check.main(
+            check.parse_args(list(map(str, words)))), words)
+
+
+def test_the_processor_needs_no_weights(tmp_path):
+    """What the tool loads is what a stage loads."""
+    folder = shutil.copytree(common.TINY, tmp_path / "model", ignore=lambda *_: [
+        "model.safetensors", "build.py", "__pycache__"])
+    images = common.load_processor(str(folder), 1024).image_processor
+    assert images.size["longest_edge"] == 1024 >= images.size["shortest_edge"]
+
+
+# ---------------------------------------------------------------- the page
+
+@pytest.fixture(scope="module")
+def page_file(toy_data, tmp_path_factory):
+    """Puzzles and own rows in one folder, a hostile and a very high one, a broken picture."""
+    folder = tmp_path_factory.mktemp("page")
+    data = shutil.copytree(toy_data, folder / "data")
+    splits = sound({"prompt": EVIL, "symbols": EVIL, "answer": EVIL},
+                   {"picture": noise(1, (40, 3000)), "symbols": "x" * 900})
+    own = write(folder / "own", **splits)
+    for split in gen_data.SPLITS:
+        shutil.copytree(own / split, data / split, dirs_exist_ok=True,
+                        ignore=lambda *_: ["metadata.jsonl"])
+        with open(data / split / "metadata.jsonl", "a") as file:
+            file.write((own / split / "metadata.jsonl").read_text())
+    (data / "val/0.png").write_bytes(b"no picture")
+    with pytest.raises(SystemExit):
+        check.main(check.parse_args([str(data), "--html", str(folder / "out/page.html"),
+                                     "--limit", "2"]))
+    return folder / "out/page.html"
+
+
+def test_the_page_shows_every_kind_of_row(page_file):
+    page = page_file.read_text(encoding="utf-8")
+    assert "<script" not in page and "<img src=x" not in page and "http" not in page
+    assert page.count("<article") == 3 * 6 * 2              # splits, kinds of rows, --limit
+    assert page.count("<svg") == 3 * 5 * 2 and page.count("cannot be read<") == 1
+    assert page.count("what the teacher reads") == 3 * 6 * 2
+    data = page_file.parents[1] / "data"
+    row = next(row for row in gen_data.load_rows(data, "test") if row.task == "maze")
+    assert f"<pre>{row.student_prompt()}</pre>" in page
+    assert f"<pre>{row.teacher_prompt('symbols+plan')}</pre>" in page
+    points = " ".join(f"{c + 0.5:g},{r + 0.5:g}"
+                      for r, c in gen_data.execute(row.puzzle, row.plan)[0])
+    assert f'points="{points}"' in page
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: apt-get install chromium")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_in_chromium(browser, page_file, width):  # noqa: F811
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    told = []
+    page.on("console", lambda message: told.append(message.text))
+    page.goto(page_file.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
+    assert page.evaluate("Math.max(...[...document.querySelectorAll('article')].map("
+                         "card => card.offsetHeight))") < 2500
+    assert EVIL in page.locator("pre").all_inner_texts()
+    page.locator("summary").first.click()
+    assert not told
+    page.close()
