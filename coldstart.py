@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 import common
 import gen_data
-from gen_data import Parser, open_picture, real_number, whole_number
+from gen_data import Parser, fail, open_picture, real_number, whole_number
 
 TARGETS = ("perception", "response", "answer")
 
@@ -113,25 +113,21 @@ def answer_loss(model, prompt, ids, mask):
 @torch.no_grad()
 def validate(model, processor, examples, args):
     """On held-out examples: loss per token, shares of right greedy answers, by kind of question."""
-    loss, verdicts = 0.0, []
+    def judge(i, text, cut):
+        row, names = examples[i]
+        if args.target != "perception":
+            return gen_data.measures(row.judge(text, cut=cut))
+        kind = "map" if names == ("map",) else "questions"
+        return {kind: all(row.score(names, text).values())}
+
     model.eval()
     prompts, targets, masks = encode(processor, examples, model.device)
+    loss = 0.0
     for ids, mask, prompt in common.micro_batches(args.micro_batch, (targets, masks), (prompts,)):
         loss += answer_loss(model, prompt, ids, mask).item()
-    ids, mask = common.sample(model, processor, prompts, args.max_new_tokens,
-                              rollout_batch=args.rollout_batch)
-    answers, cut = common.decode(processor, ids, mask), common.was_cut(model, processor, ids, mask)
-    for (row, names), text, is_cut in zip(examples, answers, cut, strict=True):
-        if args.target == "perception":
-            right = all(row.score(names, text).values())
-            verdicts.append(("map" if names == ("map",) else "questions", right))
-        else:
-            verdicts.append(("success", row.judge(text, cut=is_cut)["outcome"] == "success"))
-    losses, tokens, shares = zip(*common.gather((loss, int(masks.sum()), verdicts)), strict=True)
-    verdicts, metrics = sum(shares, []), {"val_loss": sum(losses) / sum(tokens)}
-    for name in sorted(dict(verdicts)):
-        metrics[f"val_{name}"] = common.mean([right for kind, right in verdicts if kind == name])
-    return metrics
+    losses, tokens = zip(*common.gather((loss, int(masks.sum()))), strict=True)
+    means = common.validate(model, processor, prompts, args, judge)[2]
+    return {"val_loss": sum(losses) / sum(tokens), **means}
 
 
 def main(args):
@@ -143,6 +139,10 @@ def main(args):
     common.gather(None)  # the others wait for the data
     args.data = args.data or gen_data.PRESETS[args.preset]["out"]
     train, val = gen_data.load_rows(args.data, "train"), gen_data.load_rows(args.data, "val")
+    for row in train + val:
+        if args.target == "perception" and not row.questions():
+            fail(f'{row.where}: neither "questions" nor "symbols" to ask for; distill.py --init '
+                 "none begins without a cold start")
     gen_data.check_pictures(train + val)
     inputs = {"train": gen_data.digest_rows(train), "val": gen_data.digest_rows(val),
               "init": common.digest_folder(init)}

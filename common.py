@@ -8,6 +8,7 @@ What the two stages and the evaluation share, in this order:
     response_hidden      the hidden states that predict given response tokens
     light_adapters, Decoder, GraphDecoder            how the network reads one token more
     sample, decode       responses, token by token, the EOS included
+    validate             greedy responses to held-out prompts, and what they are worth
     add_flags, resolve   flags, and where their values come from
     learning_rate, adamw, average_gradients          what an optimizer step is made of
     join_processes, gather                           several processes
@@ -323,7 +324,7 @@ def encode(processor, prompts, images=None, device="cpu"):
     """Prompts, with one PIL image each or none -> a left-padded batch up to where responses begin.
 
     Returns a dict of tensors: input_ids, attention_mask, mm_token_type_ids [B, P], and with
-    pictures pixel_values [patches of all rows, values], image_grid_thw [B, 3].
+    pictures pixel_values [patches of all rows, values], image_grid_thw [pictures, 3].
     """
     chats = []
     for prompt, image in zip(prompts, images or [None] * len(prompts), strict=True):
@@ -372,9 +373,12 @@ def take_rows(prompt, rows):
     taken = {name: prompt[name][rows, -length:]
              for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
     if "pixel_values" in prompt:
-        patches = prompt["image_grid_thw"].prod(1).tolist()  # of each row
-        taken["pixel_values"] = torch.cat(prompt["pixel_values"].split(patches)[rows])
-        taken["image_grid_thw"] = prompt["image_grid_thw"][rows]
+        shown = (prompt["mm_token_type_ids"] == 1).any(1).tolist()  # a teacher's may have none
+        rows = slice(sum(shown[:rows.start or 0]), sum(shown[:rows.stop]))
+        patches = prompt["image_grid_thw"].prod(1).tolist()  # of each picture
+        if rows.start < rows.stop:
+            taken["pixel_values"] = torch.cat(prompt["pixel_values"].split(patches)[rows])
+            taken["image_grid_thw"] = prompt["image_grid_thw"][rows]
     return taken
 
 
@@ -639,6 +643,26 @@ def decode(processor, ids, mask):
     return processor.batch_decode(rows, skip_special_tokens=True)
 
 
+def validate(model, processor, prompts, args, judge):
+    """Greedy responses to held-out prompts -> (ids, mask [B, T], {"val_...": mean}).
+
+    judge(i, text, cut) -> {name: value} of the i-th response, None where it counts in no mean. The
+    means are over all processes.
+    """
+    model.eval()
+    ids, mask = sample(model, processor, prompts, args.max_new_tokens,
+                       rollout_batch=args.rollout_batch)
+    texts, cut = decode(processor, ids, mask), was_cut(model, processor, ids, mask)
+    lines = []
+    for i, length in enumerate(mask.sum(1).tolist()):
+        lines.append({**judge(i, texts[i], cut[i]), "length": length})
+    lines, means = sum(gather(lines), []), {}
+    for name in sorted({name for line in lines for name in line}):
+        values = [line[name] for line in lines if line.get(name) is not None]
+        means[f"val_{name}"] = mean(values)
+    return ids, mask, means
+
+
 # ---------------------------------------------------------------- flags
 
 def add_flags(parser):
@@ -670,7 +694,6 @@ def add_training_flags(parser):
     add("--restart", action="store_true", help="delete the run in --out and begin anew")
     add("--accept_changes", action="store_true",
         help="resume although arguments, data or code have changed; changes.jsonl says which")
-    add("--wandb", metavar="PROJECT", help="log to Weights & Biases too (WANDB_MODE=offline works)")
 
 
 def read_run(folder):
@@ -855,7 +878,44 @@ def gather_rows(rows):
 
 # Arguments that change no step that is done, or whose contents are compared (see `inputs`).
 FREE = {"preset", "model", "data", "init", "out", "steps", "micro_batch", "rollout_batch", "chunk",
-        "save_every", "show_every", "eval_every", "restart", "accept_changes", "wandb"}
+        "save_every", "eval_every", "restart", "accept_changes"}
+
+
+@contextlib.contextmanager
+def exchanged(weights, others):
+    """While it lasts, `weights` (adapters) hold the values of `others`."""
+    own = [weight.data for weight in weights]
+    for weight, other in zip(weights, others, strict=True):
+        weight.data = other
+    try:
+        yield
+    finally:
+        for weight, data in zip(weights, own, strict=True):
+            weight.data = data
+
+
+class Best:
+    """The adapter with the highest score of a validation, the first of equals; for `Run.restore`.
+
+    step: that of the best, 0 before the first validation; last: the latest score.
+    """
+
+    def __init__(self, weights):
+        self.weights, self.score, self.step, self.last = weights, -math.inf, 0, None
+        self.copies = []
+
+    def update(self, score, step):
+        self.last = score
+        if score > self.score:
+            self.score, self.step = score, step
+            self.copies = [weight.detach().cpu().clone() for weight in self.weights]
+
+    def state_dict(self):
+        return {"score": self.score, "step": self.step, "last": self.last, "copies": self.copies}
+
+    def load_state_dict(self, state):
+        self.score, self.step, self.last = state["score"], state["step"], state["last"]
+        self.copies = state["copies"]
 
 
 def meaning(code):
@@ -884,7 +944,8 @@ class Run:
     """
     LOGS = ("metrics.jsonl", "rollouts.jsonl", "not_finite.jsonl")
     FILES = ("args.json", "trained_rows.json", "changes.jsonl", "checkpoint.pt", *LOGS)
-    FOLDERS = ("adapter", "code")  # everything a run writes; partial files are named after these
+    FOLDERS = ("adapter", "adapter-best", "code")
+    # That is everything a run writes; partial files are named after these.
 
     def __init__(self, args, parse_args, scripts, inputs, trained_on=()):
         """scripts: the files that the stage runs; they are kept, and compared at the next start.
@@ -898,7 +959,7 @@ class Run:
         self.defaults = vars(parse_args(["--preset", args.preset, "--init", "none"]))
         self.scripts, self.trained_on = [Path(script) for script in scripts], trained_on
         self.step, self.skipped, self.state, self.changed = 0, [], None, {}
-        self.lock, self.wandb, self.handlers, self.asked = None, None, {}, 0
+        self.lock, self.handlers, self.asked = None, {}, 0
 
     # ---- the folder
 
@@ -925,8 +986,6 @@ class Run:
             signal.signal(number, handler)
         if self.lock:
             self.lock.release()
-        if self.wandb:
-            self.wandb.finish()
 
     def read_checkpoint(self):
         file = self.out / "checkpoint.pt"
@@ -975,8 +1034,9 @@ class Run:
         """Bring the adapter of `model` and `things` to where the checkpoint left them.
 
         things: by name, what a resume needs besides the adapter: objects with state_dict() and
-        load_state_dict(), or lists of tensors. All of it is in every checkpoint from here on. Now
-        that the run is agreed to, its folder is brought to the same step.
+        load_state_dict(), or lists of tensors. All of it is in every checkpoint from here on;
+        `best`, a Best, becomes adapter-best/ beside adapter/. Now that the run is agreed to, its
+        folder is brought to the same step.
         """
         self.model, self.things = model, {"adapter": adapter_weights(model), **things}
         if self.state:
@@ -1002,9 +1062,7 @@ class Run:
             self.append("changes.jsonl", [{"step": self.step, "changed": self.changed}])
             warn(f"resuming with changes in {', '.join(self.changed)}: {self.out}/changes.jsonl")
         if self.state and not self.adapter_is_current():  # killed between the two
-            self.export_adapter()
-        if self.args.wandb:
-            self.wandb = start_wandb(self.args)
+            self.export_adapters()
 
     def load_things(self):
         saved, file = self.state["things"], self.out / "checkpoint.pt"
@@ -1090,8 +1148,6 @@ class Run:
                 line[name] = None
         line["seconds"], self.seconds = self.seconds, {}
         self.append("metrics.jsonl", [line])
-        if self.wandb:
-            self.wandb.log(line, step=self.step)
 
     def append(self, name, rows):
         """Lines for a .jsonl file beside the log (one of LOGS is cut back at a resume)."""
@@ -1111,7 +1167,7 @@ class Run:
         self.last = time.perf_counter()
 
     def save(self):
-        """Replace checkpoint.pt, then adapter/; a kill leaves the old or the new of each."""
+        """Replace checkpoint.pt, then the adapters; a kill leaves the old or the new of each."""
         weights = torch.cat([tensor.detach().flatten() for tensor in self.things["adapter"]])
         if len(set(gather(zlib.crc32(weights.cpu().numpy())))) > 1:
             fail(f"the processes' adapters differ after step {self.step}; run the same command to "
@@ -1130,11 +1186,20 @@ class Run:
         torch.save({"step": self.step, "skipped": self.skipped, "sizes": sizes,
                     "device": self.model.device.type, "things": things}, content)
         write_bytes(self.out / "checkpoint.pt", content.getvalue())
-        self.export_adapter()
+        self.export_adapters()
 
-    def export_adapter(self):
-        """adapter/ in PEFT's format, for evaluation and serving."""
-        folder, aside = self.out / "adapter", self.out / "adapter.partial"
+    def export_adapters(self):
+        """adapter-best/, where there is one, then adapter/, whose date stands for both."""
+        best = self.things.get("best")
+        if best and best.step:
+            device = best.weights[0].device
+            with exchanged(best.weights, [copy.to(device) for copy in best.copies]):
+                self.export_adapter("adapter-best")
+        self.export_adapter("adapter")
+
+    def export_adapter(self, name):
+        """The adapter in PEFT's format, for evaluation and serving."""
+        folder, aside = self.out / name, self.out / f"{name}.partial"
         shutil.rmtree(aside, ignore_errors=True)
         try:
             self.model.save_pretrained(aside)
@@ -1190,12 +1255,3 @@ def read_init(init):
     adapter = adapter_folder(
         init, "--init", "; `python coldstart.py` makes one, --init none begins without")
     return adapter, read_trained_rows(adapter)
-
-
-def start_wandb(args):
-    """A run of Weights & Biases; its package is needed only here."""
-    try:
-        import wandb
-    except ImportError:
-        fail("--wandb needs its package: pip install wandb")
-    return wandb.init(project=args.wandb, name=args.out, config=vars(args))

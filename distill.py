@@ -14,11 +14,11 @@ network with its adapters off and reads the symbols. One update:
     4. the divergence, KL(student || teacher) by default, chunk by chunk, and its gradient
     5. one optimizer step on the adapters
 Nothing else is learned from: success and optimality of the rollouts are logged, never rewarded.
-Writes out/<preset>/distill/ with adapter/, metrics.jsonl, rollouts.jsonl and what a resume needs.
+Writes out/<preset>/distill/ with adapter/ (the last), adapter-best/ (of the best validation),
+metrics.jsonl, rollouts.jsonl and what a resume needs.
 
 Left out on purpose: rewards, a value function, replay.
 """
-import contextlib
 import math
 from contextlib import nullcontext
 from functools import partial
@@ -29,12 +29,16 @@ from tqdm import tqdm
 
 import common
 import gen_data
-from gen_data import PARTS, Parser, open_picture, part_of, real_number, whole_number
+from gen_data import PARTS, Parser, fail, open_picture, part_of, real_number, whole_number
+
+SHOW_EVERY = 25  # steps between sampled responses on the console and in rollouts.jsonl
+HELD_OUT = 96    # rows of the validation, at most
+EMA = 0.99       # share of the moving average (--teacher_weights ema) that a step keeps
 
 # Defaults of the flags. Batches count rows.
 QWEN = {
-    "steps": 500,
-    "lr": 2e-5,
+    "steps": 300,  # what others found for steps and rate: docs/differences.md
+    "lr": 1e-4,
     "batch": 32,
     "micro_batch": 4,
     "rollout_batch": 32,
@@ -67,16 +71,15 @@ def parse_args(argv=None):
         "out/<preset>/coldstart)")
     add("--divergence", default="reverse_kl", choices=DIVERGENCES, help="the loss")
     add("--teacher_reads", default="symbols+plan", choices=("symbols+plan", "symbols", "picture"),
-        help="picture: the same as the student")
+        help="texts, with the row's teacher_file_name beside them; picture: no text, but that "
+        "picture, or the student's where a row has none")
     add("--teacher_weights", default="base", choices=("base", "live", "ema"), help="base: adapters "
         "off; live: adapters on; ema: a moving average of the adapters")
-    add("--ema", type=real_number(0, 1), default=0.99, help="share of the average kept by a step")
     add("--on_policy", type=real_number(0, 1), default=1.0,
         help="share of steps whose responses the student samples, else the teacher")
     add("--tasks", nargs="+", help="train on these only: task, task:size, task:low-high, group")
     add("--chunk", type=whole_number(1), help="response positions whose logits exist at a time")
-    add("--show_every", type=whole_number(1), default=25,
-        help="steps between sampled responses on the console and in rollouts.jsonl")
+    add("--eval_every", type=whole_number(0), default=25, help="steps between validations, 0: none")
     args = parser.parse_args(argv)
     run = args.init or f"out/{args.preset or 'tiny'}/coldstart"
     common.resolve(args, SETTINGS, None if run == "none" else run)
@@ -187,21 +190,6 @@ def chunked_divergence(hidden, teacher_hidden, token, factor, lm_head, divergenc
     return torch.cat(gradients), torch.cat(scores, 1)
 
 
-# ---------------------------------------------------------------- the teacher
-
-@contextlib.contextmanager
-def exchanged(weights, others):
-    """While it lasts, `weights` (adapters) hold the values of `others`."""
-    own = [weight.data for weight in weights]
-    for weight, other in zip(weights, others, strict=True):
-        weight.data = other
-    try:
-        yield
-    finally:
-        for weight, data in zip(weights, own, strict=True):
-            weight.data = data
-
-
 # ---------------------------------------------------------------- rows and rollouts
 
 def draw_rows(rows, count, rng):
@@ -210,14 +198,22 @@ def draw_rows(rows, count, rng):
     return sorted(batch, key=lambda row: (row.task, row.level))
 
 
+def check_teacher(rows, teacher_reads):
+    """Fails where a row has no symbols and the teacher is to read them."""
+    for row in rows:
+        if teacher_reads != "picture" and not row.symbols():
+            fail(f'{row.where}: no "symbols" for --teacher_reads {teacher_reads}; give '
+                 "--teacher_reads picture: the teacher sees its teacher_file_name")
+
+
 def encode_roles(processor, rows, teacher_reads, device):
     """(what the student reads, what the teacher reads), encoded, of the rows of a step."""
     pictures = [open_picture(row.path) for row in rows]
     student = common.encode(processor, [row.student_prompt() for row in rows], pictures, device)
-    if teacher_reads == "picture":
-        return student, student
-    symbols = [row.teacher_prompt(teacher_reads) for row in rows]
-    return student, common.encode(processor, symbols, None, device)
+    paths = [row.teacher_picture(teacher_reads) for row in rows]
+    pictures = [path and open_picture(path) for path in paths]
+    prompts = [row.teacher_prompt(teacher_reads) for row in rows]
+    return student, common.encode(processor, prompts, pictures, device)
 
 
 def rollout_lines(model, processor, step, rows, ids, mask, scores):
@@ -258,6 +254,41 @@ def rollout_means(lines):
     return means
 
 
+def validate(model, processor, rows, args, as_teacher, first):
+    """On held-out rows: what greedy responses from pictures are worth, and their KL per token.
+
+    Returns these means and the score by which the best adapter is found: success, or minus the KL
+    where no response can be judged. first: and the success of the teacher, from what it reads.
+    """
+    def judge(i, text, cut):
+        return gen_data.measures(rows[i].judge(text, cut=cut))
+
+    pictures, symbols = encode_roles(processor, rows, args.teacher_reads, model.device)
+    rollouts, masks, means = common.validate(model, processor, pictures, args, judge)
+    success, kl = means["val_success"], 0.0
+    for ids, mask, picture, symbol in common.micro_batches(
+            args.micro_batch, (rollouts, masks), (pictures, symbols)):
+        with torch.no_grad():
+            hidden = common.response_hidden(model, picture, ids, mask)
+            with as_teacher():
+                teacher_hidden = common.response_hidden(model, symbol, ids, mask)
+        _, score = chunked_divergence(
+            hidden, teacher_hidden, ids[mask.bool()], hidden.new_ones(len(hidden)),
+            common.network(model).lm_head, reverse_kl, args.chunk)
+        kl += float(score[1].sum())
+    sums, tokens = zip(*common.gather((kl, int(masks.sum()))), strict=True)
+    means["val_kl"] = sum(sums) / sum(tokens)
+    if first:
+        with as_teacher():
+            taught = common.validate(model, processor, symbols, args, judge)[2]
+        means["val_teacher"] = taught["val_success"]
+        if success is not None and taught["val_success"] <= success:
+            common.warn(f"the teacher succeeds on {taught['val_success']:.0%} of the validation "
+                        f"rows, the student on {success:.0%} from pictures: what the teacher "
+                        "cannot do cannot be taught")
+    return means, -means["val_kl"] if success is None else success
+
+
 def main(args):
     rank, processes = common.join_processes(args.batch)
     common.announce(args)
@@ -269,8 +300,16 @@ def main(args):
     common.gather(None)  # the others wait for the data
     args.data = args.data or gen_data.PRESETS[args.preset]["out"]
     rows = gen_data.choose_rows(gen_data.load_rows(args.data, "train"), args.tasks)
-    gen_data.check_pictures(rows)
+    held_out = []
+    if args.eval_every:
+        val = gen_data.choose_rows(gen_data.load_rows(args.data, "val"), args.tasks)
+        held_out = draw_rows(val, max(processes, min(HELD_OUT, len(val))),
+                             np.random.default_rng(args.seed))
+    check_teacher(rows + held_out, args.teacher_reads)
+    gen_data.check_pictures(rows + held_out)
     inputs = {"train": gen_data.digest_rows(rows), "init": common.digest_folder(init)}
+    if held_out:
+        inputs["val"] = gen_data.digest_rows(held_out)
     if trained_on is not None:
         trained_on |= {row.key() for row in rows}
     scripts = (__file__, common.__file__, gen_data.__file__)
@@ -280,17 +319,19 @@ def main(args):
     with common.Run(args, parse_args, scripts, inputs, trained_on) as run:
         model, processor = common.load(args.model, args.bits)
         common.check_lengths(model, processor, {
-            row.where: row.teacher_prompt("symbols+plan") for row in rows}, args.max_new_tokens)
+            row.where: row.teacher_prompt("symbols+plan") for row in rows + held_out},
+            args.max_new_tokens)
         torch.manual_seed(args.seed)
         model = common.add_lora(model, args.lora_rank, args.lora_vision, init)
         model.print_trainable_parameters()
         lm_head, weights = common.network(model).lm_head, common.adapter_weights(model)
         optimizer = common.adamw(weights, args.lr)
         ema = [weight.detach().clone() for weight in weights]
-        run.restore(model, optimizer=optimizer, ema=ema)
+        best = common.Best(weights)
+        run.restore(model, optimizer=optimizer, ema=ema, best=best)
         as_student = nullcontext
         as_teacher = {"base": model.disable_adapter, "live": nullcontext,
-                      "ema": partial(exchanged, weights, ema)}[args.teacher_weights]
+                      "ema": partial(common.exchanged, weights, ema)}[args.teacher_weights]
 
         for step in run.steps():
             rng = np.random.default_rng([args.seed, step])  # nothing random is ever stored
@@ -342,7 +383,7 @@ def main(args):
             if run.is_finite(loss, grad_norm, lines):  # else the step is skipped
                 optimizer.step()
             optimizer.zero_grad()
-            torch._foreach_lerp_(ema, [weight.detach() for weight in weights], 1 - args.ema)
+            torch._foreach_lerp_(ema, [weight.detach() for weight in weights], 1 - EMA)
             run.clock("optimizer")
 
             means = rollout_means(lines)
@@ -354,12 +395,23 @@ def main(args):
                             "teacher and student aligned?")
             if tokens == 0:
                 common.warn(f"step {step + 1}: no token counts, so there is nothing to learn")
-            if step % args.show_every == 0:
+            if step % SHOW_EVERY == 0:
                 run.append("rollouts.jsonl", lines[::math.ceil(len(lines) / 8)])  # of every task
                 line = lines[step % len(lines)]
                 tqdm.write(f"--- {line['id']}: {line['outcome']}\n{''.join(line['tokens'])}\n---")
+            if args.eval_every and (
+                    step in (0, args.steps - 1) or (step + 1) % args.eval_every == 0):
+                found, score = validate(
+                    model, processor, held_out[share], args, as_teacher, step == 0)
+                best.update(score, step + 1)
+                means |= found
+                run.clock("validate")
             run.log(loss=loss, **means, on_policy=on_policy, grad_norm=grad_norm, lr=lr)
             run.save_if_due()
+    if best.step:
+        what = "minus KL" if best.score < 0 else "success"
+        print(f"validation, {what}: {best.last:.3g} of {args.out}/adapter (step {run.step}), "
+              f"{best.score:.3g} of {args.out}/adapter-best (step {best.step})")
     print(f"{args.out}/adapter is trained; next: " + common.command(
         "evaluate.py", preset=(args.preset, "tiny"),
         adapter=(f"base {args.out}", f"base out/{args.preset}/distill"),

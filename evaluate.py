@@ -76,8 +76,9 @@ def parse_args(argv=None):
     add("--split", default="test", choices=("test", "val"), help="rows that are asked about")
     add("--adapter", nargs="+", metavar="RUN", help="runs to evaluate, base for none (default: "
         "base, out/<preset>/coldstart and out/<preset>/distill, where they are)")
-    add("--input", default="both", choices=("both", *INPUTS), help="the picture, the symbols "
-        "(without a plan), both, or, as a control, the picture of another puzzle")
+    add("--input", default="both", choices=("both", *INPUTS), help="the picture; text: "
+        "what the teacher reads without a plan, symbols and a picture of its own; both; or, as a "
+        "control, the picture of another puzzle")
     add("--tasks", nargs="+", help="task, task:size, task:low-high or group (default: all)")
     add("--limit", type=whole_number(1), help="rows per task and board size (default: all)")
     add("--rollout_batch", type=whole_number(1), help="rows answered at a time")
@@ -126,8 +127,9 @@ def find_adapters(args):
             name, folder = "base", None
         else:
             folder = place = common.adapter_folder(run, "--adapter").resolve()
-            if place.name == "adapter" and place.parent.name:       # not the folder /adapter
-                place = place.parent
+            suffix = place.name.removeprefix("adapter")
+            if suffix in ("", "-best") and place.parent.name:       # not the folder /adapter
+                place = place.parent.with_name(place.parent.name + suffix)
             name, record = place.name, common.read_run(folder)
             if record and record["args"]["bits"] != args.bits:
                 fail(f"--adapter {run}: it was trained in {record['args']['bits']} bits, not in "
@@ -153,14 +155,16 @@ def other_pictures(rows, pool):
     """{id: picture of the next puzzle in `pool` of the same task and size}, never a row's own."""
     groups, pictures = {}, {}                                # (task, level): {symbols: picture}
     for row in pool:
-        groups.setdefault((row.task, row.level), {})[row.symbols()] = row.path
+        group = groups.setdefault((row.task, row.level), {})
+        group[row.symbols() or row.teacher_path] = row.path
     for row in rows:
         group = groups[row.task, row.level]
         keys, paths = list(group), list(group.values())
         if len(keys) == 1:
             fail(f"--input swapped: {row.task}, board size {row.level}, has a single puzzle; "
                  "choose other --tasks or make more rows")
-        pictures[row.id] = paths[(keys.index(row.symbols()) + 1) % len(paths)]
+        number = keys.index(row.symbols() or row.teacher_path)
+        pictures[row.id] = paths[(number + 1) % len(paths)]
     return pictures
 
 
@@ -171,7 +175,7 @@ def planning_questions(rows, source, pool, samples=1):
         for row in rows:
             key = {"id": row.id, "sample": sample} if samples > 1 else {"id": row.id}
             if source == "text":
-                asked.append((key, row.teacher_prompt("symbols"), None))
+                asked.append((key, row.teacher_prompt("symbols"), row.teacher_picture("symbols")))
             else:
                 asked.append((key, row.student_prompt(), swapped.get(row.id, row.path)))
     return asked
@@ -606,6 +610,17 @@ def compare(verdicts, reference=None):
     return {"reference": reference, "gaps": gaps, "differences": differences, "closed": closed}
 
 
+def warn_without_gap(gaps):
+    """Say so where the base is not better from symbols: then its teacher has nothing to teach."""
+    gap = gaps.get("base-image", {}).get("macro")
+    if gap:
+        low, high = gap["ci"] or (gap["mean"], gap["mean"])
+        if low <= 0:
+            common.warn(f"base-text minus base-image is {gap['mean']:+.0%} [{low:+.0%}, "
+                        f"{high:+.0%}]: no gap is seen, and what the base cannot do from symbols "
+                        "cannot be taught")
+
+
 # ---------------------------------------------------------------- main
 
 def check_folder(out):
@@ -707,6 +722,7 @@ def write_tables(args, rows, pool):
     write_text(out / "report.html", page)
     print(f"\n{report.differing(summaries)}{report.markdown(tables[0])}\nmore in {out}/results.md "
           f"and {out}/report.html; every answer in {out}/<condition>/predictions.jsonl")
+    warn_without_gap(comparison["gaps"])
 
 
 if __name__ == "__main__":

@@ -1007,15 +1007,27 @@ class Row:
     """A row of the data: a picture, what it shows in symbols, questions about it, an answer.
 
     id, task, level (board size) and bucket (difficulty) tell rows apart; path is the file of the
-    picture, where the place of the row's line, data the line itself. A kind of row has its own
-    student_prompt, teacher_prompt, symbols, response, questions, judge, key and fault.
+    picture, teacher_path that of the teacher's own or None, where the place of the row's line, data
+    the line itself. A kind of row has its own student_prompt, teacher_prompt, symbols, response,
+    questions, judge, key and fault.
     """
-    level, bucket = None, None
+    level, bucket, teacher_path = None, None, None
 
     def __init__(self, data, path=None, where=None):
         """LookupError, TypeError, ValueError: the line does not hold what a row needs."""
         self.data, self.path, self.where = data, path, where
         self.id = data["id"]
+
+    def pictures(self):
+        """The files of the row."""
+        return [self.path, self.teacher_path] if self.teacher_path else [self.path]
+
+    def teacher_picture(self, reads):
+        """The file of the picture beside `teacher_prompt(reads)`, or None.
+
+        The teacher's own wherever the row has one; else "picture" is the student's.
+        """
+        return self.teacher_path or (self.path if reads == "picture" else None)
 
     def introduction(self, names, reads):
         """What stands above questions. reads: a text in the picture's place, or None."""
@@ -1135,9 +1147,9 @@ class PuzzleRow(Row):
 
 
 class OwnRow(Row):
-    """A row of a user's own: a picture and what it shows as symbols.
+    """A row of a user's own: a picture, and what it shows as symbols or as a better picture.
 
-        {"file_name", "id", "prompt", "symbols"} and optionally
+        {"file_name", "id", "prompt"} with "symbols" or "teacher_file_name" (or both), optionally
         "hint"       what only the teacher may read, with "symbols+plan"
         "answer"     what a response is compared with: a text, a list of texts, a number
         "compare"    how, a name in COMPARE: "words", or "number" where the answer is one
@@ -1152,6 +1164,12 @@ class OwnRow(Row):
         self.task = data.get("group", "own")
         number = isinstance(data.get("answer"), (int, float))
         self.compare = data.get("compare", "number" if number else "words")
+
+    @staticmethod
+    def own_fields(line):
+        """The fields of a line that only an own row has."""
+        return [name for name in ("prompt", "symbols", "teacher_file_name")
+                if line.get(name) is not None]
 
     def answer_texts(self):
         """The answers that are right, as texts; none if the row has no answer."""
@@ -1176,14 +1194,18 @@ class OwnRow(Row):
         row, asked = self.data, self.data.get("questions", [])
         mixed = [name for name in ("task", "state", "plan") if name in row]
         if mixed:
-            return f"half an own example, half a puzzle: it has prompt or symbols and {mixed[0]}"
+            return (f"half an own example, half a puzzle: it has {self.own_fields(row)[0]} and "
+                    f"{mixed[0]}")
         if not isinstance(asked, list) or not all(isinstance(q, dict) for q in asked):
             return '"questions": wanted a list of {"question", "answer"}'
-        texts = [(name, row.get(name)) for name in ("id", "prompt", "symbols")]
+        texts = [(name, row.get(name)) for name in ("id", "prompt")]
+        if "teacher_file_name" not in row or "symbols" in row:
+            texts.append(("symbols", row.get("symbols")))
         if fault := self.answer_fault():
             return fault
         texts += [("answer", text) for text in self.answer_texts()]
-        texts += [(name, row[name]) for name in ("hint", "group") if name in row]
+        texts += [(name, row[name]) for name in ("hint", "group", "teacher_file_name")
+                  if name in row]
         for i, question in enumerate(asked, 1):
             texts += [(f"{name} {i}", question.get(name)) for name in ("question", "answer")]
         for name, text in texts:
@@ -1198,11 +1220,12 @@ class OwnRow(Row):
             return f'"group": wanted a short name, got {self.task[:40]!r}'
 
     def key(self):
-        """16 hex digits, the same for the same symbols and prompt."""
-        return digest(self.data["symbols"], self.data["prompt"])
+        """16 hex digits, the same for the same symbols (without: teacher's picture) and prompt."""
+        return digest(self.symbols() or digest_file(self.teacher_path), self.data["prompt"])
 
     def symbols(self):
-        return self.data["symbols"]
+        """None where the teacher has a picture alone."""
+        return self.data.get("symbols")
 
     def student_prompt(self):
         return self.data["prompt"]
@@ -1211,17 +1234,17 @@ class OwnRow(Row):
         """reads: as a puzzle's; the hint stands in the plan's place."""
         if reads == "picture":
             return self.student_prompt()
-        hint = [self.data["hint"]] if reads == "symbols+plan" and "hint" in self.data else []
-        return "\n\n".join([self.data["symbols"], *hint, self.data["prompt"]])
+        hint = self.data.get("hint") if reads == "symbols+plan" else None
+        return "\n\n".join(filter(None, [self.symbols(), hint, self.data["prompt"]]))
 
     def response(self):
         return f"<answer>{(self.answer_texts() or [''])[0]}</answer>"
 
     def questions(self):
-        """{name: (question, answer)}; "map" asks for the symbols."""
+        """{name: (question, answer)}; "map" asks for the symbols; {} without these too."""
         asked = self.data.get("questions", [])
-        if not asked:
-            return {"map": (ASK_SYMBOLS, self.data["symbols"])}
+        if not asked and self.symbols():
+            return {"map": (ASK_SYMBOLS, self.symbols())}
         return {f"question {i}": (q["question"], q["answer"]) for i, q in enumerate(asked, 1)}
 
     def is_right(self, name, said, wanted):
@@ -1250,6 +1273,13 @@ class OwnRow(Row):
             outcome = "success" if right else "wrong" if said.strip() else "no answer"
         return {"plan": said.strip() or None, "outcome": outcome, "optimal": None,
                 "overrun": False, "map": None, "map_right": None}
+
+
+def measures(verdict):
+    """{name: value} of a verdict for a mean over rows; None: it does not apply to the row."""
+    judged = verdict["outcome"] != "not judged"
+    return {"success": verdict["outcome"] == "success" if judged else None,
+            "optimal": verdict["optimal"]}
 
 
 # ---------------------------------------------------------------- splits and sampling
@@ -1384,9 +1414,9 @@ def decode_all(paths):
 
 def check_pictures(rows):
     """Decode the pictures of a user's own rows; what was generated here is only hashed."""
-    paths = [row.path for row in rows if isinstance(row, OwnRow)]
-    if paths:
-        decode_all(paths)
+    own = [row.pictures() for row in rows if isinstance(row, OwnRow)]
+    if own:
+        decode_all(sum(own, []))
 
 
 def whole_text(thing):
@@ -1470,9 +1500,11 @@ def load_rows(data, split, ids=None):
             if ids is not None and line["id"] not in ids:
                 continue
             path, missing = find_picture(line["file_name"], file.parent, data)
-            own = line.get("prompt") is not None or line.get("symbols") is not None
-            row = (OwnRow if own else PuzzleRow)(line, str(path), where)
+            row = (OwnRow if OwnRow.own_fields(line) else PuzzleRow)(line, str(path), where)
             fault = row.fault() or missing
+            if not fault and "teacher_file_name" in row.data:
+                path, fault = find_picture(row.data["teacher_file_name"], file.parent, data)
+                row.teacher_path = str(path)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError,
                 RuntimeError) as error:
             fail(f"{where}: not a row ({type(error).__name__}: {error})")
@@ -1501,15 +1533,18 @@ def check_ids(data, known):
 
 def digest_rows(rows):
     """16 hex digits, the same for the same lines and the same bytes of their pictures."""
-    return digest([(row.data, digest_file(row.path)) for row in rows])
+    return digest([(row.data, *map(digest_file, row.pictures())) for row in rows])
 
 
 def draw(data, folder, cell_size, image_size):
     """Write the PNG of a row's line. image_size: px of the square it is resized to, 0: as it is.
 
-    A line's own "picture", a file, is taken before one that is drawn (at `cell_size` px a cell).
+    A line's own "picture", a file, is taken before one that is drawn (at `cell_size` px a cell);
+    its "teacher_picture" as it is.
     """
     target = Path(folder) / data["file_name"]
+    if data.get("teacher_picture"):
+        shutil.copyfile(data["teacher_picture"], Path(folder) / data["teacher_file_name"])
     if data.get("picture") and not image_size:
         shutil.copyfile(data["picture"], target)
         return
@@ -1526,7 +1561,7 @@ def write_dataset(out, splits, settings, cell_size, image_size, workers=1, total
                   overwrite=False):
     """Write a data folder: pictures and metadata.jsonl per split, `settings` as args.json.
 
-    splits: {split: iterator of lines, as `Row.data`, and with "picture" as for `draw`}. One worker
+    splits: {split: iterator of lines, as `Row.data`, and with pictures as for `draw`}. One worker
     draws in this process, more in others; the bytes do not depend on it. total: the number of rows,
     for the progress bar. overwrite: as for `check_out`, which is asked again at the end. Everything
     is written aside and renamed at the end: the folder is complete or not there.
@@ -1594,7 +1629,8 @@ def write_split(folder, lines, cell_size, image_size, pool, bar):
     with open(folder / "metadata.jsonl", "w", encoding="utf-8", newline="\n") as file:
         while block := list(islice(lines, 256)):
             for line in block:
-                facts = {key: value for key, value in line.items() if key != "picture"}
+                facts = {key: value for key, value in line.items()
+                         if key not in ("picture", "teacher_picture")}
                 file.write(json.dumps(facts) + "\n")
             # Processes begin at once; the next block is found while they draw.
             drawn = drawing
@@ -1628,7 +1664,8 @@ def check_out(out, overwrite):
         for where, line in read_metadata(file) if file.is_file() else ():
             if not isinstance(line, dict) or not isinstance(line.get("file_name"), str):
                 fail(f"{where}: not a row of this script; {out} is not replaced")
-            own.add(folder / line["file_name"])
+            own |= {folder / name for name in (line["file_name"], line.get("teacher_file_name"))
+                    if name}
     foreign = sorted(path for path in out.rglob("*") if path not in own)
     if foreign:
         fail(f"{foreign[0]} is not part of the data in {out}, which are not replaced: move it, or "

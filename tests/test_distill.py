@@ -1,6 +1,7 @@
 """Distillation's parts by references: divergences, the chunked loss, alignment, the options."""
 import json
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch.nn.functional import kl_div
 
 import common
 import distill
+import evaluate
 import gen_data
 from distill import DIVERGENCES, clipped, jsd, reverse_kl, sampled, skew_kl, topk_kl
 
@@ -363,6 +365,23 @@ def test_a_batch_scores_as_its_rows_alone(backbone, student):
         torch.testing.assert_close(whole[name], accumulated[name], atol=2e-5, rtol=2e-3)
 
 
+def test_rows_with_and_without_a_picture_in_one_batch(backbone, student):
+    """As a teacher reads own rows: each is scored as it is alone, whatever part it stands in."""
+    processor = backbone[1]
+    rows, images = make_rows(5)
+    images = [None, images[1], None, None, images[4]]
+    prompts = [row.teacher_prompt("symbols") for row in rows]
+    ids, mask = common.encode_responses(processor, [row.response() for row in rows])
+    batch, wholes = common.encode(processor, prompts, images), []
+    for i in range(5):
+        part = common.encode(processor, prompts[i:i + 1], images[i:i + 1])
+        wholes.append(teacher_states(student, part, ids[i:i + 1], mask[i:i + 1]))
+    for size in (1, 2, 3, 5):
+        states = [teacher_states(student, prompt, some, keep) for some, keep, prompt in
+                  common.micro_batches(size, (ids, mask), (batch,))]
+        torch.testing.assert_close(torch.cat(states), torch.cat(wholes), atol=2e-4, rtol=1e-3)
+
+
 def test_fresh_adapter_and_same_prompt_give_zero_kl(backbone):
     batch = a_batch(backbone[1])
     fresh = common.add_lora(backbone[0], 4, vision=True)
@@ -448,7 +467,7 @@ def train(data, out, *words):
     """One step of distill.py's main from a fresh adapter -> its log line and its rollouts."""
     distill.main(distill.parse_args([
         "--preset", "tiny", "--data", str(data), "--out", str(out), "--init", "none",
-        "--batch", "12", "--micro_batch", "5", "--steps", "1", *words]))
+        "--batch", "12", "--micro_batch", "5", "--steps", "1", "--eval_every", "0", *words]))
     lines = [[json.loads(line) for line in open(out / name)]
              for name in ("metrics.jsonl", "rollouts.jsonl")]
     return lines[0][0], lines[1]
@@ -472,6 +491,75 @@ def test_the_teacher_samples_off_policy(toy_data, tmp_path):
         assert len({len(row[name]) for name in ("tokens", "kl", "entropy", "part")}) == 1
         assert row["part"] == sorted(row["part"])
         assert "".join(row["tokens"]).startswith(row["response"])
+
+
+def test_validation(toy_data, tmp_path, monkeypatch, capsys):
+    """Success, length and KL of an adapter as its log says them: transformers' own greedy answers,
+    one at a time, dense logits."""
+    monkeypatch.setattr(distill, "HELD_OUT", 5)
+    train(toy_data, tmp_path / "run", "--steps", "3", "--eval_every", "2", "--lr", "1e-3")
+    lines = [json.loads(line) for line in open(tmp_path / "run/metrics.jsonl")]
+    assert [line["step"] for line in lines if "val_success" in line] == [1, 2, 3]
+    assert [line["step"] for line in lines if "val_teacher" in line] == [1]
+    assert lines[0]["val_teacher"] > lines[0]["val_success"]
+    scores = [line["val_success"] for line in lines]
+    best = scores.index(max(scores))                                          # the first of equals
+    out = capsys.readouterr()
+    assert (f"success: {scores[-1]:.3g} of {tmp_path}/run/adapter (step 3), {scores[best]:.3g} of "
+            f"{tmp_path}/run/adapter-best (step {best + 1})") in out.out
+    assert "cannot be taught" not in out.err
+    rows = distill.draw_rows(gen_data.load_rows(toy_data, "val"), 5, np.random.default_rng(0))
+    for name, line in (("adapter", lines[-1]), ("adapter-best", lines[best])):
+        model, processor = common.load(common.TINY, 32)
+        model = common.add_lora(model, path=tmp_path / "run" / name)
+        found, kls, tokens = [], [], 0
+        for row in rows:
+            prompts = [common.encode(processor, [row.student_prompt()],
+                                     [gen_data.open_picture(row.path)]),
+                       common.encode(processor, [row.teacher_prompt("symbols+plan")])]
+            net = common.network(model)
+            whole = net.generate(**prompts[0], max_new_tokens=120, do_sample=False)
+            net.model.rope_deltas = None
+            ids = whole[:, prompts[0]["input_ids"].shape[1]:]
+            text = processor.batch_decode(ids, skip_special_tokens=True)[0]
+            cut = ids[0, -1] != processor.tokenizer.eos_token_id
+            found.append(row.judge(text, cut=cut)["outcome"] == "success")
+            mask = torch.ones_like(ids)
+            hidden = (common.response_hidden(model, prompts[0], ids, mask),
+                      teacher_states(model, prompts[1], ids, mask))
+            kls.append(by_torch(*[net.lm_head(one).log_softmax(-1) for one in hidden]).sum())
+            tokens += ids.shape[1]
+        assert line["val_success"] == np.mean(found) and line["val_length"] == tokens / 5
+        assert line["val_kl"] == pytest.approx(float(sum(kls)) / tokens, rel=1e-3)
+
+
+def test_a_teacher_that_is_no_better_is_named(toy_data, tmp_path, monkeypatch, capsys):
+    """Both fail with four tokens; without validation there is neither line nor adapter-best/."""
+    monkeypatch.setattr(distill, "HELD_OUT", 3)
+    few = ["--max_new_tokens", "4"]
+    train(toy_data, tmp_path / "a", *few, "--eval_every", "5")
+    said = capsys.readouterr()
+    assert "the teacher succeeds on 0% of the validation rows, the student on 0%" in said.err
+    assert "adapter-best (step 1)" in said.out and (tmp_path / "a/adapter-best").is_dir()
+    train(toy_data, tmp_path / "b", *few)
+    said = capsys.readouterr()
+    assert "validation" not in said.err + said.out and not (tmp_path / "b/adapter-best").exists()
+    name = str(tmp_path / "a/adapter-best")
+    args = evaluate.parse_args(["--data", str(toy_data), "--adapter", name])
+    assert evaluate.find_adapters(args) == {"a-best": Path(name)}
+    assert common.read_trained_rows(Path(name)) == common.read_trained_rows(tmp_path / "a/adapter")
+
+
+def test_the_best_of_validations():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    best = common.Best([weight])
+    for step, score in enumerate((-0.5, -0.25, -0.25, float("nan"), -0.4), 1):
+        weight.data.fill_(step)
+        best.update(score, step)
+    assert (best.step, best.score, best.last) == (2, -0.25, -0.4)
+    again = common.Best([weight])
+    again.load_state_dict(best.state_dict())
+    assert torch.equal(again.copies[0], torch.full((2,), 2.0)) and again.last == -0.4
 
 
 def test_what_is_logged_of_rollouts(tiny):
@@ -548,7 +636,7 @@ def test_who_the_teacher_is_and_what_it_reads(toy_data, tmp_path, monkeypatch):
 def test_the_moving_average_is_exchanged_and_given_back(student):
     weights = common.adapter_weights(student)
     own, average = [weight.data for weight in weights], [weight.data + 1 for weight in weights]
-    with pytest.raises(KeyError), distill.exchanged(weights, average):
+    with pytest.raises(KeyError), common.exchanged(weights, average):
         for weight, value in zip(weights, average, strict=True):
             assert weight.data.data_ptr() == value.data_ptr()
         raise KeyError
@@ -564,7 +652,7 @@ def test_tasks_filter_the_rows_and_bad_options_are_refused(toy_data, tmp_path, c
     rows = gen_data.load_rows(toy_data, "train")
     kept = [row.key() for row in rows if row.task != "frozenlake" and row.level > 3]
     assert json.loads((tmp_path / "a/trained_rows.json").read_text()) == sorted(kept)
-    for words, message in (("--tasks maze:6", "maze:6"), ("--ema 2", "--ema"),
+    for words, message in (("--tasks maze:6", "maze:6"), ("--eval_every -1", "--eval_every"),
                            ("--on_policy -1", "--on_policy"), ("--chunk 0", "--chunk"),
                            ("--rollout_batch 0", "--rollout_batch")):
         with pytest.raises(SystemExit) as stop:

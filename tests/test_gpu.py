@@ -74,7 +74,8 @@ def folder(tmp_path_factory):
 
 
 def words(folder, stage, out, *more):
-    flags = {"coldstart": ["--eval_every", 100], "distill": ["--init", "none"]}[stage]
+    flags = {"coldstart": ["--eval_every", 100],
+             "distill": ["--init", "none", "--eval_every", 0]}[stage]
     return [*map(str, [
         "--preset", "tiny", "--model", folder / "qwen", "--bits", 4, "--data", folder / "data",
         "--out", folder / out, "--batch", 8, "--micro_batch", 4, "--max_new_tokens", 24,

@@ -161,6 +161,13 @@ def test_what_student_and_teacher_read(tmp_path, qwen, monkeypatch):
     for i, (_, batch) in enumerate(asked):
         assert ("pixel_values" in batch) == (i in (0, 2))
     asked.clear()
+    rows[0].teacher_path = rows[0].path  # and now with a picture for the teacher
+    for reads, turn in (("symbols", f"[picture]{ROW['symbols']}\n\n{ROW['prompt']}"),
+                        ("picture", bare)):
+        distill.encode_roles(processor, rows, reads, "cpu")
+        assert read(asked[-1][0][0]) == turn
+    rows[0].teacher_path = None
+    asked.clear()
     coldstart.encode(processor, [(rows[0], ("question 1",))], "cpu")
     assert read(asked[0][0][0]) == "[picture]What is A?"
 
@@ -169,6 +176,76 @@ def test_what_student_and_teacher_read(tmp_path, qwen, monkeypatch):
         assert bool(path) == picture and HINT not in prompt
         assert (ROW["symbols"] in prompt) != picture and ROW["prompt"] in prompt
     assert OwnRow(ROW).ask() == ASK_SYMBOLS and OwnRow(ROW).answers() == ROW["symbols"]
+
+
+CLEAN = {name: text for name, text in ROW.items() if name != "symbols"} | {
+    "teacher_file_name": "deep/clean.png"}
+
+
+def write_clean(tmp_path, color="white", **splits):
+    """As `write`, with a picture of 96x96 px for the teacher."""
+    data = write(tmp_path, **splits)
+    for split in splits:
+        (tmp_path / split / "deep").mkdir(exist_ok=True)
+        Image.new("RGB", (96, 96), color).save(tmp_path / split / "deep/clean.png")
+    return data
+
+
+def test_a_picture_for_the_teacher(tmp_path, capsys):
+    """It counts as the student's does: where it lies, its bytes; broken ones are found at once."""
+    both = {**CLEAN, "id": "b", "symbols": "A,3", "hint": HINT}
+    data = write_clean(tmp_path, test=[CLEAN, both, {**ROW, "id": "c"}])
+    rows = gen_data.load_rows(data, "test")
+    alone, beside, without = rows
+    clean = f"{data}/test/deep/clean.png"
+    assert alone.pictures() == [f"{data}/test/a.png", clean]
+    for reads in ("symbols+plan", "symbols", "picture"):
+        assert alone.teacher_picture(reads) == beside.teacher_picture(reads) == clean
+        assert alone.teacher_prompt(reads) == ROW["prompt"]
+        assert (without.teacher_picture(reads) == without.path) == (reads == "picture")
+    assert beside.teacher_prompt("symbols+plan") == f"A,3\n\n{HINT}\n\n{ROW['prompt']}"
+    assert beside.teacher_prompt("picture") == ROW["prompt"] and alone.questions() == {}
+    assert beside.key() == OwnRow({**ROW, "symbols": "A,3"}).key() != alone.key()
+    files = [(path, prompt) for _, prompt, path in evaluate.planning_questions(rows, "text", rows)]
+    assert files == [(clean, ROW["prompt"]), (clean, f"A,3\n\n{ROW['prompt']}"),
+                     (None, without.teacher_prompt("symbols"))]
+
+    key, digests = alone.key(), [gen_data.digest_rows([row]) for row in rows]
+    write_clean(tmp_path, "black", test=[CLEAN, both, {**ROW, "id": "c"}])
+    again = gen_data.load_rows(data, "test")
+    assert again[0].key() != key
+    assert [gen_data.digest_rows([row]) == old for row, old in zip(again, digests, strict=True)] \
+        == [False, False, True]
+    Path(clean).write_text("no picture")
+    assert clean in stops(capsys, gen_data.check_pictures, again)
+    assert gen_data.check_pictures(again[2:]) is None
+
+
+def test_a_clean_picture_teaches_a_degraded_one(tmp_path, capsys):
+    """Without symbols: the teacher must be told to look, and there is nothing for a cold start."""
+    rows = {split: [{**CLEAN, "id": f"{split}{i}"} for i in range(4)] for split in gen_data.SPLITS}
+    data = write_clean(tmp_path / "data", "red", **rows)
+    words = ["--preset", "tiny", "--data", data, "--steps", "2", "--batch", "4", "--micro_batch",
+             "3", "--lora_rank", "2", "--max_new_tokens", "6"]
+
+    def distilled(*more):
+        distill.main(distill.parse_args([*words, "--init", "none", "--out",
+                                         str(tmp_path / "distill"), *more]))
+    for reads in ("symbols", "symbols+plan"):
+        line = stops(capsys, distilled, "--teacher_reads", reads)
+        assert f'train/metadata.jsonl, line 1: no "symbols" for --teacher_reads {reads}' in line
+        assert "give --teacher_reads picture" in line and not (tmp_path / "distill").exists()
+    line = stops(capsys, lambda: coldstart.main(coldstart.parse_args(
+        [*words, "--out", str(tmp_path / "coldstart")])))
+    assert 'line 1: neither "questions" nor "symbols"' in line and "--init none" in line
+    distilled("--teacher_reads", "picture")
+    assert metrics(tmp_path, "distill")[0]["kl"] > 1e-3     # a fresh adapter: it sees another one
+    evaluate.main(evaluate.parse_args([
+        "--preset", "tiny", "--data", data, "--max_new_tokens", "6", "--adapter", "base",
+        str(tmp_path / "distill"), "--out", str(tmp_path / "eval")]))
+    image, text = ([json.loads(line)["response"] for line in open(
+        tmp_path / f"eval/base-{source}/predictions.jsonl")] for source in ("image", "text"))
+    assert len(set(image)) == len(set(text)) == 1 and image != text
 
 
 @pytest.mark.parametrize("response, outcome", [
@@ -317,8 +394,12 @@ def test_without_answers_nothing_is_judged(tmp_path):
     ({"hint": ["x"]}, '"hint": wanted a text'), ({"id": 3}, '"id": wanted a text'),
     ({"questions": "x"}, '"questions": wanted a list'), ({"questions": ["x"]}, "wanted a list"),
     ({"questions": [{"question": "x"}]}, '"answer 1": wanted a text, got null'),
-    ({"task": "maze"}, "half an own example, half a puzzle: it has prompt or symbols and task"),
-    ({"plan": ["U"]}, "half an own example, half a puzzle: it has prompt or symbols and plan"),
+    ({"task": "maze"}, "half an own example, half a puzzle: it has prompt and task"),
+    ({"plan": ["U"]}, "half an own example, half a puzzle: it has prompt and plan"),
+    ({"teacher_file_name": 3}, '"teacher_file_name": wanted a text, got 3'),
+    ({"teacher_file_name": "a.png", "symbols": " "}, '"symbols": wanted a text'),
+    ({"teacher_file_name": "b.png", "symbols": None}, "there is no picture"),
+    ({"teacher_file_name": "../test/a.png"}, "is not a file in"),
     ({"group": "maze"}, '"group": maze is the name'), ({"group": "a|b"}, '"group": wanted'),
     ({"symbols": "<|image_pad|>"}, '"symbols" holds <|image_pad|>'),
     ({"prompt": "\ud800"}, "UnicodeEncodeError"), ({"file_name": "b.png"}, "there is no picture"),

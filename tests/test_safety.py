@@ -21,7 +21,7 @@ import common
 ROOT = Path(__file__).parents[1]
 TOY = ["--steps", 2, "--batch", 2, "--micro_batch", 2, "--lora_rank", 2, "--max_new_tokens", 5,
        "--eval_every", 9]
-DISTILL = [word for word in TOY if word not in ("--eval_every", 9)]
+DISTILL = [*TOY, "--eval_every", 0]
 FEW = """
 import coldstart
 draw = coldstart.draw_examples

@@ -4,12 +4,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-import common
-import distill
 import gen_data
 
 ROOT = Path(__file__).parents[1]
@@ -31,9 +28,11 @@ def test_end_to_end(tmp_path):
     printed = run("evaluate.py", *seed, "--limit", 1, "--perception", "--max_new_tokens", 20)
     trained, out = [], tmp_path / "out/tiny"
     for stage, keys in (
-            ("coldstart", {"loss", "lr", "grad_norm", "val_loss", "val_map", "val_questions"}),
+            ("coldstart", {"loss", "lr", "grad_norm", "val_loss", "val_map", "val_questions",
+                           "val_length"}),
             ("distill", {"loss", "lr", "grad_norm", "kl", "kl_map", "kl_route", "kl_answer",
-                         "entropy", "success", "optimal", "length", "cut", "on_policy"})):
+                         "entropy", "success", "optimal", "length", "cut", "on_policy",
+                         "val_success", "val_optimal", "val_length", "val_kl"})):
         folder = out / stage
         lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
         assert [line["step"] for line in lines] == [1, 2]
@@ -89,22 +88,3 @@ def test_the_systems_encoding_does_not_matter(toy_data, tmp_path, locale):
     assert done.returncode == 0, done.stderr
     assert "\u4f60" in (tmp_path / "eval/report.html").read_text(encoding="utf-8") or \
         "\\u4f60" in (tmp_path / "eval/report.html").read_text(encoding="utf-8")
-
-
-def test_weights_and_biases(tmp_path, monkeypatch):
-    """The package is imported only where it is asked for; it gets the lines of metrics.jsonl."""
-    begun, lines, ended = [], [], []
-    fake = SimpleNamespace(
-        init=lambda **settings: begun.append(settings) or SimpleNamespace(
-            log=lambda line, step: lines.append((step, line)), finish=lambda: ended.append(1)))
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    model = common.add_lora(common.load(common.TINY, 32)[0], 2)
-    for words in ([], ["--wandb", "mine"]):
-        args = distill.parse_args(["--out", str(tmp_path / str(len(words))), *words])
-        with common.Run(args, distill.parse_args, [distill.__file__], {}) as run:
-            run.restore(model)
-            for _ in run.steps():
-                run.log(loss=float("nan"), lr=0.5)
-                break
-    assert [settings["project"] for settings in begun] == ["mine"] and ended == [1]
-    assert lines[0][0] == 1 and lines[0][1]["lr"] == 0.5 and lines[0][1]["loss"] is None
