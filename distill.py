@@ -395,7 +395,8 @@ def main(args):
                 common.warn(f"the KL of the first step is {means['kl']:.1f} nats per token: are "
                             "teacher and student aligned?")
             if tokens == 0 or grad_norm == 0:
-                common.warn(f"step {step + 1}: no token counts, so there is nothing to learn")
+                common.warn(f"step {step + 1}: no token counts, or student and teacher agree: there "
+                            "is nothing to learn")
             if step % SHOW_EVERY == 0:
                 run.append("rollouts.jsonl", lines[::math.ceil(len(lines) / 8)])  # of every task
                 line = lines[step % len(lines)]

@@ -49,7 +49,8 @@ INPUTS = ("image", "text", "swapped")
 RATES = ("success", "optimal", "parsed", "map_right", "cut")
 PLANS = ("shortest", "longer", "failed")
 FAILURES = ("perception", "planning", "unclear")
-ANSWER = ("id", "response", "plan", "tokens", "cut", "error", "model")  # of a line from elsewhere
+ANSWER = (  # of a line from elsewhere
+    "id", "response", "plan", "tokens", "cut", "error", "model", "picture_of")
 
 # Defaults of the flags.
 QWEN = {
@@ -187,6 +188,13 @@ def perception_questions(rows):
         for name in row.questions():
             asked.append(({"id": row.id, "question": name}, row.ask((name,)), row.path))
     return asked
+
+
+def with_pictures(lines, questions, pool):
+    """Answers with "picture_of", the id of the row whose picture was read; None for no picture."""
+    ids = {None: None} | {row.path: row.id for row in pool}
+    return [{**line, "picture_of": ids[path]}
+            for line, (_, _, path) in zip(lines, questions, strict=True)]
 
 
 def digest_questions(questions):
@@ -662,7 +670,7 @@ def main(args):
             score_responses(args, rows, pool)
         else:
             score_model(args, rows, pool, adapters)
-        write_tables(args, rows)
+        write_tables(args, rows, pool)
     finally:
         lock.release()
 
@@ -693,20 +701,21 @@ def score_model(args, rows, pool, adapters):
     perception = {job.folder: job.answers() for job in jobs if job.kind == "perception"}
     for job in jobs:
         if job.kind == "predictions":
-            conclude(job.folder, rows, job.answers(), perception.get(job.folder, []), job.settings,
+            lines = with_pictures(job.answers(), job.questions, pool)
+            conclude(job.folder, rows, lines, perception.get(job.folder, []), job.settings,
                      args, trained[job.adapter])
 
 
-def write_tables(args, rows):
+def write_tables(args, rows, pool):
     """results.md, results.json and report.html of all conditions that answered these rows."""
     out = Path(args.out)
     summaries = finished_conditions(out, rows)
     verdicts = {name: report.read_lines(out / name / "predictions.jsonl") for name in summaries}
     comparison = compare(verdicts, args.reference)
     tables = report.make_tables(summaries, comparison)
-    runs = [Path(f"out/{args.preset}/{stage}") for stage in STAGES[1:]]
-    runs += [Path(run) for run in args.adapter or () if run != "base"]
-    page = report.make_page(rows, tables, summaries, verdicts, list(dict.fromkeys(runs)))
+    runs = [Path(run) for summary in summaries.values()
+            for run in summary["args"].get("adapter") or () if run != "base"]
+    page = report.make_page(rows, pool, tables, summaries, verdicts, list(dict.fromkeys(runs)))
     write_text(out / "results.md", report.make_text(tables))
     write_text(out / "results.json",
                json.dumps({"conditions": summaries, **comparison}, indent=1) + "\n")

@@ -327,7 +327,7 @@ def test_overruns_and_cut_plans():
     for cell in table:                                # of a summary from before there was a column
         del cell["overrun"]
     shown = report.macro_table({"mine": {"table": table, "args": {}, "asked": {}}})
-    assert dict(zip(shown["head"], shown["lines"][0], strict=True))["overrun"] == ""
+    assert "overrun" not in shown["head"]
 
 
 def test_what_is_asked(data):

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from conftest import row_of
+from PIL import Image
 
 import evaluate
 import gen_data
@@ -39,6 +40,50 @@ def page_file(tmp_path_factory):
         file = folder / f"{name}.jsonl"
         file.write_text("\n".join(json.dumps({"id": row.id, "response": response})
                                   for row, response in zip(rows, responses, strict=True)))
+        evaluate.main(evaluate.parse_args([
+            "--preset", "tiny", "--data", str(folder / "data"), "--out", str(folder / "eval"),
+            "--responses", str(file), "--adapter", str(run)]))
+    return folder / "eval/report.html"
+
+
+OWN = [  # (prompt, answer or none, size of the picture, response)
+    ("Which is larger?", ["B", "b 5"], (60, 40), "B has 5.\n<answer>b</answer>"),
+    ("How many?", 7, (40, 3000), "<answer>6</answer>"),
+    ("Describe it.", None, (3000, 40), "A long line."),
+    ("Say " + "more " * 300, "yes", (64, 64), EVIL)]
+
+
+@pytest.fixture(scope="module")
+def own_page(tmp_path_factory):
+    """Own rows of every kind: read from the picture, the symbols, another row's picture; a run."""
+    folder = tmp_path_factory.mktemp("own")
+    for split in ("train", "test"):
+        (folder / "data" / split).mkdir(parents=True)
+        lines = []
+        for i, (prompt, answer, size, _) in enumerate(OWN):
+            Image.new("RGB", size, (60 * i, 90, 30)).save(folder / f"data/{split}/{i}.png")
+            lines.append({"file_name": f"{i}.png", "id": f"{split}{i}", "prompt": prompt,
+                          "symbols": f"A,{i}\nB,5", "answer": answer})
+        (folder / "data" / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run = folder / "run"
+    run.mkdir()
+    rows = gen_data.load_rows(folder / "data", "train")
+    rollouts = [{"step": 1, "id": name, "task": "own", "part": [0, 2, 2],
+                 "tokens": ["B", "<answer>", "b"], "kl": [0.0, 0.5, 3.0], "outcome": outcome}
+                for name, outcome in (("train0", "success"), ("train2", "not judged"),
+                                      ("gone", "wrong"), ("train3", "wrong"))]
+    (run / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rollouts)))
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "kl_map": 0.1, "kl_route": None}))
+    (run / "args.json").write_text(json.dumps({"args": {"data": str(folder / "data")}}))
+    (run / "trained_rows.json").write_text(json.dumps([row.key() for row in rows[:3]]))
+    for name in ("mine", "mine-text", "mine-swapped"):
+        lines = []
+        for i, (*_, response) in enumerate(OWN):
+            seen = {"mine-text": None, "mine-swapped": f"test{(i + 1) % len(OWN)}"}
+            lines.append({"id": f"test{i}", "response": response, "cut": False, "tokens": 9}
+                         | ({"picture_of": seen[name]} if name in seen else {}))
+        file = folder / f"{name}.jsonl"
+        file.write_text("\n".join(map(json.dumps, lines)))
         evaluate.main(evaluate.parse_args([
             "--preset", "tiny", "--data", str(folder / "data"), "--out", str(folder / "eval"),
             "--responses", str(file), "--adapter", str(run)]))
@@ -165,7 +210,65 @@ def test_rows_by_the_thousand(page_file, browser, tmp_path):
     page.close()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_page_of_own_rows(browser, own_page, width):
+    """What was read, said and right; nothing of puzzles; long pictures and texts stay in bounds."""
+    page = open_page(browser, own_page, width)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    text = page.locator("body").inner_text()
+    assert not any(word in text.lower() for word in
+                   ("puzzle", "shortest", "overrun", "board", "difficulty", "route", "map"))
+    assert page.locator("#tables h2").all_inner_texts() == ["All rows", "Differences of success"]
+    assert page.locator("h2:visible").all_inner_texts()[2:] == [
+        "Training", "Where the teacher corrects the student", "Gallery"]
+    for image in page.locator("img").all():
+        assert image.evaluate("image => image.naturalWidth > 0")
+        assert image.bounding_box()["height"] <= 400 and image.bounding_box()["width"] <= width
+    names = "all => all.map(select => select.getAttribute('aria-label'))"
+    assert page.locator("select").evaluate_all(names) == ["condition", "outcome"]
+    rollouts = page.locator("#rollouts .card")
+    assert [card.locator("img").count() for card in rollouts.all()] == [1, 1, 0, 0]  # not its rows
+    assert "Which is larger?" in rollouts.first.inner_text()
+    for name, sources in [
+            ("mine", [0, 1, 2, 3]), ("mine-text", []), ("mine-swapped", [1, 2, 3, 0])]:
+        page.get_by_label("condition").select_option(name)
+        cards, pictures = page.locator("#gallery .card"), page.locator("#gallery img")
+        assert pictures.evaluate_all("all => all.map(image => image.src)") == page.evaluate(
+            "numbers => numbers.map(i => data.pictures[`test${i}`])", sources)
+        first = cards.first.inner_text()
+        assert "answer read\nb\n" in first and "right answer\nB or b 5\n" in first
+        assert ("A,0" in first) == (name == "mine-text")           # else folded
+        assert [cards.nth(i).bounding_box()["height"] < 900 for i in range(4)] == [True] * 4
+    badges = page.locator("#gallery .badge").evaluate_all("all => all.map(x => x.className)")
+    assert badges == ["badge good", "badge", "badge open", "badge"]
+    assert page.title() == "MGSD: evaluation" and page.said == []
+    page.close()
+
+
 # ---------------------------------------------------------------- without a browser
+
+def test_tables_of_own_rows(own_page):
+    """Only columns that are filled; what is not judged is no failure."""
+    text = (own_page.parent / "results.md").read_text()
+    assert "| condition | success | answer | cut | tokens | failures |" in text
+    assert "| mine | 33 [6, 79] | 100 | 0 | 9 | wrong 2 |" in text
+    assert not any(word in text for word in ("puzzle", "shortest", "not judged", "By task", "map"))
+    assert "text: the symbols, without the hint; swapped: the picture of another row;" in text
+
+
+def test_tables_of_rows_without_answers():
+    """Nothing was judged, so there is neither success nor a failure; sizes only where there are."""
+    verdicts = [{"id": "a", "task": "own", "level": None, "bucket": None, "outcome": "not judged",
+                 "plan": None, "optimal": None, "map_right": None, "cut": True, "tokens": 5,
+                 "trained_on": True, "overrun": False, "failure": None}]
+    summary = {"table": evaluate.summarise(verdicts), "diagnosis": evaluate.diagnose(verdicts),
+               "args": {}, "asked": {}, "perception": []}
+    tables = report.make_tables({"mine": summary}, evaluate.compare({"mine": verdicts}))
+    assert [(table["title"], table["head"], table["lines"][0]) for table in tables] == [
+        ("All rows", ["condition", "cut", "tokens"], ["mine", 100, 5]),
+        ("Rows that were trained on", ["group", "n", "mine"], ["own", 1, "1"])]
+
 
 def test_plans_as_they_are_drawn():
     """To the goal; into a hole; half a step towards a wall, the edge, an action that is not one."""

@@ -272,7 +272,7 @@ def main(args):
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = lock_file(f"{out}.lock", out)
     try:
-        lines = ask_all(args, asked, asker, open_answers(out, settings))
+        lines = ask_all(args, asked, asker, open_answers(out, settings), pool)
     finally:
         lock.release()
     failed = sum(bool(line.get("error")) for line in lines)
@@ -284,8 +284,10 @@ def main(args):
                          data=(args.data, gen_data.PRESETS["tiny"]["out"])))
 
 
-def ask_all(args, asked, asker, lines):
+def ask_all(args, asked, asker, lines, rows):
     """The answers to all of `asked` in their order, in args.out too; lines: what is there.
+
+    rows: those whose pictures are shown.
 
     Where the server may be of no use (nobody there, no such model), lines wait until it is known:
     the run ends if nothing was ever answered, else they are those rows' errors.
@@ -308,7 +310,7 @@ def ask_all(args, asked, asker, lines):
                 bar.update()
         except ConnectionError as problem:
             fail(f"{args.api_base} does not answer for {args.api_model}: {problem}")
-    lines = [lines[evaluate.label(key)] for key, _, _ in asked]
+    lines = evaluate.with_pictures([lines[evaluate.label(key)] for key, _, _ in asked], asked, rows)
     write_text(args.out, "".join(json.dumps(line) + "\n" for line in lines))
     return lines
 

@@ -76,38 +76,63 @@ def make_tables(summaries, comparison):
     return [table for table in tables if table["lines"]]
 
 
+def inputs_of(summaries):
+    """What the conditions read, for the line above a table."""
+    own = not has_puzzles(summaries)
+    texts = {
+        "image": "the picture",
+        "text": "the symbols, without the hint" if own else "the symbols, without a reference plan",
+        "swapped": f"the picture of another {'row' if own else 'puzzle'}"}
+    used = {name.rpartition("-")[2] for name in summaries}
+    return "; ".join(f"{name}: {text}" for name, text in texts.items() if name in used)
+
+
+def has_puzzles(summaries):
+    """Is any of the rows a puzzle? Only those have a size."""
+    return any(cell["level"] for summary in summaries.values() for cell in summary["table"])
+
+
+def filled(head, lines, keep=1):
+    """A table without the columns that are empty in every line; the first `keep` always stay."""
+    columns = [i for i in range(len(head))
+               if i < keep or any(line[i] not in ("", None) for line in lines)]
+    return {"head": [head[i] for i in columns],
+            "lines": [[line[i] for i in columns] for line in lines]}
+
+
 def macro_table(summaries):
     """All tasks, a line per condition."""
+    puzzles, lines = has_puzzles(summaries), []
     whole = {name: next(cell for cell in summary["table"] if cell["task"] == "macro")
              for name, summary in summaries.items()}
-    rates = {"success": "success"}
-    if any("pass_at_k" in cell for cell in whole.values()):
-        rates["pass_at_k"] = "pass@k"
-    rates["optimal"] = "shortest plan"
+    rates = {"success": "success", "pass_at_k": "pass@k", "optimal": "shortest plan"}
     if any(cell["trained_on"] for cell in whole.values()):
         rates["success_unseen"] = "success, rows not trained on"
-    lines = []
     for name, cell in whole.items():
         line = [name, *(with_interval(cell.get(key), cell.get(f"{key}_ci")) for key in rates)]
         line += [percent(cell[key]) for key in ("parsed", "map_right", "cut")]
-        line.append(cell.get("overrun", ""))
+        line.append(cell.get("overrun", "") if puzzles else "")
         line.append("" if cell["tokens"] is None else round(cell["tokens"]))
-        failures = [f"{outcome} {count}" for outcome, count in cell["failures"].items()]
-        lines.append([*line, ", ".join(failures) or "none"])
+        failures = [f"{outcome} {count}" for outcome, count in cell["failures"].items()
+                    if outcome != "not judged"]
+        judged = cell["success"] is not None
+        lines.append([*line, ", ".join(failures) or ("none" if judged else "")])
+    table = filled(["condition", *rates.values(), "answer", "map", "cut", "overrun", "tokens",
+                    "failures"], lines)
+    words = {"answer": "one could be read", "map": "the one described is right",
+             "cut": "no EOS within the limit", "overrun": "how many plans reach the goal and go "
+             "on, which is not executed and does not count"}
+    about = [inputs_of(summaries)] + [f"{word}: {text}" for word, text in words.items()
+                                      if word in table["head"]]
+    weights = f"the {'tasks' if puzzles else 'groups'} weigh the same and every row counts"
     near = [f"{name} {summary['args']['tolerance']:g}" for name, summary in summaries.items()
             if summary["args"].get("tolerance")]
     return {
-        "title": "All tasks",
-        "about": "In % with 95% intervals; the tasks weigh the same and every row counts. image: "
-                 "the picture; text: the symbols, without a reference plan; swapped: the picture "
-                 "of another puzzle. answer: one could be read; map: the one described is "
-                 "right; cut: no EOS within the limit. overrun: how many plans reach the "
-                 "goal and go on, which is not executed and does not count."
+        "title": "All tasks" if puzzles else "All rows",
+        "about": f"In % with 95% intervals; {weights}. {'; '.join(filter(None, about))}."
                  + (f" Numbers could be off (--tolerance): {', '.join(near)}." if near else "")
                  + (f" {differing(summaries)}".rstrip().replace("\n", ". ")),
-        "head": ["condition", *rates.values(), "answer", "map", "cut", "overrun", "tokens",
-                 "failures"],
-        "lines": lines}
+        **table}
 
 
 def table_rows(summaries):
@@ -119,32 +144,45 @@ def table_rows(summaries):
 
 
 def level_table(summaries):
-    """Success by task, board size and difficulty."""
-    lines = []
+    """Success by task, board size and difficulty; by group where there are no puzzles."""
+    puzzles, lines = has_puzzles(summaries), []
     for line, cells in table_rows(summaries):
         for cell in cells:
             optimal = "" if cell["optimal"] is None else f" ({percent(cell['optimal'])})"
             line.append(f"{percent(cell['success'])}{optimal}")
         lines.append(line)
-    return {
-        "title": "By task and board size",
-        "about": "Success in %, in brackets with the shortest plan.",
-        "head": ["task", "size", "difficulty", "n", *summaries], "lines": lines}
+    judged = any(any(line[4:]) for line in lines)
+    if not judged or not puzzles and len(lines) == 2:  # one group: the table above says it
+        lines = []
+    about = "Success in %, in brackets with the shortest plan." if puzzles else "Success in %."
+    return {"title": "By task and board size" if puzzles else "By group", "about": about,
+            **by_task_columns(summaries, lines)}
+
+
+def by_task_columns(summaries, lines):
+    """Head and lines of a table with task, size, difficulty, n and a column per condition."""
+    if has_puzzles(summaries):
+        return filled(["task", "size", "difficulty", "n", *summaries], lines)
+    return {"head": ["group", "n", *summaries], "lines": [[line[0], *line[3:]] for line in lines]}
 
 
 def trained_table(summaries):
     """Where a run was trained on some of the rows: how many, and its success without them."""
     lines = []
     for line, cells in table_rows(summaries):
-        if any(cell["trained_on"] for cell in cells):
-            lines.append([*line, *(
-                "not known" if cell["trained_on"] is None else
-                f"{cell['trained_on']}: {percent(cell['success_unseen'])}" for cell in cells)])
+        if not any(cell["trained_on"] for cell in cells):
+            continue
+        for cell in cells:
+            text = "not known" if cell["trained_on"] is None else str(cell["trained_on"])
+            if cell["trained_on"] is not None and cell["success_unseen"] is not None:
+                text += f": {percent(cell['success_unseen'])}"
+            line.append(text)
+        lines.append(line)
     return {
         "title": "Rows that were trained on",
-        "about": "How many of the rows are puzzles that a condition's run was trained on: its "
-                 "success in % without them.",
-        "head": ["task", "size", "difficulty", "n", *summaries], "lines": lines}
+        "about": "How many of the rows a condition's run was trained on: its success in % without "
+                 "them.",
+        **by_task_columns(summaries, lines)}
 
 
 def diagnosis_table(summaries):
@@ -193,11 +231,15 @@ def perception_table(summaries):
     lines = []
     for cells in zip(*asked.values(), strict=True):
         exact = [with_interval(cell["exact"], cell["exact_ci"]) for cell in cells]
-        lines.append([cells[0]["task"], cells[0]["question"], cells[0]["n"], *exact])
+        task, question = cells[0]["task"], cells[0]["question"]
+        if task not in gen_data.TASKS and question == "map":  # of own rows: their symbols
+            question = "symbols"
+        lines.append([task, question, cells[0]["n"], *exact])
     return {
         "title": "Perception questions",
         "about": "Answered exactly, in % with 95% intervals; all: every question about a picture.",
-        "head": ["task", "question", "n", *asked], "lines": lines}
+        "head": ["task" if has_puzzles(summaries) else "group", "question", "n", *asked],
+        "lines": lines}
 
 
 # ---------------------------------------------------------------- the page
@@ -237,9 +279,12 @@ def walk(row, plan):
 
 
 def on_the_page(row, verdict):
-    """What the gallery shows of one answer."""
+    """What the gallery shows of one answer. picture_of: id of the row whose picture was read."""
     shown = {name: verdict[name] for name in ("response", "outcome", "optimal", "map_right")}
-    if row.level is not None:
+    shown["picture_of"] = verdict.get("picture_of", row.id)
+    if row.level is None:
+        shown["read"] = verdict["plan"]
+    else:
         described = verdict["map"]
         shown["described"] = described and gen_data.TASKS[row.task](**described).cells()
         shown["path"], shown["violation_at"] = walk(row, verdict["plan"])
@@ -247,14 +292,34 @@ def on_the_page(row, verdict):
 
 
 def row_on_the_page(row):
-    """What the gallery shows of a row: its picture and its cells, or an own row's texts."""
-    shown = {name: row.data.get(name) for name in ("prompt", "symbols", "answer")}
-    shown |= {"id": row.id, "task": row.task, "level": row.level}
-    if shown["answer"] is not None:
-        shown["answer"] = " or ".join(row.answer_texts())
+    """What the page shows of a row beside its picture: its cells, or an own row's texts."""
+    shown = {"id": row.id, "task": row.task, "level": row.level}
     if row.level is not None:
-        shown["cells"] = row.puzzle.cells()
-    return shown | {"picture": small_picture(row.path)}
+        return shown | {"cells": row.puzzle.cells()}
+    answers = " or ".join(row.answer_texts()) if "answer" in row.data else None
+    return shown | {"prompt": row.student_prompt(), "symbols": row.data.get("symbols"),
+                    "answer": answers}
+
+
+def rollouts_on_the_page(run):
+    """The rollouts of a run; with prompt and picture where its rows are still in its data.
+
+    Rows of the same ids that it was not trained on are not shown: the data are others by now.
+    """
+    lines, known = read_lines(run / "rollouts.jsonl"), run / "trained_rows.json"
+    if not lines or not known.is_file():
+        return lines
+    known = set(json.loads(known.read_text(encoding="utf-8")))
+    data = json.loads((run / "args.json").read_text(encoding="utf-8"))["args"]["data"]
+    if not Path(data, "train/metadata.jsonl").is_file():
+        return lines
+    ids = {line["id"] for line in lines}
+    rows = {row.id: row for row in gen_data.load_rows(data, "train", ids) if row.key() in known}
+    for line in lines:
+        if line["id"] in rows:
+            row = rows[line["id"]]
+            line |= {"prompt": row.student_prompt(), "picture": small_picture(row.path)}
+    return lines
 
 
 def level_points(summaries):
@@ -268,22 +333,25 @@ def level_points(summaries):
     return points
 
 
-def make_page(rows, tables, summaries, verdicts, runs):
+def make_page(rows, pool, tables, summaries, verdicts, runs):
     """The HTML of report.html. verdicts: {condition: its predictions}; runs: folders of runs.
 
-    At most GALLERY rows are shown, evenly chosen; of several samples the first.
+    At most GALLERY rows are shown, evenly chosen; of several samples the first. pool: all rows of
+    the split, whose pictures a control may have read.
     """
     shown, runs = rows[::-(-len(rows) // GALLERY)], [run for run in runs if run.is_dir()]
-    answers = {}
+    answers, paths = {}, {row.id: row.path for row in pool}
     for name, lines in verdicts.items():
         first = {line["id"]: line for line in reversed(lines)}
         answers[name] = [on_the_page(row, first[row.id]) for row in shown]
+    used = {answer["picture_of"] for some in answers.values() for answer in some}
     curves = {run.name: read_lines(run / "metrics.jsonl") for run in runs}
     data = {"tables": tables, "levels": level_points(summaries), "total": len(rows),
             "conditions": list(summaries), "answers": answers,
             "rows": [row_on_the_page(row) for row in shown],
+            "pictures": {name: small_picture(paths[name]) for name in paths if name in used},
             "curves": {name: lines for name, lines in curves.items() if lines},
-            "rollouts": {run.name: read_lines(run / "rollouts.jsonl") for run in runs},
-            "parts": gen_data.PARTS}
+            "rollouts": {run.name: rollouts_on_the_page(run) for run in runs},
+            "parts": gen_data.PARTS, "puzzles": list(gen_data.TASKS)}
     page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     return page.replace("DATA", json.dumps(data).replace("<", "\\u003c"), 1)
