@@ -158,7 +158,7 @@ def main(args):
             row.where: f"{row.ask()}\n{row.answers()}" for row in train + val})
         torch.manual_seed(args.seed)
         model = common.add_lora(model, args.lora_rank, args.lora_vision, init)
-        model.print_trainable_parameters()
+        common.print_adapters(model)
         weights = common.adapter_weights(model)
         optimizer = common.adamw(weights, args.lr)
         run.restore(model, optimizer=optimizer)

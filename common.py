@@ -2,7 +2,7 @@
 
 What the two stages and the evaluation share, in this order:
     BACKBONES            model, bits and adapter of each preset
-    load, add_lora       a Qwen3-VL in 4, 16 or 32 bits; a fresh LoRA adapter, or one from disk
+    load, add_lora       a network in 4, 16 or 32 bits; a fresh LoRA adapter, or one from disk
     encode, take_rows    prompts and pictures -> a left-padded batch (`encode` is the one caller of
                          the chat template)
     response_hidden      the hidden states that predict given response tokens
@@ -103,9 +103,14 @@ def warn(message):
 
 # ---------------------------------------------------------------- loading
 
-LANGUAGE = r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-VISION = (r"visual\.(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc[12])"
-          r"|(merger|deepstack_merger_list\.\d+)\.linear_fc[12])")
+# The classes that are served, by `model_type` of config.json. graph: is a decoding step captured as
+# a CUDA graph? Qwen3-VL's was, on a card; Qwen2.5-VL's language model does the same operations.
+# Qwen3.5's linear attention is that of whatever package is installed, so it is not.
+SERVED = {
+    "qwen3_vl": {"graph": True},
+    "qwen2_5_vl": {"graph": True},
+    "qwen3_5": {"graph": False},
+}
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -174,12 +179,17 @@ def probe(model):
 
 
 def load(path, bits):
-    """(model, processor) of a Qwen3-VL checkpoint: frozen, in eval mode, on the GPU if there is.
+    """(model, processor) of a checkpoint in SERVED: frozen, in eval mode, on the GPU if there is.
 
     bits: 4 (NF4, double quantisation; vision tower and lm_head stay in 16 bits), 16 (bfloat16), 32.
     A checkpoint that is stored in 4 bits is taken as it is.
     """
-    from transformers import AutoProcessor, BitsAndBytesConfig, Qwen3VLForConditionalGeneration
+    from transformers import (
+        AutoModelForImageTextToText,
+        AutoProcessor,
+        BitsAndBytesConfig,
+        PreTrainedConfig,
+    )
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
     cuda = torch.cuda.is_available()
@@ -195,7 +205,10 @@ def load(path, bits):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head", "model.visual"])
     try:
-        model, found = Qwen3VLForConditionalGeneration.from_pretrained(
+        kind = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
+        if kind not in SERVED:
+            fail(f"--model {name} is a {kind}: wanted one of {', '.join(SERVED)}")
+        model, found = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, quantization_config=nf4 if bits == 4 and not stored else None,
             device_map={"": device}, use_safetensors=True, output_loading_info=True)
         processor = AutoProcessor.from_pretrained(path)
@@ -204,7 +217,7 @@ def load(path, bits):
     missing = sorted(found["missing_keys"])
     foreign = sorted(set(found["unexpected_keys"]) - {"lm_head.weight"})  # it may be tied
     if missing or foreign:
-        fail(f"--model {path} is not a whole Qwen3-VL checkpoint: {len(missing)} weights missing "
+        fail(f"--model {path} is not a whole {kind} checkpoint: {len(missing)} weights missing "
              f"{missing[:2]}, {len(foreign)} foreign {foreign[:2]}; download it again")
     if not processor.chat_template:
         fail(f"--model {path} has no chat template: wanted chat_template.jinja from the checkpoint "
@@ -237,19 +250,25 @@ def load(path, bits):
     return model, processor
 
 
+def linears(net, vision=False):
+    """Names of the linears that a fresh adapter sits on: the language model's, and `vision`'s."""
+    towers = ("model.language_model.", "model.visual.")[:2 if vision else 1]
+    return [name for name, module in net.named_modules()
+            if isinstance(module, torch.nn.Linear) and name.startswith(towers)]
+
+
 def add_lora(model, rank=None, vision=False, path=None):
     """Wrap `model` in a PeftModel with a fresh adapter, or with the one saved in folder `path`.
 
-    The pattern of a fresh one is anchored on the language model's linears; `vision` adds the vision
-    tower's. A saved one keeps its own configuration; it may be of another tool.
+    A fresh one sits on all of the language model's linears; `vision` adds the vision tower's. A
+    saved one keeps its own configuration; it may be of another tool.
     """
     import peft
     if path:
         model = add_saved_lora(model, path)
     else:
-        pattern = rf".*\.({LANGUAGE}|{VISION})" if vision else rf".*\.{LANGUAGE}"
         model = peft.get_peft_model(model, peft.LoraConfig(
-            r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=pattern))
+            r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=linears(model, vision)))
     base = getattr(network(model), "base_probe", None)  # of `load`, in eval mode
     if base is not None and not network(model).training:
         with model.disable_adapter():
@@ -312,8 +331,21 @@ def add_saved_lora(model, path):
     return model
 
 
+def print_adapters(model):
+    """Two lines: how many parameters are trained, and which linears are left without an adapter."""
+    from peft.tuners.lora import LoraLayer
+    model.print_trainable_parameters()
+    left, inside = set(), None
+    for name, module in network(model).named_modules():
+        if isinstance(module, LoraLayer):
+            inside = name + "."                              # its own linears follow it
+        elif isinstance(module, torch.nn.Linear) and not (inside and name.startswith(inside)):
+            left.add(re.sub(r"\.\d+\.", ".*.", name.removeprefix("model.")))
+    print(f"no adapter on {', '.join(sorted(left))}")
+
+
 def network(model):
-    """The Qwen3VLForConditionalGeneration inside, adapted or not (LoRA lives in its modules)."""
+    """The transformers model inside, adapted or not (LoRA lives in its modules)."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -333,6 +365,7 @@ def encode(processor, prompts, images=None, device="cpu"):
         chats.append([{"role": "user", "content": content}])
     batch = processor.apply_chat_template(
         chats, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt",
+        enable_thinking=False,  # a template that knows no such thing ignores it
         processor_kwargs={"padding": True, "padding_side": "left"})
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
@@ -515,7 +548,7 @@ class Decoder:
 
     def keep(self, going):
         self.attention, self.position = self.attention[going], self.position[going]
-        self.cache.batch_select_indices(going)
+        self.cache.reorder_cache(going.nonzero()[:, 0])  # states of linear attention too
 
 
 class GraphDecoder(Decoder):
@@ -561,8 +594,7 @@ class GraphDecoder(Decoder):
     def keep(self, going):
         self.token, self.attention = self.token[going], self.attention[going]
         self.position = self.position[:, going]
-        for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[going], layer.values[going]
+        self.cache.reorder_cache(going.nonzero()[:, 0])
         self.warm, self.replay = False, None
 
 
@@ -574,9 +606,11 @@ def captured(work):
     return graph.replay
 
 
-def decoder_of(device):
+def decoder_of(net):
     """(class, tokens between two looks at who has ended: on a GPU each look makes Python wait)."""
-    return (GraphDecoder, 8) if device.type == "cuda" else (Decoder, 1)
+    if net.device.type != "cuda":
+        return Decoder, 1
+    return (GraphDecoder if SERVED[net.config.model_type]["graph"] else Decoder), 8
 
 
 @torch.no_grad()
@@ -591,13 +625,14 @@ def sample(model, processor, prompt, max_new_tokens, uniforms=None, temperature=
     placeholders removed, whatever generation_config says.
     """
     pad, ends = processor.tokenizer.pad_token_id, eos_tokens(model, processor)
-    banned = torch.tensor([processor.image_token_id, processor.video_token_id,
-                           processor.vision_start_token_id], device=model.device)
+    config = network(model).config
+    banned = torch.tensor([config.image_token_id, config.video_token_id,
+                           config.vision_start_token_id], device=model.device)
     if uniforms is not None:
         uniforms = torch.as_tensor(uniforms, device=model.device)
     count = len(prompt["input_ids"])
     ids = torch.full((count, max_new_tokens), pad, device=model.device)
-    make_decoder, interval = decoder_of(model.device)
+    make_decoder, interval = decoder_of(network(model))
     with light_adapters(model):
         for begin in range(0, count, rollout_batch or count):
             rows = torch.arange(count, device=model.device)[begin:begin + (rollout_batch or count)]

@@ -283,7 +283,7 @@ def main(args):
             row.where: row.teacher_prompt("symbols+plan") for row in rows}, args.max_new_tokens)
         torch.manual_seed(args.seed)
         model = common.add_lora(model, args.lora_rank, args.lora_vision, init)
-        model.print_trainable_parameters()
+        common.print_adapters(model)
         lm_head, weights = common.network(model).lm_head, common.adapter_weights(model)
         optimizer = common.adamw(weights, args.lr)
         ema = [weight.detach().clone() for weight in weights]
