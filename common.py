@@ -65,6 +65,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # reports a missing o
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
 
 TINY = str(Path(__file__).parent / "tiny")
+MAX_PIXELS = 512 * 512  # the paper's upper limit of a picture
 
 # A preset's backbone. Its steps, rates and batches stand in the stage that uses them.
 BACKBONES = {
@@ -73,24 +74,28 @@ BACKBONES = {
         "bits": 32,
         "lora_rank": 16,
         "lora_vision": 1,
+        "max_pixels": MAX_PIXELS,
     },
     "2b": {
         "model": "Qwen/Qwen3-VL-2B-Instruct",
         "bits": 4,
         "lora_rank": 16,
         "lora_vision": 0,
+        "max_pixels": MAX_PIXELS,
     },
     "4b": {
         "model": "Qwen/Qwen3-VL-4B-Instruct",
         "bits": 4,
         "lora_rank": 16,
         "lora_vision": 0,
+        "max_pixels": MAX_PIXELS,
     },
     "8b": {
         "model": "Qwen/Qwen3-VL-8B-Instruct",
         "bits": 4,
         "lora_rank": 16,
         "lora_vision": 0,
+        "max_pixels": MAX_PIXELS,
     },
 }
 
@@ -178,11 +183,33 @@ def probe(model):
         return net.lm_head(hidden).float()
 
 
-def load(path, bits):
+def compute_dtype(bits):
+    """What the network computes in. Cards without bfloat16 (T4, RTX 20xx) only emulate it, slowly.
+
+    Adapters are float32 all the same, and so are logits and losses.
+    """
+    if bits == 32:
+        return torch.float32
+    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def embed_patches(conv, patches):
+    """The convolution `conv` of patches as large as its kernel [N, ...] -> [N, outputs, 1, 1, 1].
+
+    Each is one product: the same numbers as a linear's, without the Conv3d in bf16 that is slow
+    since torch 2.9 (pytorch issue 166643, transformers issue 45750).
+    """
+    out = linear(patches.flatten(1), conv.weight.flatten(1), conv.bias)
+    return out[..., None, None, None]
+
+
+def load(path, bits, max_pixels=MAX_PIXELS):
     """(model, processor) of a checkpoint in SERVED: frozen, in eval mode, on the GPU if there is.
 
-    bits: 4 (NF4, double quantisation; vision tower and lm_head stay in 16 bits), 16 (bfloat16), 32.
-    A checkpoint that is stored in 4 bits is taken as it is.
+    bits: 4 (NF4, double quantisation; vision tower and lm_head stay in 16 bits), 16, 32. A
+    checkpoint that is stored in 4 bits is taken as it is. max_pixels: a larger picture is shrunk.
     """
     from transformers import (
         AutoModelForImageTextToText,
@@ -200,7 +227,7 @@ def load(path, bits):
     stored = quantised_bits(path)
     if stored and stored != bits:
         fail(f"--model {name} is stored in {stored} bits: --bits {bits} cannot be had from it")
-    dtype = torch.float32 if bits == 32 else torch.bfloat16
+    dtype = compute_dtype(bits)
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head", "model.visual"])
@@ -222,11 +249,13 @@ def load(path, bits):
     if not processor.chat_template:
         fail(f"--model {path} has no chat template: wanted chat_template.jinja from the checkpoint "
              "it was made of")
-    # The paper's upper limit, 512x512; max_pixels for from_pretrained may be ignored
-    # (transformers issue 41955).
+    # max_pixels for from_pretrained may be ignored (transformers issue 41955).
     size = processor.image_processor.size
-    processor.image_processor.size = {"shortest_edge": size["shortest_edge"],
-                                      "longest_edge": min(size["longest_edge"], 262_144)}
+    most = min(size["longest_edge"], max_pixels)
+    processor.image_processor.size = {"shortest_edge": min(size["shortest_edge"], most),
+                                      "longest_edge": most}
+    conv = model.model.visual.patch_embed.proj
+    conv.forward = partial(embed_patches, conv)
     model.name_or_path = model.config.name_or_path = name  # as it was given, into adapters' files
     model.requires_grad_(False)
     if cuda:
@@ -245,6 +274,7 @@ def load(path, bits):
                 # Else a forward pass in eval mode on the CPU would repack the weights for a kernel
                 # that has no backward: later gradients would be wrong.
                 module.support_avx512bf16_for_cpu = False
+                module.compute_dtype = dtype  # a stored checkpoint may name another one
     model.eval()
     model.base_probe = probe(model)
     return model, processor
@@ -357,6 +387,8 @@ def encode(processor, prompts, images=None, device="cpu"):
     Returns a dict of tensors: input_ids, attention_mask, mm_token_type_ids [B, P], and with
     pictures pixel_values [patches of all rows, values], image_grid_thw [B, 3].
     """
+    # A template that can think is asked not to; others warn of what they do not know.
+    options = {"enable_thinking": False} if "enable_thinking" in processor.chat_template else {}
     chats = []
     for prompt, image in zip(prompts, images or [None] * len(prompts), strict=True):
         content = [{"type": "text", "text": prompt}]
@@ -365,8 +397,7 @@ def encode(processor, prompts, images=None, device="cpu"):
         chats.append([{"role": "user", "content": content}])
     batch = processor.apply_chat_template(
         chats, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt",
-        enable_thinking=False,  # a template that knows no such thing ignores it
-        processor_kwargs={"padding": True, "padding_side": "left"})
+        processor_kwargs={"padding": True, "padding_side": "left"}, **options)
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -383,12 +414,12 @@ def encode_responses(processor, texts, device="cpu"):
     return ids.to(device), mask.to(device)
 
 
-def check_lengths(model, processor, texts, new_tokens=0, picture=300):
-    """Fails if a text of {name: text} leaves no room in the context for the rest.
-
-    picture: tokens of one of 512x512 and of the frame around a chat.
-    """
+def check_lengths(model, processor, texts, new_tokens=0):
+    """Fails if a text of {name: text} leaves no room in the context for picture and response."""
     context = network(model).config.text_config.max_position_embeddings
+    images = processor.image_processor
+    picture = images.size["longest_edge"] // (images.patch_size * images.merge_size) ** 2
+    picture += 44  # the frame around a chat
     room = context - new_tokens - picture
     for name, text in texts.items():
         if len(text.encode()) > room:  # a token has a byte at least: most texts need no counting
@@ -683,6 +714,8 @@ def add_flags(parser):
         "is continued, else tiny)")
     add("--model", help="checkpoint folder or hub name (default: the preset's)")
     add("--bits", type=int, choices=(4, 16, 32), help="frozen weights: NF4, bfloat16, float32")
+    add("--max_pixels", type=whole_number(1024), help="a larger picture is shrunk to so many "
+        "(default: 262144, as 512x512; never above the checkpoint's own limit)")
     add("--data", help="data folder (default: the preset's, made now if it is not there)")
     add("--seed", type=whole_number(0), default=0, help="draws data, rows of a step, responses")
 
@@ -756,6 +789,9 @@ def announce(args):
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else "the CPU"
     print(f"preset {args.preset} on {device}: {args.model} in {args.bits} bits")
+    if compute_dtype(args.bits) is torch.float16:
+        print("This card has no bfloat16: the network computes in float16, which may overflow "
+              "(such steps are skipped, and said)")
     if cuda and args.preset == "tiny":
         print("For Qwen3-VL-4B: the same commands with --preset 4b (a download of 9 GB; memory by "
               "`python -m tools.estimate --preset 4b`; hours: docs/gpu.md)")

@@ -278,7 +278,7 @@ def main(args):
     divergence = DIVERGENCES[args.divergence]
 
     with common.Run(args, parse_args, scripts, inputs, trained_on) as run:
-        model, processor = common.load(args.model, args.bits)
+        model, processor = common.load(args.model, args.bits, args.max_pixels)
         common.check_lengths(model, processor, {
             row.where: row.teacher_prompt("symbols+plan") for row in rows}, args.max_new_tokens)
         torch.manual_seed(args.seed)

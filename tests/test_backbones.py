@@ -3,6 +3,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import coldstart
 import common
+import distill
 
 LAYERS = 4
 TEXT = dict(num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=96, num_attention_heads=4,
@@ -79,6 +81,14 @@ def loaded(checkpoint):
     model, processor = common.load(checkpoint, 32)
     model.generation_config.eos_token_id = list(range(100, 220))
     return model.double(), processor
+
+
+def in_precision(model, dtype, attention="sdpa"):
+    """A copy, as if loaded so."""
+    model = copy.deepcopy(model).to(dtype)
+    model.set_attn_implementation(attention)
+    model.base_probe = common.probe(model)
+    return model
 
 
 def prompts(processor, count=5):
@@ -221,3 +231,99 @@ def test_a_thinking_template_is_asked_not_to_think(tiny):
         "{% else %}<think>\n{% endif %}")
     text = processor.tokenizer.decode(common.encode(processor, ["What?"])["input_ids"][0])
     assert text == processor.tokenizer.decode(plain[0]) + "<think>\n\n</think>\n\n"
+
+
+# ---------------------------------------------------------------- what goes wrong on some cards
+
+@pytest.mark.parametrize("bits", [32, 16])
+def test_patches_are_embedded_as_by_the_class(checkpoint, bits):
+    """The linear form gives the convolution's numbers; the weight keeps name and shape."""
+    model, processor = common.load(checkpoint, bits)
+    patches = common.encode(processor, *prompts(processor, 2))["pixel_values"]
+    embed = model.model.visual.patch_embed
+    found = embed(patches)
+    del embed.proj.forward                      # the class's own again
+    torch.testing.assert_close(found, embed(patches))
+    assert found.abs().max() > 0 and embed.state_dict()["proj.weight"].ndim == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_padding_makes_nothing_that_is_read_nan(loaded, monkeypatch, attention, dtype):
+    """Rows of very different lengths: the queries of left padding see no key at all.
+
+    Their attention may be NaN (transformers issue 47651); nothing of it may reach the others.
+    """
+    model, processor = in_precision(loaded[0], dtype, attention), loaded[1]
+    assert model.model.language_model.config._attn_implementation == attention
+    texts = ["Go.", "What? " * 40]
+    prompt = common.encode(processor, texts, prompts(processor, 2)[1])
+    ids, mask = common.encode_responses(processor, texts[::-1])
+    assert prompt["attention_mask"][0].sum() < 0.2 * prompt["attention_mask"].shape[1]
+    model = adapted(model)
+    coldstart.answer_loss(model, prompt, ids, mask).backward()
+    assert all(weight.grad.isfinite().all() for weight in common.adapter_weights(model))
+    read = []
+
+    def draw(logits, *words):
+        read.append(logits)
+        return logits.argmax(-1)
+    monkeypatch.setattr(common, "draw_token", draw)
+    common.sample(model, processor, prompt, 3, np.zeros((2, 3)))
+    assert len(read) >= 2 and not torch.cat(read).isnan().any()
+
+
+def test_cards_without_bfloat16(monkeypatch, capsys):
+    """They compute in float16, in 4 bits too; one function decides."""
+    args = SimpleNamespace(preset="2b", model="some", bits=4)
+    for has_cuda, has_bfloat16, wanted in (
+            (False, False, torch.bfloat16), (True, True, torch.bfloat16),
+            (True, False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda value=has_cuda: value)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation, value=has_bfloat16: value)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some card")
+        assert common.compute_dtype(16) == common.compute_dtype(4) == wanted
+        assert common.compute_dtype(32) == torch.float32
+        common.announce(args)
+        assert ("float16" in capsys.readouterr().out) == (wanted == torch.float16)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_both_stages_in_float16(toy_data, tmp_path, monkeypatch, bits):
+    """As on a card without bfloat16: losses and gradients are finite, adapters float32."""
+    monkeypatch.setattr(common, "compute_dtype", lambda bits: torch.float16)
+    adapters, add_lora = [], common.add_lora
+
+    def add(*words):
+        model = add_lora(*words)
+        assert common.network(model).lm_head.weight.dtype == torch.float16
+        adapters.extend(common.adapter_weights(model))
+        return model
+    monkeypatch.setattr(common, "add_lora", add)
+    monkeypatch.setattr(coldstart, "validate", lambda *words: {})
+    flags = ["--preset", "tiny", "--bits", str(bits), "--data", str(toy_data), "--steps", "2",
+             "--batch", "2", "--micro_batch", "2", "--max_new_tokens", "8"]
+    out = [str(tmp_path / stage) for stage in ("coldstart", "distill")]
+    coldstart.main(coldstart.parse_args([*flags, "--out", out[0]]))
+    distill.main(distill.parse_args([*flags, "--out", out[1], "--init", out[0]]))
+    assert adapters and {weight.dtype for weight in adapters} == {torch.float32}
+    for folder in out:
+        lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").open()]
+        assert len(lines) == 2 and all(line["loss"] and line["grad_norm"] for line in lines)
+        assert not Path(folder, "not_finite.jsonl").exists()
+
+
+def test_gradients_in_float16(tiny):
+    """The loss is summed, not averaged, before the backward pass: float16 keeps its direction."""
+    texts, images = prompts(tiny[1], 4)
+    prompt = common.encode(tiny[1], texts, images)
+    ids, mask = common.encode_responses(tiny[1], [row.response() for row in make_rows(4)[0]])
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        model = adapted(in_precision(tiny[0], dtype))
+        coldstart.answer_loss(model, prompt, ids, mask).backward()
+        found.append(torch.cat([w.grad.flatten() for w in common.adapter_weights(model)]))
+    assert found[1].dtype == torch.float32
+    assert torch.cosine_similarity(*found, dim=0) > 0.999
+    assert (found[1] == 0).float().mean() < 0.001 + (found[0] == 0).float().mean()
