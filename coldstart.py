@@ -153,12 +153,12 @@ def main(args):
     held_out = draw_examples(val, 96, np.random.default_rng(args.seed), 0.5, args.target)[share]
 
     with common.Run(args, parse_args, scripts, inputs, trained_on) as run:
-        model, processor = common.load(args.model, args.bits)
+        model, processor = common.load(args.model, args.bits, args.max_pixels)
         common.check_lengths(model, processor, {
             row.where: f"{row.ask()}\n{row.answers()}" for row in train + val})
         torch.manual_seed(args.seed)
         model = common.add_lora(model, args.lora_rank, args.lora_vision, init)
-        model.print_trainable_parameters()
+        common.print_adapters(model)
         weights = common.adapter_weights(model)
         optimizer = common.adamw(weights, args.lr)
         run.restore(model, optimizer=optimizer)

@@ -2,7 +2,7 @@
 
 What the two stages and the evaluation share, in this order:
     BACKBONES            model, bits and adapter of each preset
-    load, add_lora       a Qwen3-VL in 4, 16 or 32 bits; a fresh LoRA adapter, or one from disk
+    load, add_lora       a network in 4, 16 or 32 bits; a fresh LoRA adapter, or one from disk
     encode, take_rows    prompts and pictures -> a left-padded batch (`encode` is the one caller of
                          the chat template)
     response_hidden      the hidden states that predict given response tokens
@@ -109,9 +109,14 @@ def warn(message):
 
 # ---------------------------------------------------------------- loading
 
-LANGUAGE = r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-VISION = (r"visual\.(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc[12])"
-          r"|(merger|deepstack_merger_list\.\d+)\.linear_fc[12])")
+# The classes that are served, by `model_type` of config.json. graph: is a decoding step captured as
+# a CUDA graph? Qwen3-VL's was, on a card; Qwen2.5-VL's language model does the same operations.
+# Qwen3.5's linear attention is that of whatever package is installed, so it is not.
+SERVED = {
+    "qwen3_vl": {"graph": True},
+    "qwen2_5_vl": {"graph": True},
+    "qwen3_5": {"graph": False},
+}
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -198,13 +203,39 @@ def load_processor(path, max_pixels=MAX_PIXELS):
     return processor
 
 
-def load(path, bits, max_pixels=MAX_PIXELS):
-    """(model, processor) of a Qwen3-VL checkpoint: frozen, in eval mode, on the GPU if there is.
+def compute_dtype(bits):
+    """What the network computes in. Cards without bfloat16 (T4, RTX 20xx) only emulate it, slowly.
 
-    bits: 4 (NF4, double quantisation; vision tower and lm_head stay in 16 bits), 16 (bfloat16), 32.
-    A checkpoint that is stored in 4 bits is taken as it is.
+    Adapters are float32 all the same, and so are logits and losses.
     """
-    from transformers import BitsAndBytesConfig, Qwen3VLForConditionalGeneration
+    if bits == 32:
+        return torch.float32
+    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def embed_patches(conv, patches):
+    """The convolution `conv` of patches as large as its kernel [N, ...] -> [N, outputs, 1, 1, 1].
+
+    Each is one product: the same numbers as a linear's, without the Conv3d in bf16 that is slow
+    since torch 2.9 (pytorch issue 166643, transformers issue 45750).
+    """
+    out = linear(patches.flatten(1), conv.weight.flatten(1), conv.bias)
+    return out[..., None, None, None]
+
+
+def load(path, bits, max_pixels=MAX_PIXELS):
+    """(model, processor) of a checkpoint in SERVED: frozen, in eval mode, on the GPU if there is.
+
+    bits: 4 (NF4, double quantisation; vision tower and lm_head stay in 16 bits), 16, 32. A
+    checkpoint that is stored in 4 bits is taken as it is. max_pixels: a larger picture is shrunk.
+    """
+    from transformers import (
+        AutoModelForImageTextToText,
+        BitsAndBytesConfig,
+        PreTrainedConfig,
+    )
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
     cuda = torch.cuda.is_available()
@@ -215,12 +246,15 @@ def load(path, bits, max_pixels=MAX_PIXELS):
     stored = quantised_bits(path)
     if stored and stored != bits:
         fail(f"--model {name} is stored in {stored} bits: --bits {bits} cannot be had from it")
-    dtype = torch.float32 if bits == 32 else torch.bfloat16
+    dtype = compute_dtype(bits)
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head", "model.visual"])
     try:
-        model, found = Qwen3VLForConditionalGeneration.from_pretrained(
+        kind = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
+        if kind not in SERVED:
+            fail(f"--model {name} is a {kind}: wanted one of {', '.join(SERVED)}")
+        model, found = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, quantization_config=nf4 if bits == 4 and not stored else None,
             device_map={"": device}, use_safetensors=True, output_loading_info=True)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
@@ -228,9 +262,11 @@ def load(path, bits, max_pixels=MAX_PIXELS):
     missing = sorted(found["missing_keys"])
     foreign = sorted(set(found["unexpected_keys"]) - {"lm_head.weight"})  # it may be tied
     if missing or foreign:
-        fail(f"--model {path} is not a whole Qwen3-VL checkpoint: {len(missing)} weights missing "
+        fail(f"--model {path} is not a whole {kind} checkpoint: {len(missing)} weights missing "
              f"{missing[:2]}, {len(foreign)} foreign {foreign[:2]}; download it again")
     processor = load_processor(path, max_pixels)
+    conv = model.model.visual.patch_embed.proj
+    conv.forward = partial(embed_patches, conv)
     model.name_or_path = model.config.name_or_path = name  # as it was given, into adapters' files
     model.requires_grad_(False)
     if cuda:
@@ -249,24 +285,31 @@ def load(path, bits, max_pixels=MAX_PIXELS):
                 # Else a forward pass in eval mode on the CPU would repack the weights for a kernel
                 # that has no backward: later gradients would be wrong.
                 module.support_avx512bf16_for_cpu = False
+                module.compute_dtype = dtype  # a stored checkpoint may name another one
     model.eval()
     model.base_probe = probe(model)
     return model, processor
 
 
+def linears(net, vision=False):
+    """Names of the linears that a fresh adapter sits on: the language model's, and `vision`'s."""
+    towers = ("model.language_model.", "model.visual.")[:2 if vision else 1]
+    return [name for name, module in net.named_modules()
+            if isinstance(module, torch.nn.Linear) and name.startswith(towers)]
+
+
 def add_lora(model, rank=None, vision=False, path=None):
     """Wrap `model` in a PeftModel with a fresh adapter, or with the one saved in folder `path`.
 
-    The pattern of a fresh one is anchored on the language model's linears; `vision` adds the vision
-    tower's. A saved one keeps its own configuration; it may be of another tool.
+    A fresh one sits on all of the language model's linears; `vision` adds the vision tower's. A
+    saved one keeps its own configuration; it may be of another tool.
     """
     import peft
     if path:
         model = add_saved_lora(model, path)
     else:
-        pattern = rf".*\.({LANGUAGE}|{VISION})" if vision else rf".*\.{LANGUAGE}"
         model = peft.get_peft_model(model, peft.LoraConfig(
-            r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=pattern))
+            r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=linears(model, vision)))
     base = getattr(network(model), "base_probe", None)  # of `load`, in eval mode
     if base is not None and not network(model).training:
         with model.disable_adapter():
@@ -329,8 +372,21 @@ def add_saved_lora(model, path):
     return model
 
 
+def print_adapters(model):
+    """Two lines: how many parameters are trained, and which linears are left without an adapter."""
+    from peft.tuners.lora import LoraLayer
+    model.print_trainable_parameters()
+    left, inside = set(), None
+    for name, module in network(model).named_modules():
+        if isinstance(module, LoraLayer):
+            inside = name + "."                              # its own linears follow it
+        elif isinstance(module, torch.nn.Linear) and not (inside and name.startswith(inside)):
+            left.add(re.sub(r"\.\d+\.", ".*.", name.removeprefix("model.")))
+    print(f"no adapter on {', '.join(sorted(left))}")
+
+
 def network(model):
-    """The Qwen3VLForConditionalGeneration inside, adapted or not (LoRA lives in its modules)."""
+    """The transformers model inside, adapted or not (LoRA lives in its modules)."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -342,6 +398,8 @@ def encode(processor, prompts, images=None, device="cpu"):
     Returns a dict of tensors: input_ids, attention_mask, mm_token_type_ids [B, P], and with
     pictures pixel_values [patches of all rows, values], image_grid_thw [pictures, 3].
     """
+    # A template that can think is asked not to; others warn of what they do not know.
+    options = {"enable_thinking": False} if "enable_thinking" in processor.chat_template else {}
     chats = []
     for prompt, image in zip(prompts, images or [None] * len(prompts), strict=True):
         content = [{"type": "text", "text": prompt}]
@@ -350,7 +408,7 @@ def encode(processor, prompts, images=None, device="cpu"):
         chats.append([{"role": "user", "content": content}])
     batch = processor.apply_chat_template(
         chats, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"})
+        processor_kwargs={"padding": True, "padding_side": "left"}, **options)
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -367,12 +425,12 @@ def encode_responses(processor, texts, device="cpu"):
     return ids.to(device), mask.to(device)
 
 
-def check_lengths(model, processor, texts, new_tokens=0, picture=300):
-    """Fails if a text of {name: text} leaves no room in the context for the rest.
-
-    picture: tokens of one of 512x512 and of the frame around a chat.
-    """
+def check_lengths(model, processor, texts, new_tokens=0):
+    """Fails if a text of {name: text} leaves no room in the context for picture and response."""
     context = network(model).config.text_config.max_position_embeddings
+    images = processor.image_processor
+    picture = images.size["longest_edge"] // (images.patch_size * images.merge_size) ** 2
+    picture += 44  # the frame around a chat
     room = context - new_tokens - picture
     for name, text in texts.items():
         if len(text.encode()) > room:  # a token has a byte at least: most texts need no counting
@@ -535,7 +593,7 @@ class Decoder:
 
     def keep(self, going):
         self.attention, self.position = self.attention[going], self.position[going]
-        self.cache.batch_select_indices(going)
+        self.cache.reorder_cache(going.nonzero()[:, 0])  # states of linear attention too
 
 
 class GraphDecoder(Decoder):
@@ -581,8 +639,7 @@ class GraphDecoder(Decoder):
     def keep(self, going):
         self.token, self.attention = self.token[going], self.attention[going]
         self.position = self.position[:, going]
-        for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[going], layer.values[going]
+        self.cache.reorder_cache(going.nonzero()[:, 0])
         self.warm, self.replay = False, None
 
 
@@ -594,9 +651,11 @@ def captured(work):
     return graph.replay
 
 
-def decoder_of(device):
+def decoder_of(net):
     """(class, tokens between two looks at who has ended: on a GPU each look makes Python wait)."""
-    return (GraphDecoder, 8) if device.type == "cuda" else (Decoder, 1)
+    if net.device.type != "cuda":
+        return Decoder, 1
+    return (GraphDecoder if SERVED[net.config.model_type]["graph"] else Decoder), 8
 
 
 @torch.no_grad()
@@ -611,13 +670,14 @@ def sample(model, processor, prompt, max_new_tokens, uniforms=None, temperature=
     placeholders removed, whatever generation_config says.
     """
     pad, ends = processor.tokenizer.pad_token_id, eos_tokens(model, processor)
-    banned = torch.tensor([processor.image_token_id, processor.video_token_id,
-                           processor.vision_start_token_id], device=model.device)
+    config = network(model).config
+    banned = torch.tensor([config.image_token_id, config.video_token_id,
+                           config.vision_start_token_id], device=model.device)
     if uniforms is not None:
         uniforms = torch.as_tensor(uniforms, device=model.device)
     count = len(prompt["input_ids"])
     ids = torch.full((count, max_new_tokens), pad, device=model.device)
-    make_decoder, interval = decoder_of(model.device)
+    make_decoder, interval = decoder_of(network(model))
     with light_adapters(model):
         for begin in range(0, count, rollout_batch or count):
             rows = torch.arange(count, device=model.device)[begin:begin + (rollout_batch or count)]
@@ -688,6 +748,8 @@ def add_flags(parser):
         "is continued, else tiny)")
     add("--model", help="checkpoint folder or hub name (default: the preset's)")
     add("--bits", type=int, choices=(4, 16, 32), help="frozen weights: NF4, bfloat16, float32")
+    add("--max_pixels", type=whole_number(1024), help="a larger picture is shrunk to so many "
+        "(default: 262144, as 512x512; never above the checkpoint's own limit)")
     add("--data", help="data folder (default: the preset's, made now if it is not there)")
     add("--seed", type=whole_number(0), default=0, help="draws data, rows of a step, responses")
 
@@ -760,6 +822,9 @@ def announce(args):
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else "the CPU"
     print(f"preset {args.preset} on {device}: {args.model} in {args.bits} bits")
+    if compute_dtype(args.bits) is torch.float16:
+        print("This card has no bfloat16: the network computes in float16, which may overflow "
+              "(such steps are skipped, and said)")
     if cuda and args.preset == "tiny":
         print("For Qwen3-VL-4B: the same commands with --preset 4b (a download of 9 GB; memory by "
               "`python -m tools.estimate --preset 4b`; hours: docs/gpu.md)")

@@ -317,13 +317,13 @@ def main(args):
     divergence = DIVERGENCES[args.divergence]
 
     with common.Run(args, parse_args, scripts, inputs, trained_on) as run:
-        model, processor = common.load(args.model, args.bits)
+        model, processor = common.load(args.model, args.bits, args.max_pixels)
         common.check_lengths(model, processor, {
             row.where: row.teacher_prompt("symbols+plan") for row in rows + held_out},
             args.max_new_tokens)
         torch.manual_seed(args.seed)
         model = common.add_lora(model, args.lora_rank, args.lora_vision, init)
-        model.print_trainable_parameters()
+        common.print_adapters(model)
         lm_head, weights = common.network(model).lm_head, common.adapter_weights(model)
         optimizer = common.adamw(weights, args.lr)
         ema = [weight.detach().clone() for weight in weights]
@@ -395,8 +395,8 @@ def main(args):
                 common.warn(f"the KL of the first step is {means['kl']:.1f} nats per token: are "
                             "teacher and student aligned?")
             if tokens == 0 or grad_norm == 0:
-                common.warn(f"step {step + 1}: no token counts, or student and teacher agree: there "
-                            "is nothing to learn")
+                common.warn(f"step {step + 1}: no token counts, or student and teacher agree: "
+                            "there is nothing to learn")
             if step % SHOW_EVERY == 0:
                 run.append("rollouts.jsonl", lines[::math.ceil(len(lines) / 8)])  # of every task
                 line = lines[step % len(lines)]

@@ -134,6 +134,10 @@ def find_adapters(args):
             if record and record["args"]["bits"] != args.bits:
                 fail(f"--adapter {run}: it was trained in {record['args']['bits']} bits, not in "
                      f"{args.bits}: evaluate it by itself")
+            pixels = record and record["args"].get("max_pixels", common.MAX_PIXELS)
+            if record and pixels != args.max_pixels:
+                fail(f"--adapter {run}: it was trained with --max_pixels {pixels}, not with "
+                     f"{args.max_pixels}: evaluate it by itself")
             if record and is_here and record["inputs"]["model"] != digest(files):
                 fail(f"--adapter {run}: it was trained on {record['args']['model']} with other "
                      f"files than {args.model} has now: evaluate it by itself, on those")
@@ -277,6 +281,7 @@ def plan_jobs(args, rows, pool, adapters):
         for source in sources:
             settings = {
                 "model": Path(args.model).name, "files": model, "bits": args.bits,
+                "max_pixels": args.max_pixels,
                 "adapter": common.digest_folder(adapter), "max_new_tokens": args.max_new_tokens,
                 "temperature": args.temperature, "samples": args.samples,
                 "seed": args.seed if args.temperature else None,
@@ -692,7 +697,7 @@ def score_model(args, rows, pool, adapters):
                for adapter in adapters.values()}
     jobs = plan_jobs(args, rows, pool, adapters)
     if any(job.missing(args.rollout_batch) for job in jobs):
-        model, processor = common.load(args.model, args.bits)
+        model, processor = common.load(args.model, args.bits, args.max_pixels)
         find_adapters(args)                       # the files of a hub's model are here by now: are
         jobs = plan_jobs(args, rows, pool, adapters)                # they those it was trained on?
         check_jobs(model, jobs)

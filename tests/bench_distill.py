@@ -226,7 +226,7 @@ def trl_step(how, folder, batch, tokens):
             def on_step_end(self, *args, **kwargs):
                 ends.append(time.perf_counter())
         (model, processor), (teacher, _) = common.load(folder, 32), common.load(folder, 32)
-        adapters = peft.LoraConfig(r=16, lora_alpha=32, target_modules=rf".*\.{common.LANGUAGE}")
+        adapters = peft.LoraConfig(r=16, lora_alpha=32, target_modules=common.linears(model))
         trainer = Trainer(
             model, teacher, config, train_dataset=Dataset.from_list(lines * 2),
             processing_class=processor, callbacks=[NoteTheEnd()], peft_config=adapters)

@@ -15,7 +15,6 @@ import gc
 import importlib.util
 import io
 import json
-import re
 import sys
 import tempfile
 import time
@@ -45,8 +44,9 @@ def random_network(config, bits, device):
     dtype = torch.float32 if bits == 32 else torch.bfloat16
     with init_empty_weights(include_buffers=False):
         model = Qwen3VLForConditionalGeneration(config)
+    quantised = common.linears(model) if bits == 4 else []
     for name, module in list(model.named_modules()):
-        if bits == 4 and re.search(common.LANGUAGE + "$", name):
+        if name in quantised:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, random_nf4(module, device))
             continue

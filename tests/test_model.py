@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import coldstart
 import common
 import distill
+import evaluate
 import gen_data
 
 
@@ -70,10 +71,39 @@ def test_a_large_picture_has_at_most_256_tokens(tmp_path):
         assert int(batch["mm_token_type_ids"].sum()) == tokens
 
 
+def test_the_picture_limit_belongs_to_a_run(toy_data, tmp_path, capsys, monkeypatch):
+    """--max_pixels shrinks pictures; stages and evaluation take it over, and cannot change it."""
+    picture, sizes, encode = Image.new("RGB", (512, 512)), [], common.encode
+    for most, tokens in ((65_536, 64), (10**6, 256)):           # the checkpoint's own limit stays
+        processor = common.load(common.TINY, 32, most)[1]
+        batch = common.encode(processor, ["What?"], [picture])
+        assert int(batch["mm_token_type_ids"].sum()) == tokens
+
+    def look(*words):
+        sizes.append(encode(*words))
+        return sizes[-1]
+    monkeypatch.setattr(common, "encode", look)
+    monkeypatch.setattr(coldstart, "validate", lambda *words: {})
+    out = str(tmp_path / "run")
+    words = ["--data", str(toy_data), "--out", out, "--batch", "2"]
+    coldstart.main(coldstart.parse_args([*words, "--steps", "1", "--max_pixels", "4096"]))
+    assert sizes and all((one["image_grid_thw"].prod(1) <= 16).all() for one in sizes)
+    assert evaluate.parse_args(["--adapter", out]).max_pixels == 4096
+    assert distill.parse_args(["--init", out]).max_pixels == 4096
+    assert "has --max_pixels 4096" in stops(
+        capsys, distill.parse_args, ["--init", out, "--max_pixels", "8192"])
+    again = coldstart.parse_args([*words, "--steps", "2"])
+    assert again.max_pixels == 262_144
+    assert "differs in --max_pixels" in stops(capsys, coldstart.main, again)
+    args = evaluate.parse_args(["--adapter", "docs/run/coldstart"])
+    args.adapter.append(out)
+    assert "was trained with --max_pixels 4096" in stops(capsys, evaluate.find_adapters, args)
+
+
 def test_room_for_the_picture_and_the_response(tiny, capsys):
     """To the token: the context less 300 for the picture and what is to be written."""
     tokenizer = SimpleNamespace(tokenize=lambda text, verbose: list(text))
-    processor = SimpleNamespace(tokenizer=tokenizer)
+    processor = SimpleNamespace(tokenizer=tokenizer, image_processor=tiny[1].image_processor)
     room = tiny[0].config.text_config.max_position_embeddings - 300 - 50
     common.check_lengths(tiny[0], processor, {"a": "x" * room}, 50)
     words = tiny[0], processor, {"a": "x", "b": "x" * (room + 1)}, 50

@@ -14,7 +14,6 @@ Left out, since something else is always larger: the teacher's pass and the stud
 it sees the pictures, the optimizer's step.
 """
 import argparse
-import re
 from importlib.resources import files
 
 import torch
@@ -120,15 +119,15 @@ def count_weights(args):
         net = Qwen3VLForConditionalGeneration(configuration(args.model))
     net.tie_weights()
     counts = dict.fromkeys(("linears", "vision", "other", "adapters"), 0)
+    linears = set(common.linears(net))
     for name, weight in net.named_parameters():
-        if re.search(common.LANGUAGE, name):
+        if name.removesuffix(".weight") in linears:
             counts["linears"] += weight.numel()
         else:
             counts["vision" if ".visual." in name else "other"] += weight.numel()
-    adapted = f"{common.LANGUAGE}|{common.VISION}" if args.lora_vision else common.LANGUAGE
-    for name, module in net.named_modules():
-        if re.fullmatch(rf".*\.({adapted})", name):
-            counts["adapters"] += args.lora_rank * (module.in_features + module.out_features)
+    for name in common.linears(net, args.lora_vision):
+        module = net.get_submodule(name)
+        counts["adapters"] += args.lora_rank * (module.in_features + module.out_features)
     return counts
 
 

@@ -70,7 +70,7 @@ def score(model, processor, asked, args):
 
 def main(args):
     adapters = evaluate.find_adapters(args)
-    network, processor = common.load(args.model, args.bits)
+    network, processor = common.load(args.model, args.bits, args.max_pixels)
     if build.ASK_GRID not in processor.tokenizer.get_vocab():
         fail(f"--model {args.model} was not pretrained on tiny/build.py's pictures: wanted the "
              f"bundled backbone, --model {common.TINY}")
