@@ -5,6 +5,7 @@
     python distill.py --init none                    # without a cold start
     python distill.py --teacher_reads symbols        # without the plan: the teacher plans by itself
     python distill.py --divergence sampled           # the paper's released loss
+    python distill.py --data data/mine --teacher_reads picture --init none    # a cleaner picture
 
 One network is both roles. The student reads the picture, adapters on; the teacher is the same
 network with its adapters off and reads the symbols. One update:
