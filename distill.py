@@ -409,7 +409,7 @@ def main(args):
                 run.clock("validate")
             run.log(loss=loss, **means, on_policy=on_policy, grad_norm=grad_norm, lr=lr)
             run.save_if_due()
-    if best.step:
+    if args.eval_every and best.step:
         what = "minus KL" if best.score < 0 else "success"
         print(f"validation, {what}: {best.last:.3g} of {args.out}/adapter (step {run.step}), "
               f"{best.score:.3g} of {args.out}/adapter-best (step {best.step})")
