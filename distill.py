@@ -5,6 +5,7 @@
     python distill.py --init none                    # without a cold start
     python distill.py --teacher_reads symbols        # without the plan: the teacher plans by itself
     python distill.py --divergence sampled           # the paper's released loss
+    python distill.py --data data/mine --teacher_reads picture --init none    # a cleaner picture
 
 One network is both roles. The student reads the picture, adapters on; the teacher is the same
 network with its adapters off and reads the symbols. One update:
@@ -410,7 +411,7 @@ def main(args):
                 run.clock("validate")
             run.log(loss=loss, **means, on_policy=on_policy, grad_norm=grad_norm, lr=lr)
             run.save_if_due()
-    if best.step:
+    if args.eval_every and best.step:
         what = "minus KL" if best.score < 0 else "success"
         print(f"validation, {what}: {best.last:.3g} of {args.out}/adapter (step {run.step}), "
               f"{best.score:.3g} of {args.out}/adapter-best (step {best.step})")

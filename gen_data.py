@@ -1414,9 +1414,9 @@ def decode_all(paths):
 
 def check_pictures(rows):
     """Decode the pictures of a user's own rows; what was generated here is only hashed."""
-    own = [row.pictures() for row in rows if isinstance(row, OwnRow)]
-    if own:
-        decode_all(sum(own, []))
+    paths = [path for row in rows if isinstance(row, OwnRow) for path in row.pictures()]
+    if paths:
+        decode_all(paths)
 
 
 def whole_text(thing):

@@ -189,8 +189,8 @@ def our_step(folder, data, batch, tokens):
     with tempfile.TemporaryDirectory() as out:
         distill.main(distill.parse_args([str(word) for word in (
             "--preset", "tiny", "--model", folder, "--data", data, "--out", out, "--init", "none",
-            "--lora_vision", 0, "--steps", 2, "--batch", batch, "--micro_batch", batch,
-            "--max_new_tokens", tokens, "--chunk", distill.SETTINGS["4b"]["chunk"])]))
+            "--eval_every", 0, "--lora_vision", 0, "--steps", 2, "--batch", batch, "--micro_batch",
+            batch, "--max_new_tokens", tokens, "--chunk", distill.SETTINGS["4b"]["chunk"])]))
         last = json.loads(Path(out, "metrics.jsonl").read_text().splitlines()[-1])
     return {"s": last["step_seconds"], "gb": status("VmHWM") - begin["gb"],
             "phases": last["seconds"]}

@@ -116,6 +116,8 @@ def two_steps(stage, words, network, processor):
     network: a function that makes it. Bytes: of torch's allocator, without CUDA's own; CUDA only.
     """
     peaks, clock = {}, common.Run.clock
+    words = [*words, "--steps", "2", "--init", "none"]
+    words += ["--eval_every", "0"] if stage is distill else []
 
     def noting_peaks(run, phase):
         clock(run, phase)
@@ -126,7 +128,7 @@ def two_steps(stage, words, network, processor):
           mock.patch.object(common.Run, "clock", noting_peaks),
           mock.patch.object(common, "load", lambda path, bits: (network(), processor)),
           mock.patch.object(coldstart, "validate", lambda *args: {})):
-        stage.main(stage.parse_args([*words, "--steps", "2", "--init", "none", "--out", out]))
+        stage.main(stage.parse_args([*words, "--out", out]))
         log = Path(out, "metrics.jsonl").read_text(encoding="utf-8")
     return json.loads(log.splitlines()[-1])["seconds"], peaks
 

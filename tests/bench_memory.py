@@ -97,7 +97,8 @@ def measure(work, case):
     common.load, coldstart.validate = load_as_on_a_gpu, lambda *args: {}
     chunk = ["--chunk", str(case["chunk"])]
     more = ["--data", f"{work}/data", "--steps", "1"]
-    more += [*chunk, "--init", "none"] if stage is distill else ["--map_share", "1"]
+    more += ([*chunk, "--init", "none", "--eval_every", "0"] if stage is distill else
+             ["--map_share", "1"])
     step = words(f"{work}/model", case["bits"], case["rows"], case["rollout"], case["new"])
     first = words(common.TINY, 32, 2, 2, 2)
     stage.main(stage.parse_args([*first, *more, "--out", f"{work}/first"]))

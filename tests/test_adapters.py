@@ -125,7 +125,8 @@ def test_distillation_continues_any_cold_start(tiny, toy_data, tmp_path, capsys)
     """A bare PEFT folder, of which nothing says what it was trained on."""
     foreign_adapter(tiny, tmp_path / "theirs")
     words = ["--init", tmp_path / "theirs", "--data", toy_data, "--out", tmp_path / "out",
-             "--steps", 1, "--batch", 2, "--micro_batch", 2, "--max_new_tokens", 4]
+             "--steps", 1, "--batch", 2, "--micro_batch", 2, "--max_new_tokens", 4,
+             "--eval_every", 0]
     distill.main(distill.parse_args(list(map(str, words))))
     assert "which rows it was trained on is not known" in capsys.readouterr().err
     assert not (tmp_path / "out/trained_rows.json").exists()

@@ -761,3 +761,19 @@ def test_adapters_are_told_by_their_place(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Path, "is_file", lambda path: path.name.startswith("adapter_")
                         or real(path))
     assert list(evaluate.find_adapters(args)) == ["adapter"]
+
+
+@pytest.mark.parametrize("mean, ci, said", [
+    (0.0, None, "is +0% [+0%, +0%]"), (0.05, [-0.02, 0.11], "is +5% [-2%, +11%]"),
+    (-0.2, [-0.3, -0.1], "is -20%"), (0.05, [0.01, 0.1], ""), (1.0, None, "")])
+def test_a_base_without_a_gap_is_named(capsys, mean, ci, said):
+    """What it does not do better from symbols, its teacher has no use for."""
+    evaluate.warn_without_gap({"base-image": {"macro": {"mean": mean, "ci": ci}},
+                               "mine-image": {"macro": {"mean": 0.0, "ci": None}}})
+    err = capsys.readouterr().err
+    assert said in err and bool(err) == bool(said) and err.count("cannot be taught") == bool(said)
+
+
+def test_without_a_base_no_gap_is_named(capsys):
+    evaluate.warn_without_gap({"mine-image": {"macro": {"mean": 0.0, "ci": None}}})
+    assert not capsys.readouterr().err

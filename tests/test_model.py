@@ -434,7 +434,7 @@ def test_both_stages_change_only_the_adapter(toy_data, tmp_path, bits, monkeypat
     keys = json.loads((first / "trained_rows.json").read_text())
     (first / "trained_rows.json").write_text(json.dumps([*keys, "f" * 16]))  # of a run before it
     distill.main(distill.parse_args([*flags, "--out", str(second), "--init", str(first),
-                                     "--max_new_tokens", "10"]))
+                                     "--max_new_tokens", "10", "--eval_every", "0"]))
     trained = set(json.loads((second / "trained_rows.json").read_text()))
     assert trained == {row.key() for row in gen_data.load_rows(toy_data, "train")} | {"f" * 16}
     assert signal.getsignal(signal.SIGTERM) == handler  # given back

@@ -138,7 +138,8 @@ def textbook(name, log_p, log_q, token):
 
 
 @pytest.mark.parametrize("name", distill.DIVERGENCES)
-def test_two_steps_of_distillation(toy_data, tmp_path, watched, name):
+def test_two_steps_of_distillation(toy_data, tmp_path, watched, monkeypatch, name):
+    monkeypatch.setattr(distill, "SHOW_EVERY", 1)
     lines = run(distill, toy_data, tmp_path, "--init", "none", "--divergence", name,
                 "--max_new_tokens", 24, "--rollout_batch", 3, "--chunk", 7, "--eval_every", 0)
     logged_ids = [[], []]
