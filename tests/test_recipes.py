@@ -42,38 +42,44 @@ WORDS = {
     "A task": ["--data", "data/lamps", "--tasks", "lamps"],
     "A backbone": ["--preset", "mine", "--data", "data/tiny", "--chunk", 16],
 }
-# In a child: keeps what the loss is given, step by step, and a prompt of the student's.
+# In a child: keeps what the loss of a step is given, its rollouts, and a prompt of the student's.
 SPY = """
 import json
 from pathlib import Path
-loss, average, encode, seen = module.chunked_divergence, common.average_gradients, common.encode, []
+clock, loss, average = common.Run.clock, module.chunked_divergence, common.average_gradients
+describe, encode, seen, kept = module.rollout_lines, common.encode, [], {{}}
+def spy_clock(run, phase):
+    if phase == "sample":  # what follows is the loss, not a validation
+        seen.clear()
+    clock(run, phase)
 def spy_loss(hidden, teacher, token, factor, *more):
     gradient, scores = loss(hidden, teacher, token, factor, *more)
     assert gradient.isfinite().all() and not gradient[factor == 0].any()
     seen.extend(factor.tolist())
     return gradient, scores
+def spy_lines(*words):
+    kept["rollouts"] = describe(*words)
+    return kept["rollouts"]
 def spy_average(weights, total, tokens):
     with open({file!r}, "a") as file:
-        print(json.dumps({{"factors": seen, "tokens": tokens}}), file=file)
-    seen.clear()
+        print(json.dumps(dict(factors=seen, tokens=tokens, **kept)), file=file)
     return average(weights, total, tokens)
 def spy_encode(processor, prompts, pictures, *more):
-    if pictures:
+    if pictures and pictures[0]:
         Path({file!r}).with_suffix(".txt").write_text(prompts[0])
     return encode(processor, prompts, pictures, *more)
-module.chunked_divergence, common.average_gradients = spy_loss, spy_average
-common.encode = spy_encode
+common.Run.clock, module.chunked_divergence = spy_clock, spy_loss
+module.rollout_lines, common.average_gradients, common.encode = spy_lines, spy_average, spy_encode
 """
 # A process kills itself at the beginning of its third step.
 KILL = """
 import os
-draw, calls = module.draw_rows, []
-def die(*words):
-    calls.append(1)
-    if len(calls) == 3:
+clock = common.Run.clock
+def die(run, phase):
+    if run.step == 2 and phase == "encode":
         os.kill(os.getpid(), 9)
-    return draw(*words)
-module.draw_rows = die
+    clock(run, phase)
+common.Run.clock = die
 """
 
 
@@ -148,18 +154,15 @@ def place(tmp_path_factory, toy_data, tiny):
 
 
 def train(place, out, *words, root=None, patch="", code=0):
-    """A run of distill.py -> (what it said, the lines of its log, its rollouts by step)."""
+    """A run of distill.py -> (what it said, the lines of its log)."""
     flags = ["--init", "none", "--steps", STEPS, "--save_every", 2, "--batch", 8, "--micro_batch",
-             4, "--max_new_tokens", 34, "--show_every", 1, "--lr", 0.003, "--tasks", "maze:3",
-             "--out", f"out/{out}"]
+             4, "--max_new_tokens", 34, "--lr", 0.003, "--tasks", "maze:3", "--out", f"out/{out}"]
     if "--preset" not in words:
         flags += ["--lora_rank", 4, "--lora_vision", 0]
     done = processes.run(place, "distill", *flags, *words, root=root, patch=patch)
     assert done.code == code, done.err
-    lines, rollouts = [[json.loads(line) for line in open(place / "out" / out / name)]
-                       for name in ("metrics.jsonl", "rollouts.jsonl")]
-    steps = [[line for line in rollouts if line["step"] == step] for step in range(1, STEPS + 1)]
-    return done.out + done.err, lines, steps
+    lines = [json.loads(line) for line in open(place / "out" / out / "metrics.jsonl")]
+    return done.out + done.err, lines
 
 
 def prepare(place, root, name):
@@ -193,35 +196,36 @@ def other_backbone(folder):
 def whole(place):
     """A function of a recipe: the run that is left alone, once.
 
-    It returns (its copy of the scripts, the lines of its log, its rollouts by step, what SPY kept
-    by step).
+    It returns (its copy of the scripts, the lines of its log, what SPY kept of each step).
     """
     @lru_cache
     def train_once(name):
         root = fork(place / name.replace(" ", "-"), name)
         prepare(place, root, name)
         kept = place / f"{root.name}.jsonl"
-        _, lines, steps = train(place, f"whole-{root.name}", *WORDS.get(name, []), root=root,
-                                patch=SPY.format(file=str(kept)))
-        return root, lines, steps, [json.loads(line) for line in open(kept)]
+        _, lines = train(place, f"whole-{root.name}", *WORDS.get(name, []), root=root,
+                         patch=SPY.format(file=str(kept)))
+        return root, lines, [json.loads(line) for line in open(kept)]
     return train_once
 
 
 @pytest.mark.recipes
 @pytest.mark.parametrize("name", RECIPES)
 def test_killed_and_resumed_it_ends_like_one_left_alone(place, whole, name):
-    root, lines, steps, _ = whole(name)
+    root, lines, steps = whole(name)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert [len(rollouts) for rollouts in steps] == [8] * STEPS
+    assert [len(step["rollouts"]) for step in steps] == [8] * STEPS
     words = [f"killed-{root.name}", *WORDS.get(name, [])]
     train(place, *words, root=root, patch=KILL, code=-9)
     out = [place / f"out/{kind}-{root.name}" for kind in ("whole", "killed")]
     assert torch.load(out[1] / "checkpoint.pt", weights_only=True)["step"] == 2
-    other = place / "out/other/adapter/adapter_model.safetensors"
-    kept = other.read_bytes()
-    save_file({key: 0 * weight for key, weight in load_file(other).items()}, other)
+    if name == "Another adapter as the teacher":
+        other = place / "out/other/adapter/adapter_model.safetensors"
+        kept = other.read_bytes()
+        save_file({key: 0 * weight for key, weight in load_file(other).items()}, other)
+        assert "a run that differs in other:" in train(place, *words, root=root, code=2)[0]
+        other.write_bytes(kept)
     assert "resuming after step 2 of 4" in train(place, *words, root=root)[0]
-    other.write_bytes(kept)
     assert contents(out[1]) == contents(out[0])
     records = [json.loads((folder / "args.json").read_text()) for folder in out]
     for record in records:
@@ -256,7 +260,7 @@ def test_formulas(tmp_path):
 
 
 def weights_of(name, rollouts):
-    """By hand, from the lines of rollouts.jsonl: the factor of every token of a step."""
+    """By hand, from the rollouts of a step: the factor of every token."""
     factors = []
     for i, line in enumerate(rollouts):
         text, place = "", []
@@ -284,13 +288,13 @@ def weights_of(name, rollouts):
     "Without the responses that were cut", "Several rollouts per prompt", "Advantages"])
 def test_factors_tokens_and_the_loss(whole, name):
     """SPY has seen that no gradient reaches a token whose factor is 0. The logged KL is of all."""
-    _, lines, steps, given = whole(name)
     seen = set()
-    for line, rollouts, kept in zip(lines, steps, given, strict=True):
+    for line, step in zip(*whole(name)[1:], strict=True):
+        rollouts = step["rollouts"]
         factors = weights_of(name, rollouts)
         masked = name in ("The loss on one part", "Without the responses that were cut")
         tokens = np.count_nonzero(factors) if masked else len(factors)
-        assert kept["factors"] == pytest.approx(factors, abs=1e-6) and kept["tokens"] == tokens
+        assert step["factors"] == pytest.approx(factors, abs=1e-6) and step["tokens"] == tokens
         kl = np.concatenate([rollout["kl"] for rollout in rollouts])
         assert line["kl"] == pytest.approx(kl.mean(), rel=1e-5)
         if name != "Advantages":
@@ -303,8 +307,8 @@ def test_factors_tokens_and_the_loss(whole, name):
 @pytest.mark.parametrize("name", ["Several rollouts per prompt", "Advantages"])
 def test_the_rollouts_of_a_prompt_have_their_own_random_numbers(whole, name):
     kinds = []
-    for rollouts in whole(name)[2]:
-        groups = rollouts[:4], rollouts[4:]
+    for step in whole(name)[2]:
+        groups = step["rollouts"][:4], step["rollouts"][4:]
         assert [len({line["id"] for line in group}) for group in groups] == [1, 1]
         kinds += [len({line["response"] for line in group}) for group in groups]
     assert max(kinds) > 2
@@ -315,8 +319,8 @@ def test_the_rollouts_of_a_prompt_have_their_own_random_numbers(whole, name):
 def test_steps_in_which_nothing_counts(place, whole, name):
     """Every response is cut after four tokens: no mask, no reward, and no division by zero."""
     root = whole(name)[0]
-    text, lines, _ = train(place, f"nothing-{root.name}", *WORDS.get(name, []),
-                           "--max_new_tokens", 4, root=root)
+    text, lines = train(place, f"nothing-{root.name}", *WORDS.get(name, []),
+                        "--max_new_tokens", 4, root=root)
     assert text.count("no token counts, or student and teacher agree") == STEPS
     assert all(line["loss"] == 0 == line["grad_norm"] and line["kl"] > 0 for line in lines)
     saved = load_file(place / f"out/nothing-{root.name}/adapter/adapter_model.safetensors")
@@ -344,10 +348,10 @@ def test_the_teachers(place, whole):
 @pytest.mark.recipes
 def test_two_objectives(whole, tiny):
     """The first step's loss: the KL, and transformers' own cross-entropy of the references."""
-    (model, processor), (root, lines, steps, _) = tiny, whole("Two objectives")
+    (model, processor), (root, lines, steps) = tiny, whole("Two objectives")
     rows = {row.id: row for row in gen_data.load_rows(root.parent / "data/tiny", "train")}
     total = tokens = 0
-    for line in steps[0]:
+    for line in steps[0]["rollouts"]:
         row = rows[line["id"]]
         prompt = common.encode(processor, [row.student_prompt()], [open_picture(row.path)])
         ids, mask = common.encode_responses(processor, [row.response()])
@@ -370,7 +374,7 @@ def test_data_prompts_and_backbones(place, whole):
         return np.mean([cell == "H" for grid in grids for cell in grid])
     whole("Another share of holes")
     assert share("data/holes") > 1.3 * share("data/tiny")
-    assert {line["id"][:14] for line in whole("A task")[2][0]} == {"train_lamps_7_"}
+    assert {line["id"][:14] for line in whole("A task")[2][0]["rollouts"]} == {"train_lamps_7_"}
     [[_, old, new]] = changes(RECIPES["Another prompt"])
     for name, there, gone in (("Another prompt", new, old), ("A divergence", old, new)):
         prompt = (place / f"{whole(name)[0].name}.txt").read_text()
