@@ -102,7 +102,7 @@ def turned(path):
     ({"picture": Image.new("RGB", (64, 64), "red")}, "picture of one colour"),
     ({"picture": noise(1, (1024, 1024))}, "picture of 1024x1024 px is seen as 512x512: 25% of its "
      "pixels remain under --max_pixels 262144"),
-    ({"picture": noise(1, (400, 10))}, "picture of 400x10 px is seen as 416x32: stretched"),
+    ({"picture": noise(1, (400, 10))}, "picture of 400x10 px is seen as 224x32: stretched"),
     ({"answer": "the tag <answer>"}, "the answer is never right, as words are compared"),
     ({"answer": "a </think> b", "compare": "exact"}, "the answer is never right, as exact are"),
     ({"answer": ["B", "a <answer>"]}, "the answer is never right, as words are compared"),
@@ -176,23 +176,21 @@ def test_a_puzzle_that_stands_twice(toy_data, tmp_path, capsys):
 # ---------------------------------------------------------------- what the stages refuse
 
 def test_all_errors_are_told(tmp_path, capsys):
-    """Pictures, lengths and a broken split, each in the stages' own words; none hides another."""
+    """Pictures, lengths and a missing split, each in the stages' own words; none hides another."""
     long = "word " * 5000
     splits = sound({"picture": lambda path: path.write_bytes(b"no picture")},
                    {"picture": noise(1, (2000, 4))}, {"symbols": long}, {})
     data = write(tmp_path, **splits)
-    (data / "val/metadata.jsonl").write_text("{")
     shutil.rmtree(data / "test")
     code, text = said(capsys, data)
     errors = re.findall(r"^error: (.*)$", text, re.MULTILINE)
-    assert code == 2 and len(errors) == 6
+    assert code == 2 and len(errors) == 4
     for where, words in ((f"{data}/train/0.png: ", "cannot be read as a picture"),
                          (f"{data}/train/1.png: ", "one side at most 200 times the other"),
                          (f"{data}/train/metadata.jsonl, line 3: ", "exceeds the context"),
-                         (f"{data}/val/metadata.jsonl, line 1: ", "not a row"),
-                         (f"no {data}/test/metadata.jsonl", "wanted a line"),
-                         (f"{data}: ", "5 errors")):
+                         (f"no {data}/test/metadata.jsonl", "wanted a line")):
         assert any(error.startswith(where) and words in error for error in errors), where
+    assert f"{data}: 4 errors" in text
 
 
 def test_the_words_are_the_stages_own(tmp_path, capsys):
@@ -251,10 +249,10 @@ def page_file(toy_data, tmp_path_factory):
 
 def test_the_page_shows_every_kind_of_row(page_file):
     page = page_file.read_text(encoding="utf-8")
-    assert "<script" not in page and "<img src=x" not in page and "http" not in page
+    assert "<script" not in page and "<img src=x" not in page and "://" not in page
     assert page.count("<article") == 3 * 6 * 2              # splits, kinds of rows, --limit
     assert page.count("<svg") == 3 * 5 * 2 and page.count("cannot be read<") == 1
-    assert page.count("what the teacher reads") == 3 * 6 * 2
+    assert page.count(">what the teacher reads") == 3 * 6 * 2
     data = page_file.parents[1] / "data"
     row = next(row for row in gen_data.load_rows(data, "test") if row.task == "maze")
     assert f"<pre>{row.student_prompt()}</pre>" in page

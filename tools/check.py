@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 import common
@@ -75,7 +75,7 @@ class Findings:
             with contextlib.redirect_stderr(said):
                 return function(*words), False
         except SystemExit:
-            text = said.getvalue().strip().rpartition("error: ")[2]
+            text = said.getvalue().strip().removeprefix("error: ")
         if text not in self.errors:
             self.errors.append(text)
         self.of_row.setdefault(where, []).append(text)
@@ -106,7 +106,7 @@ def traits(path):
             yield "transparent picture, seen on white"
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             yield "picture of more than 8 bits, scaled to 8"
-        if image.getexif().get(0x0112, 1) != 1:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             yield "picture seen turned, as its EXIF says"
         if getattr(image, "n_frames", 1) > 1:
             yield "picture of several frames, of which the first is seen"
@@ -255,7 +255,7 @@ def span(values, form="{:.0f}"):
 
 
 def make_table(splits, facts):
-    """A line per split and task, group or board size: how many rows, how large, how long."""
+    """A line per split and task, group or board size; the last four columns are in tokens."""
     lines = []
     for split, rows in splits.items():
         for name in dict.fromkeys(map(label, rows)):
@@ -269,9 +269,17 @@ def make_table(splits, facts):
                 span([fact["image tokens"] for fact in known]),
                 *(span([facts[row.where][text] for row in some])
                   for text in ("student", "teacher", "response"))])
-    return {"title": "Rows", "about": "", "lines": lines,
+    return {"lines": lines,
             "head": ["split", "task or group", "rows", "with answer", "picture, px", "sides, 1:",
-                     "image tokens", "student prompt, tokens", "teacher prompt", "response"]}
+                     "image", "prompt", "teacher's", "response"]}
+
+
+def lengths(args, model):
+    """What stands above the table."""
+    context = model.config.text_config.max_position_embeddings
+    return (f"Pictures as they are; then the tokens of {args.model}: of the picture, the student's "
+            "prompt, the teacher's with the hint or plan, and the right response. The context has "
+            f"{context}.")
 
 
 def count_tokens(rows, processor, facts):
@@ -331,9 +339,8 @@ def card(row, split, found, readable):
                  text_box("prompt", row.student_prompt(), True),
                  text_box("what the teacher reads, with the plan", teacher, True),
                  text_box("response", row.response(), True)]
-    for number, (question, answer) in enumerate(row.questions().values(), 1):
-        asked = row.ask((list(row.questions())[number - 1],)) if not own else question
-        texts.append(text_box(f"question {number} of the cold start", f"{asked}\n→ {answer}", True))
+    asked = [f"{row.ask((name,))}\n→ {row.answers((name,))}" for name in row.questions()]
+    texts.append(text_box("questions of the cold start", "\n\n".join(asked), True))
     notes = "".join(f'<span class="badge">{html.escape(note)}</span>'
                     for note in found.of_row.get(row.where, ()))
     about = " ".join(filter(None, (split, label(row), row.bucket)))
@@ -342,7 +349,7 @@ def card(row, split, found, readable):
             f'<div class="body">{picture}<div class="texts">{"".join(texts)}</div></div></article>')
 
 
-def make_page(args, splits, facts, table, found):
+def make_page(args, splits, facts, about, table, found):
     """One file without scripts, in the style of the evaluation's page. Rows with findings first."""
     template = Path(report.__file__).with_name("report.html").read_text(encoding="utf-8")
     style = re.search(r"<style>(.*?)</style>", template, re.DOTALL)[1]
@@ -379,7 +386,7 @@ def make_page(args, splits, facts, table, found):
 </head>
 <body>
 <h1>{name}</h1>
-<p>Lengths in tokens of {html.escape(str(args.model))}.</p>
+<p>{html.escape(about)}</p>
 <div class="wide"><table>{cells}</table></div>
 <h2>Findings</h2>
 {notes}
@@ -425,13 +432,13 @@ def main(args):
             check_own(row, found)
     check_duplicates(rows, facts, found)
     check_groups(splits, found)
-    table = make_table(splits, facts)
-    print(report.markdown(table))
+    table, about = make_table(splits, facts), lengths(args, model)
+    print(f"{about}\n\n{report.markdown(table)}")
     for kind, text in found.lines(args.all):
         print(f"{kind}: {text}")
     if args.html:
         Path(args.html).parent.mkdir(parents=True, exist_ok=True)
-        write_text(args.html, make_page(args, splits, facts, table, found))
+        write_text(args.html, make_page(args, splits, facts, about, table, found))
         print(f"the page is {args.html}")
     if found.errors:
         fail(f"{args.data}: {len(found.errors)} errors, which a stage would end with (above)")
