@@ -123,6 +123,18 @@ def test_model_and_bits_are_the_runs(tmp_path, flags, wanted):
     assert (args.model, args.bits, args.max_pixels) == ("tiny", 32, common.MAX_PIXELS)
 
 
+def test_other_files_than_the_runs_are_told(tmp_path, capsys):
+    record = json.loads(Path(RUN, "args.json").read_text())
+    words = ["--adapter", str(tmp_path), "--task", "maze", "--symbols", "x"]
+    for changed in (False, True):
+        record["inputs"]["model"] = "0" * 16 if changed else record["inputs"]["model"]
+        (tmp_path / "args.json").write_text(json.dumps(record))
+        args = answer.parse_args(words)
+        answer.fill_in(args)
+        answer.check_files(args)
+        assert ("other files than tiny has" in capsys.readouterr().err) == changed
+
+
 @pytest.mark.parametrize("words, message", [
     ("--adapter base --picture {}/0.png", "neither --prompt nor --task"),
     ("--adapter base --picture {}/0.png --task chess", "invalid choice: 'chess'"),

@@ -131,7 +131,8 @@ def test_a_warning(tmp_path, capsys, change, warning):
 
 
 @pytest.mark.parametrize("answer", ["Ada", "New York", "(C)", "NO", "BOSS", "3 apples", "5-7",
-                                    "north-west", "A,B", "don't know", "C2", "12:30"])
+                                    "north-west", "A,B", "don't know", "C2", "12:30",
+                                    "{A, B}", "return ticket", "A -> B", "Paris (France)"])
 def test_plain_answers_are_no_code(tmp_path, answer):
     found = check.Findings()
     check.check_own(OwnRow({**ROW, "id": "a", "answer": answer}, where="here"), found)
@@ -139,7 +140,7 @@ def test_plain_answers_are_no_code(tmp_path, answer):
 
 
 @pytest.mark.parametrize("answer", ["x^{2}", "$x$", "\\alpha", "C(=O)O", "CC(=O)Oc1ccccc1C(=O)O",
-                                    "return x", "f(x)", "a == b", "CC#N.[Na+]"])
+                                    "def f(x):", "f(x)", "a == b", "for (;;) {\n}", "CC#N.[Na+]"])
 def test_what_letters_matter_in(answer):
     found = check.Findings()
     check.check_own(OwnRow({**ROW, "id": "a", "answer": answer}, where="here"), found)
