@@ -81,11 +81,11 @@ class Findings:
         self.of_row.setdefault(where, []).append(text)
         return None, True
 
-    def warn(self, kind, *places):
-        """places: rows' `where`, or names of what the whole split or folder has."""
-        self.warnings.setdefault(kind, []).extend(places)
-        for place in places:
-            self.of_row.setdefault(place, []).append(kind)
+    def warn(self, kind, place, rows=()):
+        """place: the `where` of a row, or what names several `rows`, or no row."""
+        self.warnings.setdefault(kind, []).append(place)
+        for where in rows or [place]:
+            self.of_row.setdefault(where, []).append(kind)
 
     def lines(self, every):
         """Yields ("error" or "warning", text)."""
@@ -218,18 +218,23 @@ def check_duplicates(rows, facts, found):
             alike.setdefault(("picture and prompt", pixels, row.student_prompt()), []).append(row)
         if isinstance(row, OwnRow) and row.symbols():
             alike.setdefault(("symbols", row.symbols()), []).append(row)
-    told = set()
+    told = set()                                     # rows that a stronger likeness was told of
     for (what, *_), some in alike.items():
         places, splits = [row.where for row in some], sorted({split_name(row) for row in some})
+        kind = None
+        if len(some) == 1 or tuple(places) in told:
+            continue
         if len(splits) > 1 and what != "picture and prompt":
-            found.warn(f"the same {what} in {' and '.join(splits)}", " = ".join(places))
-        elif len(some) > 1 and what in names:
+            kind = f"the same {what} in {' and '.join(splits)}"
+        elif what in names:
             answers = {str(row.data.get("answer")) for row in some}
-            more = ", with other answers" if len(answers) > 1 else ""
-            found.warn(f"the same {what} twice{more}", " = ".join(places))
+            kind = f"the same {what} twice" + (", with other answers" if len(answers) > 1 else "")
+        elif what == "picture and prompt":
+            kind = "the same picture and prompt twice, with other symbols"
+        if kind:
+            more = f" = {len(some) - EXAMPLES} more" if len(some) > EXAMPLES else ""
+            found.warn(kind, " = ".join(places[:EXAMPLES]) + more, places)
             told.add(tuple(places))
-        elif len(some) > 1 and what == "picture and prompt" and tuple(places) not in told:
-            found.warn("the same picture and prompt twice, with other symbols", " = ".join(places))
 
 
 def check_groups(splits, found):
@@ -441,8 +446,8 @@ def main(args):
         write_text(args.html, make_page(args, splits, facts, about, table, found))
         print(f"the page is {args.html}")
     if found.errors:
-        fail(f"{args.data}: {len(found.errors)} errors, which a stage would end with (above)")
-    print(f"{args.data}: {len(rows)} rows that the stages take, {len(found.warnings)} warnings")
+        fail(f"{args.data}: a stage would refuse it; errors above: {len(found.errors)}")
+    print(f"{args.data}: {len(rows)} rows that the stages take; warnings: {len(found.warnings)}")
 
 
 if __name__ == "__main__":
