@@ -117,9 +117,10 @@ def turned(path):
     ({"answer": "c1ccccc1"}, "the answer looks like SMILES, compared by words"),
     ({"answer": "print(a)"}, "the answer looks like code, compared by words"),
     ({"answer": "4"}, "the answer is a number, compared by words"),
-    ({"symbols": "A,2"}, "the same symbols and prompt twice: "),
-    ({"symbols": "A,2", "answer": "C"}, "the same symbols and prompt twice, with other answers"),
-    ({"picture": noise(2)}, "the same picture and prompt twice, with other symbols: "),
+    ({"symbols": "A,2"}, "the same symbols and prompt more than once: "),
+    ({"symbols": "A,2", "answer": "C"},
+     "the same symbols and prompt more than once, with other answers"),
+    ({"picture": noise(2)}, "the same picture and prompt more than once, with other symbols: "),
     ({"symbols": "A,3"}, "the same symbols and prompt in train and val: "),
     ({"symbols": "A,3", "prompt": "Why? <answer></answer>"}, "the same symbols in train and val: "),
     ({"picture": noise(5)}, "the same picture in test and train: ")])
@@ -206,7 +207,7 @@ def test_both_rows_of_a_duplicate_are_marked(tmp_path):
     rows = gen_data.load_rows(write(tmp_path, **sound({"symbols": "A,2"}, {})), "train")
     found = check.Findings()
     check.check_duplicates(rows, {row.where: {} for row in rows}, found)
-    kinds = ["the same symbols and prompt twice"]
+    kinds = ["the same symbols and prompt more than once"]
     assert [found.of_row[row.where] for row in rows] == [kinds, kinds]
 
 

@@ -228,9 +228,10 @@ def check_duplicates(rows, facts, found):
             kind = f"the same {what} in {' and '.join(splits)}"
         elif what in names:
             answers = {str(row.data.get("answer")) for row in some}
-            kind = f"the same {what} twice" + (", with other answers" if len(answers) > 1 else "")
+            kind = f"the same {what} more than once"
+            kind += ", with other answers" if len(answers) > 1 else ""
         elif what == "picture and prompt":
-            kind = "the same picture and prompt twice, with other symbols"
+            kind = "the same picture and prompt more than once, with other symbols"
         if kind:
             more = f" = {len(some) - EXAMPLES} more" if len(some) > EXAMPLES else ""
             found.warn(kind, " = ".join(places[:EXAMPLES]) + more, places)
