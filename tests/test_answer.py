@@ -21,9 +21,9 @@ def ask(*words):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """(folder with two mazes, their rows)"""
+    """(folder with two mazes, their rows: the README's first)"""
     folder = tmp_path_factory.mktemp("pictures")
-    rows = list(gen_data.sample_rows("maze", 4, "test", 2, seed=0))
+    rows = [next(gen_data.sample_rows("maze", 4, "test", 1, seed)) for seed in (2, 3)]
     for i, row in enumerate(rows):
         row.puzzle.render(32).save(folder / f"{i}.png")
     (folder / "notes.txt").write_text("no picture")
@@ -121,6 +121,18 @@ def test_model_and_bits_are_the_runs(tmp_path, flags, wanted):
     args = answer.parse_args(["--adapter", "base", "--task", "maze", "--symbols", "x"])
     answer.fill_in(args)
     assert (args.model, args.bits, args.max_pixels) == ("tiny", 32, common.MAX_PIXELS)
+
+
+def test_other_files_than_the_runs_are_told(tmp_path, capsys):
+    record = json.loads(Path(RUN, "args.json").read_text())
+    words = ["--adapter", str(tmp_path), "--task", "maze", "--symbols", "x"]
+    for changed in (False, True):
+        record["inputs"]["model"] = "0" * 16 if changed else record["inputs"]["model"]
+        (tmp_path / "args.json").write_text(json.dumps(record))
+        args = answer.parse_args(words)
+        answer.fill_in(args)
+        answer.check_files(args)
+        assert ("other files than tiny has" in capsys.readouterr().err) == changed
 
 
 @pytest.mark.parametrize("words, message", [

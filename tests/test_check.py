@@ -1,4 +1,5 @@
 """tools.check: every finding has a folder that shows it; where a stage refuses, so does it."""
+import html
 import json
 import re
 import shutil
@@ -68,7 +69,7 @@ def warnings(text):
 
 def test_a_sound_folder_has_no_findings(tmp_path, capsys):
     code, text = said(capsys, write(tmp_path, **sound()))
-    assert code == 0 and not warnings(text) and "6 rows that the stages take, 0 warnings" in text
+    assert code == 0 and not warnings(text) and "6 rows that the stages take; warnings: 0" in text
     line = next(line for line in text.splitlines() if line.startswith("| train "))
     assert line.startswith("| train | bars | 2 | 2 | 64x64 | 1.0 | 4 |")
 
@@ -102,7 +103,7 @@ def turned(path):
     ({"picture": Image.new("RGB", (64, 64), "red")}, "picture of one colour"),
     ({"picture": noise(1, (1024, 1024))}, "picture of 1024x1024 px is seen as 512x512: 25% of its "
      "pixels remain under --max_pixels 262144"),
-    ({"picture": noise(1, (400, 10))}, "picture of 400x10 px is seen as 416x32: stretched"),
+    ({"picture": noise(1, (400, 10))}, "picture of 400x10 px is seen as 224x32: stretched"),
     ({"answer": "the tag <answer>"}, "the answer is never right, as words are compared"),
     ({"answer": "a </think> b", "compare": "exact"}, "the answer is never right, as exact are"),
     ({"answer": ["B", "a <answer>"]}, "the answer is never right, as words are compared"),
@@ -116,9 +117,10 @@ def turned(path):
     ({"answer": "c1ccccc1"}, "the answer looks like SMILES, compared by words"),
     ({"answer": "print(a)"}, "the answer looks like code, compared by words"),
     ({"answer": "4"}, "the answer is a number, compared by words"),
-    ({"symbols": "A,2"}, "the same symbols and prompt twice: "),
-    ({"symbols": "A,2", "answer": "C"}, "the same symbols and prompt twice, with other answers"),
-    ({"picture": noise(2)}, "the same picture and prompt twice, with other symbols: "),
+    ({"symbols": "A,2"}, "the same symbols and prompt more than once: "),
+    ({"symbols": "A,2", "answer": "C"},
+     "the same symbols and prompt more than once, with other answers"),
+    ({"picture": noise(2)}, "the same picture and prompt more than once, with other symbols: "),
     ({"symbols": "A,3"}, "the same symbols and prompt in train and val: "),
     ({"symbols": "A,3", "prompt": "Why? <answer></answer>"}, "the same symbols in train and val: "),
     ({"picture": noise(5)}, "the same picture in test and train: ")])
@@ -131,7 +133,8 @@ def test_a_warning(tmp_path, capsys, change, warning):
 
 
 @pytest.mark.parametrize("answer", ["Ada", "New York", "(C)", "NO", "BOSS", "3 apples", "5-7",
-                                    "north-west", "A,B", "don't know", "C2", "12:30"])
+                                    "north-west", "A,B", "don't know", "C2", "12:30",
+                                    "{A, B}", "return ticket", "A -> B", "Paris (France)"])
 def test_plain_answers_are_no_code(tmp_path, answer):
     found = check.Findings()
     check.check_own(OwnRow({**ROW, "id": "a", "answer": answer}, where="here"), found)
@@ -139,7 +142,7 @@ def test_plain_answers_are_no_code(tmp_path, answer):
 
 
 @pytest.mark.parametrize("answer", ["x^{2}", "$x$", "\\alpha", "C(=O)O", "CC(=O)Oc1ccccc1C(=O)O",
-                                    "return x", "f(x)", "a == b", "CC#N.[Na+]"])
+                                    "def f(x):", "f(x)", "a == b", "for (;;) {\n}", "CC#N.[Na+]"])
 def test_what_letters_matter_in(answer):
     found = check.Findings()
     check.check_own(OwnRow({**ROW, "id": "a", "answer": answer}, where="here"), found)
@@ -170,29 +173,27 @@ def test_a_puzzle_that_stands_twice(toy_data, tmp_path, capsys):
     code, text = said(capsys, data)
     kinds = "\n".join(warnings(text))
     assert code == 0 and f"2 rows have the id {json.loads(line)['id']}" in kinds
-    assert "the same state in train and val" in kinds and "picture in train and val" in kinds
+    assert kinds.count("the same ") == 1 and "the same state in train and val: " in kinds
 
 
 # ---------------------------------------------------------------- what the stages refuse
 
 def test_all_errors_are_told(tmp_path, capsys):
-    """Pictures, lengths and a broken split, each in the stages' own words; none hides another."""
+    """Pictures, lengths and a missing split, each in the stages' own words; none hides another."""
     long = "word " * 5000
     splits = sound({"picture": lambda path: path.write_bytes(b"no picture")},
                    {"picture": noise(1, (2000, 4))}, {"symbols": long}, {})
     data = write(tmp_path, **splits)
-    (data / "val/metadata.jsonl").write_text("{")
     shutil.rmtree(data / "test")
     code, text = said(capsys, data)
     errors = re.findall(r"^error: (.*)$", text, re.MULTILINE)
-    assert code == 2 and len(errors) == 6
+    assert code == 2 and len(errors) == 4
     for where, words in ((f"{data}/train/0.png: ", "cannot be read as a picture"),
                          (f"{data}/train/1.png: ", "one side at most 200 times the other"),
                          (f"{data}/train/metadata.jsonl, line 3: ", "exceeds the context"),
-                         (f"{data}/val/metadata.jsonl, line 1: ", "not a row"),
-                         (f"no {data}/test/metadata.jsonl", "wanted a line"),
-                         (f"{data}: ", "5 errors")):
+                         (f"no {data}/test/metadata.jsonl", "wanted a line")):
         assert any(error.startswith(where) and words in error for error in errors), where
+    assert f"{data}: a stage would refuse it; errors above: 4" in text
 
 
 def test_the_words_are_the_stages_own(tmp_path, capsys):
@@ -200,6 +201,14 @@ def test_the_words_are_the_stages_own(tmp_path, capsys):
     told = stops(capsys, gen_data.load_rows, data, "train")
     assert told in said(capsys, data)[1].splitlines()
     assert said(capsys, data, "--splits", "val", "test")[0] == 0
+
+
+def test_both_rows_of_a_duplicate_are_marked(tmp_path):
+    rows = gen_data.load_rows(write(tmp_path, **sound({"symbols": "A,2"}, {})), "train")
+    found = check.Findings()
+    check.check_duplicates(rows, {row.where: {} for row in rows}, found)
+    kinds = ["the same symbols and prompt more than once"]
+    assert [found.of_row[row.where] for row in rows] == [kinds, kinds]
 
 
 def test_places_are_cut_short_unless_asked_for(tmp_path, capsys):
@@ -250,15 +259,15 @@ def page_file(toy_data, tmp_path_factory):
 
 
 def test_the_page_shows_every_kind_of_row(page_file):
-    page = page_file.read_text(encoding="utf-8")
-    assert "<script" not in page and "<img src=x" not in page and "http" not in page
+    source = page_file.read_text(encoding="utf-8")
+    page = html.unescape(source)
+    assert "<script" not in source and "<img src=x" not in source and "://" not in source
     assert page.count("<article") == 3 * 6 * 2              # splits, kinds of rows, --limit
     assert page.count("<svg") == 3 * 5 * 2 and page.count("cannot be read<") == 1
-    assert page.count("what the teacher reads") == 3 * 6 * 2
+    assert page.count(">what the teacher reads") == 3 * 6 * 2
     data = page_file.parents[1] / "data"
     row = next(row for row in gen_data.load_rows(data, "test") if row.task == "maze")
-    assert f"<pre>{row.student_prompt()}</pre>" in page
-    assert f"<pre>{row.teacher_prompt('symbols+plan')}</pre>" in page
+    assert row.student_prompt() in page and row.teacher_prompt("symbols+plan") in page
     points = " ".join(f"{c + 0.5:g},{r + 0.5:g}"
                       for r, c in gen_data.execute(row.puzzle, row.plan)[0])
     assert f'points="{points}"' in page

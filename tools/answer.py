@@ -20,7 +20,7 @@ from tqdm import tqdm
 import common
 import evaluate
 import gen_data
-from gen_data import Parser, fail, whole_number, write_text
+from gen_data import Parser, digest, fail, whole_number, write_text
 
 
 def parse_args(argv=None):
@@ -67,6 +67,15 @@ def fill_in(args):
             setattr(args, name, old.get(name, values[name]))
     args.max_new_tokens = args.max_new_tokens or values["max_new_tokens"]
     return values["rollout_batch"]
+
+
+def check_files(args):
+    """Says so where the model's files are not those that the run was trained on."""
+    run = None if args.adapter == "base" else common.read_run(args.adapter)
+    files = common.digest_folder(args.model)
+    if run and run.get("inputs", {}).get("model") not in (None, digest(files)):
+        common.warn(f"{args.adapter} was trained on {run['args']['model']} with other files than "
+                    f"{args.model} has: its answers are another model's")
 
 
 def find_pictures(paths):
@@ -159,6 +168,7 @@ def main(args):
         prompt = args.prompt or student_prompt(args.task)
         asked = [({"id": str(file)}, prompt, file) for file in find_pictures(args.picture)]
     model, processor = common.load(args.model, args.bits, args.max_pixels)
+    check_files(args)
     common.check_lengths(model, processor, {"--prompt": prompt}, args.max_new_tokens)
     if adapter:
         model = common.add_lora(model, path=adapter).eval()

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 import common
@@ -32,7 +32,7 @@ EXAMPLES = 5  # places that a warning names
 STRETCHED = 1.25  # how far a picture's sides may change their ratio
 # What looks like LaTeX, code or SMILES, where a letter's case, a blank or a bracket has a meaning.
 LATEX = re.compile(r"\\[A-Za-z]+|[_^]\{|^\$.+\$$")
-CODE = re.compile(r"[;{}]\s*$|\w\(.*\)\s*$|[=!<>]=|\b(def|return|import|function|SELECT)\b|=>",
+CODE = re.compile(r";\s*$|\{\s*$|^\s*\}|\w\(.*\)\s*[:;]?\s*$|[=!<>]=|\bSELECT\b.*\bFROM\b",
                   re.MULTILINE)
 SMILES = re.compile(r"(?=.*([=#\[\]@]|[bcnops][0-9]|[A-Z]\(|[A-Z][0-9].*[A-Z][0-9]))"
                     r"(Cl|Br|[BCNOPSFIHbcnops]|\[[^\]\s]+\]|[-=#$:/\\.()%@+]|[0-9]){5,}")
@@ -75,17 +75,17 @@ class Findings:
             with contextlib.redirect_stderr(said):
                 return function(*words), False
         except SystemExit:
-            text = said.getvalue().strip().rpartition("error: ")[2]
+            text = said.getvalue().strip().removeprefix("error: ")
         if text not in self.errors:
             self.errors.append(text)
         self.of_row.setdefault(where, []).append(text)
         return None, True
 
-    def warn(self, kind, *places):
-        """places: rows' `where`, or names of what the whole split or folder has."""
-        self.warnings.setdefault(kind, []).extend(places)
-        for place in places:
-            self.of_row.setdefault(place, []).append(kind)
+    def warn(self, kind, place, rows=()):
+        """place: the `where` of a row, or what names several `rows`, or no row."""
+        self.warnings.setdefault(kind, []).append(place)
+        for where in rows or [place]:
+            self.of_row.setdefault(where, []).append(kind)
 
     def lines(self, every):
         """Yields ("error" or "warning", text)."""
@@ -106,7 +106,7 @@ def traits(path):
             yield "transparent picture, seen on white"
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             yield "picture of more than 8 bits, scaled to 8"
-        if image.getexif().get(0x0112, 1) != 1:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             yield "picture seen turned, as its EXIF says"
         if getattr(image, "n_frames", 1) > 1:
             yield "picture of several frames, of which the first is seen"
@@ -188,7 +188,7 @@ def check_own(row, found):
         return
     for kind, looks in (("LaTeX", LATEX.search), ("SMILES", SMILES.fullmatch),
                         ("code", CODE.search)):
-        if any(looks(text) for text in texts):
+        if any(looks(text[:500]) for text in texts):
             found.warn(f'the answer looks like {kind}, compared by words, without case: "compare": '
                        '"exact" compares letters', row.where)
             return
@@ -218,18 +218,24 @@ def check_duplicates(rows, facts, found):
             alike.setdefault(("picture and prompt", pixels, row.student_prompt()), []).append(row)
         if isinstance(row, OwnRow) and row.symbols():
             alike.setdefault(("symbols", row.symbols()), []).append(row)
-    told = set()
+    told = set()                                     # rows that a stronger likeness was told of
     for (what, *_), some in alike.items():
         places, splits = [row.where for row in some], sorted({split_name(row) for row in some})
+        kind = None
+        if len(some) == 1 or tuple(places) in told:
+            continue
         if len(splits) > 1 and what != "picture and prompt":
-            found.warn(f"the same {what} in {' and '.join(splits)}", " = ".join(places))
-        elif len(some) > 1 and what in names:
+            kind = f"the same {what} in {' and '.join(splits)}"
+        elif what in names:
             answers = {str(row.data.get("answer")) for row in some}
-            more = ", with other answers" if len(answers) > 1 else ""
-            found.warn(f"the same {what} twice{more}", " = ".join(places))
+            kind = f"the same {what} more than once"
+            kind += ", with other answers" if len(answers) > 1 else ""
+        elif what == "picture and prompt":
+            kind = "the same picture and prompt more than once, with other symbols"
+        if kind:
+            more = f" = {len(some) - EXAMPLES} more" if len(some) > EXAMPLES else ""
+            found.warn(kind, " = ".join(places[:EXAMPLES]) + more, places)
             told.add(tuple(places))
-        elif len(some) > 1 and what == "picture and prompt" and tuple(places) not in told:
-            found.warn("the same picture and prompt twice, with other symbols", " = ".join(places))
 
 
 def check_groups(splits, found):
@@ -255,7 +261,7 @@ def span(values, form="{:.0f}"):
 
 
 def make_table(splits, facts):
-    """A line per split and task, group or board size: how many rows, how large, how long."""
+    """A line per split and task, group or board size; the last four columns are in tokens."""
     lines = []
     for split, rows in splits.items():
         for name in dict.fromkeys(map(label, rows)):
@@ -269,9 +275,17 @@ def make_table(splits, facts):
                 span([fact["image tokens"] for fact in known]),
                 *(span([facts[row.where][text] for row in some])
                   for text in ("student", "teacher", "response"))])
-    return {"title": "Rows", "about": "", "lines": lines,
+    return {"lines": lines,
             "head": ["split", "task or group", "rows", "with answer", "picture, px", "sides, 1:",
-                     "image tokens", "student prompt, tokens", "teacher prompt", "response"]}
+                     "image", "prompt", "teacher's", "response"]}
+
+
+def lengths(args, model):
+    """What stands above the table."""
+    context = model.config.text_config.max_position_embeddings
+    return (f"Pictures as they are; then the tokens of {args.model}: of the picture, the student's "
+            "prompt, the teacher's with the hint or plan, and the right response. The context has "
+            f"{context}.")
 
 
 def count_tokens(rows, processor, facts):
@@ -331,9 +345,8 @@ def card(row, split, found, readable):
                  text_box("prompt", row.student_prompt(), True),
                  text_box("what the teacher reads, with the plan", teacher, True),
                  text_box("response", row.response(), True)]
-    for number, (question, answer) in enumerate(row.questions().values(), 1):
-        asked = row.ask((list(row.questions())[number - 1],)) if not own else question
-        texts.append(text_box(f"question {number} of the cold start", f"{asked}\n→ {answer}", True))
+    asked = [f"{row.ask((name,))}\n→ {row.answers((name,))}" for name in row.questions()]
+    texts.append(text_box("questions of the cold start", "\n\n".join(asked), True))
     notes = "".join(f'<span class="badge">{html.escape(note)}</span>'
                     for note in found.of_row.get(row.where, ()))
     about = " ".join(filter(None, (split, label(row), row.bucket)))
@@ -342,7 +355,7 @@ def card(row, split, found, readable):
             f'<div class="body">{picture}<div class="texts">{"".join(texts)}</div></div></article>')
 
 
-def make_page(args, splits, facts, table, found):
+def make_page(args, splits, facts, about, table, found):
     """One file without scripts, in the style of the evaluation's page. Rows with findings first."""
     template = Path(report.__file__).with_name("report.html").read_text(encoding="utf-8")
     style = re.search(r"<style>(.*?)</style>", template, re.DOTALL)[1]
@@ -379,7 +392,7 @@ def make_page(args, splits, facts, table, found):
 </head>
 <body>
 <h1>{name}</h1>
-<p>Lengths in tokens of {html.escape(str(args.model))}.</p>
+<p>{html.escape(about)}</p>
 <div class="wide"><table>{cells}</table></div>
 <h2>Findings</h2>
 {notes}
@@ -425,17 +438,17 @@ def main(args):
             check_own(row, found)
     check_duplicates(rows, facts, found)
     check_groups(splits, found)
-    table = make_table(splits, facts)
-    print(report.markdown(table))
+    table, about = make_table(splits, facts), lengths(args, model)
+    print(f"{about}\n\n{report.markdown(table)}")
     for kind, text in found.lines(args.all):
         print(f"{kind}: {text}")
     if args.html:
         Path(args.html).parent.mkdir(parents=True, exist_ok=True)
-        write_text(args.html, make_page(args, splits, facts, table, found))
+        write_text(args.html, make_page(args, splits, facts, about, table, found))
         print(f"the page is {args.html}")
     if found.errors:
-        fail(f"{args.data}: {len(found.errors)} errors, which a stage would end with (above)")
-    print(f"{args.data}: {len(rows)} rows that the stages take, {len(found.warnings)} warnings")
+        fail(f"{args.data}: a stage would refuse it; errors above: {len(found.errors)}")
+    print(f"{args.data}: {len(rows)} rows that the stages take; warnings: {len(found.warnings)}")
 
 
 if __name__ == "__main__":
