@@ -50,7 +50,7 @@ RATES = ("success", "optimal", "parsed", "map_right", "cut")
 PLANS = ("shortest", "longer", "failed")
 FAILURES = ("perception", "planning", "unclear")
 ANSWER = (  # of a line from elsewhere
-    "id", "response", "plan", "tokens", "cut", "error", "model", "picture_of")
+    "id", "response", "plan", "tokens", "cut", "error", "model", "picture")
 
 # Defaults of the flags.
 QWEN = {
@@ -191,9 +191,12 @@ def perception_questions(rows):
 
 
 def with_pictures(lines, questions, pool):
-    """Answers with "picture_of", the id of the row whose picture was read; None for no picture."""
-    ids = {None: None} | {row.path: row.id for row in pool}
-    return [{**line, "picture_of": ids[path]}
+    """Answers with "picture", the name in the data of the picture that was read, or None."""
+    names = {None: None}
+    for row in pool:
+        names |= {row.path: row.data["file_name"],
+                  row.teacher_path: row.data.get("teacher_file_name")}
+    return [{**line, "picture": names[path]}
             for line, (_, _, path) in zip(lines, questions, strict=True)]
 
 
