@@ -254,7 +254,8 @@ def test_tables_of_own_rows(own_page):
     assert "| condition | success | answer | cut | tokens | failures |" in text
     assert "| mine | 33 [6, 79] | 100 | 0 | 9 | wrong 2 |" in text
     assert not any(word in text for word in ("puzzle", "shortest", "not judged", "By task", "map"))
-    assert "text: what the teacher reads, without the hint; swapped: the picture of another row;" in text
+    assert ("text: what the teacher reads, without the hint; swapped: the picture of another row;"
+            in text)
 
 
 def test_tables_of_rows_without_answers():
