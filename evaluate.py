@@ -374,6 +374,9 @@ def read_responses(file, rows, pool, allow_missing):
                                      and all(isinstance(action, str) for action in plan)):
             fail(f'{file}, line {number}: "plan": wanted a list of actions or null, got '
                  f"{str(plan)[:60]}")
+        if not isinstance(line.get("picture", ""), (str, type(None))):
+            fail(f'{file}, line {number}: "picture": wanted the name of the one that was read, or '
+                 f"null, got {str(line['picture'])[:60]}")
         if line["id"] in lines:
             fail(f"{file}, line {number}: the id {line['id']!r} is a duplicate")
         if line["id"] not in known:
