@@ -50,7 +50,7 @@ RATES = ("success", "optimal", "parsed", "map_right", "cut")
 PLANS = ("shortest", "longer", "failed")
 FAILURES = ("perception", "planning", "unclear")
 ANSWER = (  # of a line from elsewhere
-    "id", "response", "plan", "tokens", "cut", "error", "model", "picture_of")
+    "id", "response", "plan", "tokens", "cut", "error", "model", "picture")
 
 # Defaults of the flags.
 QWEN = {
@@ -195,9 +195,12 @@ def perception_questions(rows):
 
 
 def with_pictures(lines, questions, pool):
-    """Answers with "picture_of", the id of the row whose picture was read; None for no picture."""
-    ids = {None: None} | {row.path: row.id for row in pool}
-    return [{**line, "picture_of": ids[path]}
+    """Answers with "picture", the name in the data of the picture that was read, or None."""
+    names = {None: None}
+    for row in pool:
+        names |= {row.path: row.data["file_name"],
+                  row.teacher_path: row.data.get("teacher_file_name")}
+    return [{**line, "picture": names[path]}
             for line, (_, _, path) in zip(lines, questions, strict=True)]
 
 
@@ -376,6 +379,9 @@ def read_responses(file, rows, pool, allow_missing):
                                      and all(isinstance(action, str) for action in plan)):
             fail(f'{file}, line {number}: "plan": wanted a list of actions or null, got '
                  f"{str(plan)[:60]}")
+        if not isinstance(line.get("picture", ""), (str, type(None))):
+            fail(f'{file}, line {number}: "picture": wanted the name of the one that was read, or '
+                 f"null, got {str(line['picture'])[:60]}")
         if line["id"] in lines:
             fail(f"{file}, line {number}: the id {line['id']!r} is a duplicate")
         if line["id"] not in known:

@@ -1511,7 +1511,7 @@ def load_rows(data, split, ids=None):
         if fault:
             fail(f"{where}: {fault}")
         rows.append(row)
-    if not rows:
+    if not lines:
         fail(f"{file} is empty: wanted at least one row")
     if any(isinstance(row, OwnRow) for row in rows):  # ids made by gen_data.py are distinct
         check_ids(data, {file: lines})

@@ -330,6 +330,19 @@ def test_overruns_and_cut_plans():
     assert "overrun" not in shown["head"]
 
 
+def test_the_picture_that_was_read_is_named(data):
+    """By its name in the data: the row's own, another row's, none."""
+    rows = gen_data.load_rows(data, "test")
+    for source in evaluate.INPUTS:
+        asked = evaluate.planning_questions(rows, source, rows)
+        lines = evaluate.with_pictures([{"id": row.id} for row in rows], asked, rows)
+        for row, line, (_, _, path) in zip(rows, lines, asked, strict=True):
+            assert line["id"] == row.id and (line["picture"] is None) == (source == "text")
+            if path:
+                assert str(Path(data, "test", line["picture"])) == path
+                assert (line["picture"] == row.data["file_name"]) == (source == "image")
+
+
 def test_what_is_asked(data):
     """Each row's own picture, its symbols without the plan, or another puzzle's picture."""
     rows = gen_data.load_rows(data, "test")

@@ -79,9 +79,9 @@ def own_page(tmp_path_factory):
     for name in ("mine", "mine-text", "mine-swapped"):
         lines = []
         for i, (*_, response) in enumerate(OWN):
-            seen = {"mine-text": None, "mine-swapped": f"test{(i + 1) % len(OWN)}"}
+            seen = {"mine-text": None, "mine-swapped": f"{(i + 1) % len(OWN)}.png"}
             lines.append({"id": f"test{i}", "response": response, "cut": False, "tokens": 9}
-                         | ({"picture_of": seen[name]} if name in seen else {}))
+                         | ({"picture": seen[name]} if name in seen else {}))
         file = folder / f"{name}.jsonl"
         file.write_text("\n".join(map(json.dumps, lines)))
         evaluate.main(evaluate.parse_args([
@@ -235,7 +235,7 @@ def test_a_page_of_own_rows(browser, own_page, width):
         page.get_by_label("condition").select_option(name)
         cards, pictures = page.locator("#gallery .card"), page.locator("#gallery img")
         assert pictures.evaluate_all("all => all.map(image => image.src)") == page.evaluate(
-            "numbers => numbers.map(i => data.pictures[`test${i}`])", sources)
+            "numbers => numbers.map(i => data.pictures[`${i}.png`])", sources)
         first = cards.first.inner_text()
         assert "answer read\nb\n" in first and "right answer\nB or b 5\n" in first
         assert ("A,0" in first) == (name == "mine-text")           # else folded
@@ -254,7 +254,8 @@ def test_tables_of_own_rows(own_page):
     assert "| condition | success | answer | cut | tokens | failures |" in text
     assert "| mine | 33 [6, 79] | 100 | 0 | 9 | wrong 2 |" in text
     assert not any(word in text for word in ("puzzle", "shortest", "not judged", "By task", "map"))
-    assert "text: the symbols, without the hint; swapped: the picture of another row;" in text
+    assert ("text: what the teacher reads, without the hint; swapped: the picture of another row;"
+            in text)
 
 
 def test_tables_of_rows_without_answers():

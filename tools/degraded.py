@@ -1,4 +1,4 @@
-"""An example of your own task without any symbols: degraded pictures, the clean ones for the teacher.
+"""An example of your own task without symbols: degraded pictures, clean ones for the teacher.
 
     python -m tools.degraded --data data/tiny --out data/degraded --limit 500
 
@@ -58,7 +58,7 @@ def degraded_rows(rows, split, seed, folder):
         file = f"{folder}/{split}_{row.id}.png"
         degrade(open_picture(row.path), rng).save(file)
         yield {"file_name": f"{row.id}.png", "teacher_file_name": f"clean_{row.id}.png",
-               "id": f"{split}_{row.id}", "group": f"degraded {row.task}",
+               "id": row.id, "group": f"degraded {row.task}",
                "prompt": row.student_prompt(), "answer": shortest_plans(row.puzzle),
                "picture": file, "teacher_picture": row.path}
 

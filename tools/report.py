@@ -81,7 +81,8 @@ def inputs_of(summaries):
     own = not has_puzzles(summaries)
     texts = {
         "image": "the picture",
-        "text": "the symbols, without the hint" if own else "the symbols, without a reference plan",
+        "text": "what the teacher reads, without the hint" if own
+                else "the symbols, without a reference plan",
         "swapped": f"the picture of another {'row' if own else 'puzzle'}"}
     used = {name.rpartition("-")[2] for name in summaries}
     return "; ".join(f"{name}: {text}" for name, text in texts.items() if name in used)
@@ -279,9 +280,9 @@ def walk(row, plan):
 
 
 def on_the_page(row, verdict):
-    """What the gallery shows of one answer. picture_of: id of the row whose picture was read."""
+    """What the gallery shows of one answer. picture: the one that was read, by name, or None."""
     shown = {name: verdict[name] for name in ("response", "outcome", "optimal", "map_right")}
-    shown["picture_of"] = verdict.get("picture_of", row.id)
+    shown["picture"] = verdict.get("picture", row.data["file_name"])
     if row.level is None:
         shown["read"] = verdict["plan"]
     else:
@@ -318,7 +319,8 @@ def rollouts_on_the_page(run):
     for line in lines:
         if line["id"] in rows:
             row = rows[line["id"]]
-            line |= {"prompt": row.student_prompt(), "picture": small_picture(row.path)}
+            line |= {"prompt": row.student_prompt(),
+                     "pictures": [small_picture(path) for path in row.pictures()]}
     return lines
 
 
@@ -340,11 +342,14 @@ def make_page(rows, pool, tables, summaries, verdicts, runs):
     the split, whose pictures a control may have read.
     """
     shown, runs = rows[::-(-len(rows) // GALLERY)], [run for run in runs if run.is_dir()]
-    answers, paths = {}, {row.id: row.path for row in pool}
+    answers, paths = {}, {}
+    for row in pool:
+        paths |= {row.data["file_name"]: row.path, row.data.get("teacher_file_name"):
+                  row.teacher_path}
     for name, lines in verdicts.items():
         first = {line["id"]: line for line in reversed(lines)}
         answers[name] = [on_the_page(row, first[row.id]) for row in shown]
-    used = {answer["picture_of"] for some in answers.values() for answer in some}
+    used = {answer["picture"] for some in answers.values() for answer in some} - {None}
     curves = {run.name: read_lines(run / "metrics.jsonl") for run in runs}
     data = {"tables": tables, "levels": level_points(summaries), "total": len(rows),
             "conditions": list(summaries), "answers": answers,
