@@ -10,12 +10,14 @@ import pytest
 import torch
 from conftest import adapted, make_rows, stops
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import coldstart
 import common
 import distill
 
+aten = torch.ops.aten
 LAYERS = 4
 TEXT = dict(num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=96, num_attention_heads=4,
             num_key_value_heads=2, head_dim=16, max_position_embeddings=4096)
@@ -337,3 +339,30 @@ def test_gradients_in_float16(tiny):
     assert found[1].dtype == torch.float32
     assert torch.cosine_similarity(*found, dim=0) > 0.999
     assert (found[1] == 0).float().mean() < 0.001 + (found[0] == 0).float().mean()
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations for which Python would wait on a GPU: a CUDA graph takes none."""
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.masked_select,
+                                        aten.is_nonzero, aten.equal):
+            self.names.append(str(operation))
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_step_that_is_captured_waits_for_nothing(loaded):
+    model, processor = loaded
+    cuda = SimpleNamespace(config=model.config, device=torch.device("cuda"))
+    graph = common.SERVED[model.config.model_type]["graph"]
+    assert common.decoder_of(cuda) == (common.GraphDecoder if graph else common.Decoder, 8)
+    decoder = common.GraphDecoder(model, common.encode(processor, *prompts(processor, 2)), 4)
+    with torch.no_grad(), Waits() as waits:
+        decoder.step(torch.tensor([7, 7]))
+    assert not graph or not waits.names
+    with Waits() as waits:
+        torch.tensor([1.0]).item()
+    assert waits.names
