@@ -720,7 +720,7 @@ def add_flags(parser):
     add("--model", help="checkpoint folder or hub name (default: the preset's)")
     add("--bits", type=int, choices=(4, 16, 32), help="frozen weights: NF4, bfloat16, float32")
     add("--max_pixels", type=whole_number(1024), help="a larger picture is shrunk to so many "
-        "(default: 262144, as 512x512; never above the checkpoint's own limit)")
+        f"(default: {MAX_PIXELS}, as 512x512; never above the checkpoint's own limit)")
     add("--data", help="data folder (default: the preset's, made now if it is not there)")
     add("--seed", type=whole_number(0), default=0, help="draws data, rows of a step, responses")
 
