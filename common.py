@@ -247,16 +247,18 @@ def load(path, bits, max_pixels=MAX_PIXELS):
     if stored and stored != bits:
         fail(f"--model {name} is stored in {stored} bits: --bits {bits} cannot be had from it")
     dtype = compute_dtype(bits)
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head", "model.visual"])
+    quantisation = {}  # that of a checkpoint which is stored so; None would be taken for another
+    if bits == 4 and not stored:
+        quantisation["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head", "model.visual"])
     try:
         kind = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
         if kind not in SERVED:
             fail(f"--model {name} is a {kind}: wanted one of {', '.join(SERVED)}")
         model, found = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, quantization_config=nf4 if bits == 4 and not stored else None,
-            device_map={"": device}, use_safetensors=True, output_loading_info=True)
+            path, dtype=dtype, device_map={"": device}, use_safetensors=True,
+            output_loading_info=True, **quantisation)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         fail(f"cannot load --model {path}: {' '.join(str(error).split())[:300]}")
     missing = sorted(found["missing_keys"])
@@ -310,6 +312,9 @@ def add_lora(model, rank=None, vision=False, path=None):
     else:
         model = peft.get_peft_model(model, peft.LoraConfig(
             r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=linears(model, vision)))
+    config = model.peft_config["default"]
+    if isinstance(config.target_modules, set):  # it would be saved in another order every time
+        config.target_modules = sorted(config.target_modules)
     base = getattr(network(model), "base_probe", None)  # of `load`, in eval mode
     if base is not None and not network(model).training:
         with model.disable_adapter():
@@ -749,7 +754,7 @@ def add_flags(parser):
     add("--model", help="checkpoint folder or hub name (default: the preset's)")
     add("--bits", type=int, choices=(4, 16, 32), help="frozen weights: NF4, bfloat16, float32")
     add("--max_pixels", type=whole_number(1024), help="a larger picture is shrunk to so many "
-        "(default: 262144, as 512x512; never above the checkpoint's own limit)")
+        f"(default: {MAX_PIXELS}, as 512x512; never above the checkpoint's own limit)")
     add("--data", help="data folder (default: the preset's, made now if it is not there)")
     add("--seed", type=whole_number(0), default=0, help="draws data, rows of a step, responses")
 

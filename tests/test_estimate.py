@@ -57,6 +57,11 @@ class LiveBytes(TorchDispatchMode):
 
 # ---------------------------------------------------------------- what stays
 
+def test_the_arithmetic_is_of_one_class(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_5"}')
+    assert "is a qwen3_5" in stops(capsys, estimate.configuration, str(tmp_path))
+
+
 @pytest.mark.parametrize("preset", HUB)
 def test_the_built_in_shapes_are_the_hubs(preset):
     counts = estimate.count_weights(arguments("--preset", preset))

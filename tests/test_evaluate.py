@@ -734,7 +734,7 @@ def test_a_hubs_model_that_is_not_here_yet(data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     here, load, checkpoint_folder = [], common.load, common.checkpoint_folder
 
-    def download(model, bits):
+    def download(model, bits, max_pixels):
         here.append(model)
         return load(common.TINY, bits)
 

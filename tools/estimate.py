@@ -103,6 +103,9 @@ def configuration(path):
     from transformers import Qwen3VLConfig
     folder = common.checkpoint_folder(path)
     if folder and (folder / "config.json").is_file():
+        kind = Qwen3VLConfig.get_config_dict(folder)[0].get("model_type")
+        if kind != Qwen3VLConfig.model_type:
+            fail(f"--model {path} is a {kind}: the arithmetic is that of a qwen3_vl")
         return Qwen3VLConfig.from_pretrained(folder)
     if path not in CONFIGS:
         fail(f"no config.json for --model {path}: wanted a folder that has one, "
