@@ -332,7 +332,7 @@ def test_the_teachers(place, whole):
     """A snapshot is the first adapter until it is renewed; another adapter is what was saved."""
     name = "A teacher that is renewed"
     root, lines, *_ = whole(name)
-    fixed = train(place, "fixed", *WORDS[name], "--ema", 1)[1]
+    fixed = train(place, "fixed", *WORDS[name], patch="module.EMA = 1.0")[1]
     kl, wanted = ([line["kl"] for line in some] for some in (lines, fixed))
     assert kl[:2] == wanted[:2] and kl[2] != wanted[2]
     things = torch.load(place / f"out/whole-{root.name}/checkpoint.pt", weights_only=True)["things"]
