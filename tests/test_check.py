@@ -132,6 +132,21 @@ def test_a_warning(tmp_path, capsys, change, warning):
     assert "train/metadata.jsonl, line 1" in found[0]
 
 
+def test_the_pictures_of_the_teacher(tmp_path, capsys):
+    """They are opened like the student's, and stand beside them on the page."""
+    folder = write(tmp_path, **sound({"symbols": None, "teacher_file_name": "clean.png"}, {}))
+    (folder / "train/clean.png").write_bytes(b"no picture")
+    code, text = said(capsys, folder)
+    assert code == 2 and "clean.png" in text
+    noise(99).save(folder / "train/clean.png")
+    code, text = said(capsys, folder, "--html", tmp_path / "page.html")
+    assert code == 0
+    [line] = [line for line in warnings(text) if line.startswith("no symbols: ")]
+    assert "--teacher_reads picture" in line and "no cold start: train/metadata.jsonl" in (
+        line.replace(f"{folder}/", ""))
+    assert (tmp_path / "page.html").read_text().count("the picture of the teacher") == 1
+
+
 @pytest.mark.parametrize("answer", ["Ada", "New York", "(C)", "NO", "BOSS", "3 apples", "5-7",
                                     "north-west", "A,B", "don't know", "C2", "12:30",
                                     "{A, B}", "return ticket", "A -> B", "Paris (France)"])

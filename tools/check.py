@@ -123,14 +123,15 @@ def seen_size(processor, size, cache):
 
 
 def check_picture(row, processor, limit, found, cache):
-    """Opens the picture of a row. Returns facts about it, {} if it cannot be read."""
-    image, refused = found.refused(gen_data.open_picture, row.path, where=row.where)
-    if refused:
-        return {}
-    for trait in traits(row.path):
-        found.warn(trait, row.where)
-    if all(low == high for low, high in image.getextrema()):
-        found.warn("picture of one colour", row.where)
+    """Opens the pictures of a row. Returns facts about the student's, {} if one cannot be read."""
+    for path in reversed(row.pictures()):                                 # the student's is the last
+        image, refused = found.refused(gen_data.open_picture, path, where=row.where)
+        if refused:
+            return {}
+        for trait in traits(path):
+            found.warn(trait, row.where)
+        if all(low == high for low, high in image.getextrema()):
+            found.warn("picture of one colour", row.where)
     (width, height), tokens = seen_size(processor, image.size, cache)
     pixels, ratio = image.width * image.height, image.width / image.height
     name = f"{image.width}x{image.height} px is seen as {width}x{height}"
@@ -176,6 +177,9 @@ def check_answers(row, tokens, limit, found):
 def check_own(row, found):
     """What only deserves a look in a row of one's own."""
     texts, prompt = row.answer_texts(), row.student_prompt()
+    if not row.symbols():
+        found.warn("no symbols: distill.py --teacher_reads picture is needed"
+                   + ("" if row.questions() else ", and there is no cold start"), row.where)
     if row.symbols() and row.symbols() in prompt:
         found.warn("the prompt holds the symbols: the student reads what the teacher reads",
                    row.where)
@@ -329,6 +333,9 @@ def card(row, split, found, readable):
     if readable:
         source = report.small_picture(row.path)
         picture = f'<img class="picture" src="{source}" alt="{html.escape(label(row))}">'
+        if row.teacher_path:
+            source = report.small_picture(row.teacher_path)
+            picture += f'<img class="picture" src="{source}" alt="the picture of the teacher">'
         if not own:
             cells = row.puzzle.cells()
             picture = (f'<div class="board" style="aspect-ratio: {len(cells[0])} / {len(cells)}">'
