@@ -125,7 +125,11 @@ class Move(torch.autograd.Function):
 
 
 def move(tensor, there):
-    return tensor if (type(tensor) is Pretended) == there else Move.apply(tensor, there)
+    if (type(tensor) is Pretended) == there:
+        return tensor
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return Move.apply(tensor, there)
+    return Move.forward(mock.Mock(), tensor, there)
 
 
 class Placing(TorchFunctionMode):
@@ -224,5 +228,8 @@ def pretended():
             torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None))
         stack.enter_context(mock.patch.object(common, "load", load_and_move))
         stack.enter_context(mock.patch.object(common, "captured", lambda work: work))
+        # Module.to makes new parameters: the data of an ordinary one cannot become pretended
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, False)
         stack.enter_context(Placing())
         yield COUNTS
