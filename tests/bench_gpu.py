@@ -203,8 +203,8 @@ def print_seconds(title, args, cold, found):
         for phase, value in [*seconds.items(), ("all", sum(seconds.values()))]:
             line(stage.__name__, phase, f"{value:.2f}")
         hours.append(own.steps * sum(seconds.values()) / 3600)
-    print(f"\nThe default run, {cold.steps} steps of the cold start and {args.steps} of "
-          f"distillation, takes at most {hours[0]:.1f} + {hours[1]:.1f} hours, validation and the "
+    print(f"\nAt these sizes {cold.steps} steps of the cold start and {args.steps} of "
+          f"distillation take at most {hours[0]:.1f} + {hours[1]:.1f} hours, validation and the "
           f"evaluation not counted: at most, for every response here has {args.max_new_tokens} "
           "tokens.")
 

@@ -5,8 +5,8 @@
 
 Each line is a fresh process that builds a Qwen3-VL with random weights and takes one step on it
 with the stage's main, layers recomputed in the backward pass and keys and values in fixed memory as
-on a GPU; then tools/estimate.py is asked about the same step. Random weights hardly ever draw an EOS: responses have full length, as
-the estimate assumes. The cold start's validation is left out.
+on a GPU; then tools/estimate.py is asked about the same step. Random weights hardly ever draw an
+EOS: responses have full length, as the estimate assumes. The cold start's validation is left out.
 "measured" is the highest resident memory during the step over what the process held before, after
 its imports and a step of the bundled backbone (which loads what torch and transformers load late).
 Blocks that are freed go back to the system at once (MALLOC_*), in small pages
