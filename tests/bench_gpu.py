@@ -250,33 +250,42 @@ def print_decoding(title, model, processor, rows, own):
     chosen = [rows[i % len(rows)] for i in range(batch)]
     prompt, _ = distill.encode_roles(processor, chosen, "picture", model.device)
     head(f"Decoding, {title}: {batch} rows, the network alone", "how", "adapters", "ms a token",
-         "tokens/s", "operators a token")
-    graph = [common.GraphDecoder] if own.device == "cuda" else []  # captured: no operators
+         "tokens/s", "launches (CPU: operators) a token", "waits a token")
+    graph = [common.GraphDecoder] if own.device == "cuda" else []
     for decoder in (common.Decoder, *graph):
         for adapters, context in (("PEFT's forward", nullcontext),
                                   ("light", partial(common.light_adapters, model)),
                                   ("off", model.disable_adapter)):
             with torch.no_grad(), context():
                 got = attempt(decoding, decoder, model, prompt, own.new_tokens)
-            cells = ("out of memory", "-", "-")
+            cells = ("out of memory", "-", "-", "-")
             if got:
-                cells = f"{1000 * got[0]:.1f}", f"{batch / got[0]:.0f}", got[1]
+                cells = f"{1000 * got[0]:.1f}", f"{batch / got[0]:.0f}", *got[1:]
             line(decoder.__name__, adapters, *cells)
 
 
 def decoding(make_decoder, model, prompt, tokens):
-    """(seconds a token, operators that Python dispatches for one) after a few to warm up."""
-    decoder = make_decoder(common.network(model), prompt, tokens + 4)
-    token = decoder.logits.argmax(-1)
+    """(seconds a token, launches of one, waits of the host for one) after a few to warm up."""
+    decoder = make_decoder(common.network(model), prompt, tokens + 6)
+    token, counts = decoder.logits.argmax(-1), []
     for _ in range(3):  # the third one replays a graph
         decoder.step(token)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        decoder.step(token)
-    operators = sum(event.name.startswith("aten::") for event in profile.events())
+    kinds, launched = [torch.profiler.ProfilerActivity.CPU], ("aten::",)
+    if torch.cuda.is_available():
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+        launched = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
+    for steps in (1, 2):  # the difference is one step: the profiler waits too
+        with torch.profiler.profile(activities=kinds) as profile:
+            for _ in range(steps):
+                decoder.step(token)
+        names = [event.name for event in profile.events()]
+        counts.append((sum(name.startswith(launched) for name in names),
+                       sum("ynchronize" in name for name in names)))
     begin = synchronised()
     for _ in range(tokens):
         decoder.step(token)
-    return (synchronised() - begin) / tokens, operators
+    seconds = (synchronised() - begin) / tokens
+    return seconds, counts[1][0] - counts[0][0], counts[1][1] - counts[0][1]
 
 
 def synchronised():
