@@ -1,6 +1,7 @@
 """What both stages cost on the card at hand, at the real sizes, with random weights: no download.
 
     python tests/bench_gpu.py                           # preset 4b in 4 bits; Markdown
+    python tests/bench_gpu.py --quick                   # a shorter step, and how a token is decoded
     python tests/bench_gpu.py --presets 2b 4b 8b --bits 4 16 --max_new_tokens 340
     python tests/bench_gpu.py --device cpu --tiny       # the same code on the bundled sizes
 
@@ -162,6 +163,7 @@ def measure_model(preset, bits, data, own):
     print_seconds(title, args, cold, found)
     model = common.add_lora(network(), args.lora_rank, args.lora_vision).eval()
     print_sampling(title, model, processor, rows, own)
+    print_decoding(title, model, processor, rows, own)
     if importlib.util.find_spec("trl") and own.device == "cuda":
         print_losses(title, common.network(model).lm_head, args)
 
@@ -203,8 +205,8 @@ def print_seconds(title, args, cold, found):
         for phase, value in [*seconds.items(), ("all", sum(seconds.values()))]:
             line(stage.__name__, phase, f"{value:.2f}")
         hours.append(own.steps * sum(seconds.values()) / 3600)
-    print(f"\nThe default run, {cold.steps} steps of the cold start and {args.steps} of "
-          f"distillation, takes at most {hours[0]:.1f} + {hours[1]:.1f} hours, validation and the "
+    print(f"\nAt these sizes {cold.steps} steps of the cold start and {args.steps} of "
+          f"distillation take at most {hours[0]:.1f} + {hours[1]:.1f} hours, validation and the "
           f"evaluation not counted: at most, for every response here has {args.max_new_tokens} "
           "tokens.")
 
@@ -225,6 +227,74 @@ def print_sampling(title, model, processor, rows, own):
                 got = attempt(measured, sample)
             cells.append(f"{batch * own.new_tokens / got[0]:.0f}" if got else "out of memory")
         line(batch, *cells)
+
+
+def print_facts(own):
+    """An NF4 linear on this device against the same weights in float64."""
+    from bitsandbytes.functional import dequantize_4bit
+    layer = random_nf4(torch.nn.Linear(512, 256, device="meta"), own.device)
+    x = torch.randn(7, 512, device=own.device, dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x)
+    y.float().square().sum().backward()
+    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).double().cpu()
+    exact = x.detach().double().cpu().requires_grad_()
+    z = exact @ weight.T                                                       # [7, 256]
+    z.square().sum().backward()
+    head("An NF4 linear against float64 (bf16 has 1e-3 to 1e-2)", "of", "relative error")
+    for name, ours, theirs in (("output", y, z), ("gradient", x.grad, exact.grad)):
+        error = (ours.detach().double().cpu() - theirs.detach()).norm() / theirs.detach().norm()
+        line(name, f"{error.item():.1e}")
+
+
+def print_decoding(title, model, processor, rows, own):
+    """One token more, by each way of decoding: time, and what Python launches for it."""
+    batch = own.rollout_batches[-1]
+    chosen = [rows[i % len(rows)] for i in range(batch)]
+    prompt, _ = distill.encode_roles(processor, chosen, "picture", model.device)
+    head(f"Decoding, {title}: {batch} rows, the network alone", "how", "adapters", "ms a token",
+         "tokens/s", "launches (CPU: operators) a token", "waits a token")
+    graph = [common.GraphDecoder] if own.device == "cuda" else []
+    for decoder in (common.Decoder, *graph):
+        for adapters, context in (("PEFT's forward", nullcontext),
+                                  ("light", partial(common.light_adapters, model)),
+                                  ("off", model.disable_adapter)):
+            with torch.no_grad(), context():
+                got = attempt(decoding, decoder, model, prompt, own.new_tokens)
+            cells = ("out of memory", "-", "-", "-")
+            if got:
+                cells = f"{1000 * got[0]:.1f}", f"{batch / got[0]:.0f}", *got[1:]
+            line(decoder.__name__, adapters, *cells)
+
+
+def decoding(make_decoder, model, prompt, tokens):
+    """(seconds a token, launches of one, waits of the host for one) after a few to warm up."""
+    decoder = make_decoder(common.network(model), prompt, tokens + 6)
+    token, counts = decoder.logits.argmax(-1), []
+    for _ in range(3):  # the third one replays a graph
+        decoder.step(token)
+    kinds, launched = [torch.profiler.ProfilerActivity.CPU], ("aten::",)
+    if torch.cuda.is_available():
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+        launched = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
+    for steps in (1, 2):  # the difference is one step: the profiler waits too
+        with torch.profiler.profile(activities=kinds) as profile:
+            for _ in range(steps):
+                decoder.step(token)
+        names = [event.name for event in profile.events()]
+        counts.append((sum(name.startswith(launched) for name in names),
+                       sum("ynchronize" in name for name in names)))
+    begin = synchronised()
+    for _ in range(tokens):
+        decoder.step(token)
+    seconds = (synchronised() - begin) / tokens
+    return seconds, counts[1][0] - counts[0][0], counts[1][1] - counts[0][1]
+
+
+def synchronised():
+    """The time, when the device has done all its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def print_losses(title, lm_head, args):
@@ -256,11 +326,15 @@ def parse_args(argv=None):
     add("--bits", nargs="+", type=int, default=[4], choices=(4, 16))
     add("--device", default="cuda", choices=("cuda", "cpu"))
     add("--tiny", action="store_true", help="bundled sizes and a short step: does it all run?")
+    add("--quick", action="store_true", help="steps of 8 rows, 32 rows of 32 tokens sampled")
     add("--rollout_batches", nargs="+", type=int, default=[4, 8, 16, 32, 64])
     add("--new_tokens", type=int, default=64, help="of the table of tokens a second")
     args, args.settings = parser.parse_known_args(argv)  # the rest: flags of both stages
     if args.device == "cuda" and not torch.cuda.is_available():
         gen_data.fail("no CUDA device: --device cpu --tiny runs the same code on a small model")
+    if args.quick:
+        args.rollout_batches, args.new_tokens = [32], 32
+        args.settings += ["--batch", "8", "--max_new_tokens", "128"]
     if args.tiny:
         args.presets, args.rollout_batches, args.new_tokens = ["tiny"], [2, 4], 4
         args.settings += ["--batch", "4", "--micro_batch", "2", "--rollout_batch", "4",
@@ -272,6 +346,8 @@ def main(args):
     torch.manual_seed(0)
     versions = ", ".join(f"{name} {value}" for name, value in common.versions().items())
     print(f"{versions}; random weights, pictures of 256x256")
+    if 4 in args.bits:
+        print_facts(args)
     with tempfile.TemporaryDirectory() as folder:
         data = f"{folder}/data"
         with redirect_stdout(io.StringIO()):

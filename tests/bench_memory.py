@@ -4,9 +4,9 @@
     python tests/bench_memory.py --cases 0 4    # only these lines
 
 Each line is a fresh process that builds a Qwen3-VL with random weights and takes one step on it
-with the stage's main, layers recomputed in the backward pass as on a GPU; then tools/estimate.py is
-asked about the same step. Random weights hardly ever draw an EOS: responses have full length, as
-the estimate assumes. The cold start's validation is left out.
+with the stage's main, layers recomputed in the backward pass and keys and values in fixed memory as
+on a GPU; then tools/estimate.py is asked about the same step. Random weights hardly ever draw an
+EOS: responses have full length, as the estimate assumes. The cold start's validation is left out.
 "measured" is the highest resident memory during the step over what the process held before, after
 its imports and a step of the bundled backbone (which loads what torch and transformers load late).
 Blocks that are freed go back to the system at once (MALLOC_*), in small pages
@@ -95,6 +95,8 @@ def measure(work, case):
             "--micro_batch", rows, "--batch", batch, "--rollout_batch", batch, "--max_new_tokens",
             new))]
     common.load, coldstart.validate = load_as_on_a_gpu, lambda *args: {}
+    common.decoder_of = lambda device: (common.GraphDecoder, 8)
+    common.captured = lambda work: work  # of a graph only the fixed memory
     chunk = ["--chunk", str(case["chunk"])]
     more = ["--data", f"{work}/data", "--steps", "1"]
     more += ([*chunk, "--init", "none", "--eval_every", "0"] if stage is distill else

@@ -50,10 +50,12 @@ def test_random_weights_are_put_where_load_puts_them(bits):
 
 def test_the_bench_runs_on_the_cpu():
     done = subprocess.run(
-        [sys.executable, ROOT / "tests/bench_gpu.py", "--device", "cpu", "--tiny", "--bits", "4"],
+        [sys.executable, ROOT / "tests/bench_gpu.py", "--device", "cpu", "--tiny", "--quick",
+         "--bits", "4"],
         capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    for title in ("Memory, tiny in 4 bits", "Seconds of a step", "Sampling", "The default run"):
+    for title in ("Memory, tiny in 4 bits", "Seconds of a step", "Sampling",
+                  "Decoding", "An NF4 linear", "At these sizes"):
         assert title in done.stdout
     for phase in ("| distill | sample |", "| coldstart | loss |"):
         line = next(line for line in done.stdout.splitlines() if line.startswith(phase))
