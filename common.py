@@ -107,6 +107,8 @@ LANGUAGE = r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|
 VISION = (r"visual\.(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc[12])"
           r"|(merger|deepstack_merger_list\.\d+)\.linear_fc[12])")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+SERVED = ("qwen3_vl",)  # the `model_type` of config.json
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # of a checkpoint: all but its weights
 
 
 def checkpoint_folder(model):
@@ -163,6 +165,158 @@ def quantised_bits(model):
     return 4 if stored else None
 
 
+def weight_files(folder):
+    """Names of a checkpoint's safetensors files: those that its index lists, or the one."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"]
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        fail(f"{index} cannot be read ({type(error).__name__}: {error}): download it again")
+
+
+def download(model, patterns):
+    """The folder in the hub's cache with these files of `model`."""
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns="*/*"))
+    except Exception as error:  # of the network, of the hub, of the disk
+        fail(f"--model {model} is no folder here, and cannot be had from the hub: "
+             f"{' '.join(str(error).split())}")
+
+
+def find_checkpoint(model):
+    """The folder of --model with its small files: on the disk, in the hub's cache, or fetched."""
+    folder = checkpoint_folder(model)
+    if folder and (folder / "adapter_config.json").is_file():
+        fail(f"--model {model} holds an adapter: wanted the checkpoint that it was trained on")
+    if folder and not (folder / "config.json").is_file():
+        fail(f"--model {model} is no checkpoint folder: it has no config.json")
+    if model == BACKBONES["tiny"]["model"] or Path(model).is_dir():
+        return folder
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model) or Path(model).parent.exists():
+        fail(f"--model {model}: no such folder (a name on the hub is owner/name, where no folder "
+             "`owner` is here)")
+    # What is here whole is taken as it is, without a question to the hub.
+    if folder and all((folder / name).is_file() for name in weight_files(folder)):
+        return folder
+    return download(model, SMALL_FILES)
+
+
+def check_template(processor):
+    """What is wrong with the chats that a processor renders; None if nothing is."""
+    from jinja2 import TemplateError
+    if not processor.chat_template:
+        return "it has no chat template: wanted chat_template.jinja from the checkpoint it was " \
+               "made of"
+    text, picture = "two\nlines", {"type": "image"}  # a printed list would have \\n
+    try:
+        for pictures in ([], [picture]):
+            chat = [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+            rendered = processor.apply_chat_template(chat, add_generation_prompt=True)
+            if text not in rendered:
+                return "its chat template renders no list of texts and pictures (the model would " \
+                       "read it as code): wanted that of a vision-language model"
+            if rendered.count(processor.image_token) != len(pictures):
+                return f"its chat template renders no picture ({processor.image_token} is missing)"
+    except (TemplateError, TypeError, ValueError) as error:
+        return f"its chat template cannot be rendered ({error})"
+
+
+def weight_shapes(file):
+    """{name: shape} of a safetensors file, from its header. Fails where the file is not whole."""
+    size = file.stat().st_size
+    with open(file, "rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        header = content.read(length) if 8 + length <= size else b""
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        whole = 8 + length + max(entry["data_offsets"][1] for entry in entries.values())
+        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        fail(f"{file} is cut or broken: its {size:,} bytes hold no whole header; download it again")
+    if size != whole:
+        fail(f"{file} is cut: it has {size:,} bytes, wanted {whole:,}; download it again")
+    return shapes
+
+
+def check_keys(model, found):
+    """Fails where a checkpoint's weights are not the network's. found: the loading info."""
+    missing = sorted(found["missing_keys"])
+    foreign = sorted(set(found["unexpected_keys"]) - {"lm_head.weight"})  # it may be tied
+    for names, what in ((missing, "missing"), (foreign, "more than its config.json asks for")):
+        if names:
+            fail(f"--model {model} is not a whole checkpoint: weights are {what}, first of "
+                 f"{len(names)} {names[0]}; download it again")
+    for name, there, wanted in sorted(found["mismatched_keys"]):
+        fail(f"--model {model}: {name} is {tuple(there)} there, and {tuple(wanted)} by its "
+             "config.json; download it again")
+
+
+def check_checkpoint(model, bits):
+    """(folder, processor) of --model. Fails, before weights are read, where it cannot be served."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    folder = find_checkpoint(model)
+    for file in folder.iterdir():
+        if file.is_file():
+            with open(file, "rb") as content:
+                if content.read(40).startswith(b"version https://git-lfs"):
+                    fail(f"--model {model}: {file.name} is only a pointer of Git LFS: `git lfs "
+                         "pull` in its folder fetches the file")
+    stored = quantised_bits(model)
+    if stored and stored != bits:
+        fail(f"--model {model} is stored in {stored} bits: --bits {bits} cannot be had from it")
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind not in SERVED:
+        fail(f"--model {model} is a {kind}: wanted {' or '.join(SERVED)}")
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises nothing more special
+        fail(f"--model {model}: its tokenizer or processor cannot be loaded: "
+             f"{' '.join(str(error).split())}")
+    if not hasattr(processor, "image_processor"):
+        fail(f"--model {model} has no image processor: wanted preprocessor_config.json or "
+             "processor_config.json from the checkpoint it was made of")
+    for name in ("pad", "eos"):
+        if getattr(processor.tokenizer, f"{name}_token_id") is None:
+            fail(f"--model {model}: its tokenizer has no {name} token: wanted \"{name}_token\" in "
+                 "tokenizer_config.json")
+    wrong = check_template(processor)
+    if wrong:
+        fail(f"--model {model}: {wrong}")
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):  # a network without memory
+            net = AutoModelForImageTextToText.from_config(config)
+    except ImportError as error:
+        fail(f"--model {model}: its config.json asks for an attention that is not installed: take "
+             f"attn_implementation out of it ({' '.join(str(error).split())})")
+    except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
+        fail(f"--model {model}: no network can be made of its config.json: "
+             f"{' '.join(str(error).split())}")
+    if not Path(model).is_dir() and model != BACKBONES["tiny"]["model"] and not all(
+            (folder / name).is_file() for name in weight_files(folder)):
+        folder = download(model, (*SMALL_FILES, "*.safetensors"))
+    shapes = {}
+    for name in weight_files(folder):
+        if not (folder / name).is_file():
+            fail(f"--model {model}: {name} is missing in {folder}: wanted weights in safetensors")
+        shapes |= weight_shapes(folder / name)
+    if not stored:  # in 4 bits the names are others, and `load` compares them
+        state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        logging.disable(logging.WARNING)  # a table of all differences
+        _, found = type(net).from_pretrained(
+            None, config=config, state_dict=state, device_map={"": "meta"},
+            output_loading_info=True, ignore_mismatched_sizes=True)
+        logging.disable(logging.NOTSET)
+        check_keys(model, found)
+    return folder, processor
+
+
 def probe(model):
     """Logits [1, 8, vocabulary] of a fixed text: to tell if it is still the same network."""
     net = network(model)
@@ -179,42 +333,32 @@ def load(path, bits):
     bits: 4 (NF4, double quantisation; vision tower and lm_head stay in 16 bits), 16 (bfloat16), 32.
     A checkpoint that is stored in 4 bits is taken as it is.
     """
-    from transformers import AutoProcessor, BitsAndBytesConfig, Qwen3VLForConditionalGeneration
+    from transformers import BitsAndBytesConfig, Qwen3VLForConditionalGeneration
     from transformers.utils.logging import disable_progress_bar
+    folder, processor = check_checkpoint(path, bits)
     disable_progress_bar()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    name, path = path, TINY if path == BACKBONES["tiny"]["model"] else path
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        fail(f"{path} is no checkpoint folder: it has no config.json")
     stored = quantised_bits(path)
-    if stored and stored != bits:
-        fail(f"--model {name} is stored in {stored} bits: --bits {bits} cannot be had from it")
     dtype = torch.float32 if bits == 32 else torch.bfloat16
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head", "model.visual"])
     try:
         model, found = Qwen3VLForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, quantization_config=nf4 if bits == 4 and not stored else None,
+            folder, dtype=dtype, quantization_config=nf4 if bits == 4 and not stored else None,
             device_map={"": device}, use_safetensors=True, output_loading_info=True)
-        processor = AutoProcessor.from_pretrained(path)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        fail(f"cannot load --model {path}: {' '.join(str(error).split())[:300]}")
-    missing = sorted(found["missing_keys"])
-    foreign = sorted(set(found["unexpected_keys"]) - {"lm_head.weight"})  # it may be tied
-    if missing or foreign:
-        fail(f"--model {path} is not a whole Qwen3-VL checkpoint: {len(missing)} weights missing "
-             f"{missing[:2]}, {len(foreign)} foreign {foreign[:2]}; download it again")
-    if not processor.chat_template:
-        fail(f"--model {path} has no chat template: wanted chat_template.jinja from the checkpoint "
-             "it was made of")
+        fail(f"cannot load --model {path}: {' '.join(str(error).split())}")
+    check_keys(path, found)
     # The paper's upper limit, 512x512; max_pixels for from_pretrained may be ignored
     # (transformers issue 41955).
     size = processor.image_processor.size
     processor.image_processor.size = {"shortest_edge": size["shortest_edge"],
                                       "longest_edge": min(size["longest_edge"], 262_144)}
-    model.name_or_path = model.config.name_or_path = name  # as it was given, into adapters' files
+    # As it was given, into adapters' files, but for where it lies on this machine's disk.
+    name = Path(path).name if Path(path).is_absolute() else path
+    model.name_or_path = model.config.name_or_path = name
     model.requires_grad_(False)
     if cuda:
         # With an explicit mask, cuDNN's attention gives NaN gradients at some lengths (pytorch
