@@ -258,6 +258,7 @@ def check_keys(model, found):
 def check_checkpoint(model, bits):
     """(folder, processor) of --model. Fails, before weights are read, where it cannot be served."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils.logging import disable_progress_bar
     folder = find_checkpoint(model)
     for file in folder.iterdir():
         if file.is_file():
@@ -301,6 +302,7 @@ def check_checkpoint(model, bits):
     if not Path(model).is_dir() and model != BACKBONES["tiny"]["model"] and not all(
             (folder / name).is_file() for name in weight_files(folder)):
         folder = download(model, (*SMALL_FILES, "*.safetensors"))
+    disable_progress_bar()  # not before: a download takes long
     shapes = {}
     for name in weight_files(folder):
         if not (folder / name).is_file():
@@ -334,9 +336,7 @@ def load(path, bits):
     A checkpoint that is stored in 4 bits is taken as it is.
     """
     from transformers import BitsAndBytesConfig, Qwen3VLForConditionalGeneration
-    from transformers.utils.logging import disable_progress_bar
     folder, processor = check_checkpoint(path, bits)
-    disable_progress_bar()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     stored = quantised_bits(path)
@@ -388,20 +388,41 @@ def add_lora(model, rank=None, vision=False, path=None):
     tower's. A saved one keeps its own configuration; it may be of another tool.
     """
     import peft
+    from peft.tuners.lora import LoraLayer
     if path:
         model = add_saved_lora(model, path)
     else:
         pattern = rf".*\.({LANGUAGE}|{VISION})" if vision else rf".*\.{LANGUAGE}"
         model = peft.get_peft_model(model, peft.LoraConfig(
             r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=pattern))
-    base = getattr(network(model), "base_probe", None)  # of `load`, in eval mode
-    if base is not None and not network(model).training:
-        with model.disable_adapter():
-            change = (probe(model) - base).abs().max()
-        if change > 0.001 * base.abs().max():
-            fail(f"with adapters off the network is not the base any more: its logits differ by "
-                 f"{change:.2g}; the teacher would be another one")
+    with model.disable_adapter():
+        check_base(model)
+    # Servers refuse a pattern, and PEFT shortens names to endings, which elsewhere fit more than is
+    # meant. A set has another order in every process.
+    config = model.peft_config["default"]
+    if path is None or isinstance(config.target_modules, str):
+        config.target_modules = [name for name, module in network(model).named_modules()
+                                 if isinstance(module, LoraLayer)]
+    config.target_modules = sorted(config.target_modules)
     return model
+
+
+def remove_lora(model):
+    """The network without its adapter. Fails where that is not what was loaded."""
+    model = model.unload()
+    check_base(model)
+    return model
+
+
+def check_base(model):
+    """Fails where the network, its adapters off, is not the one that `load` gave any more."""
+    base = getattr(network(model), "base_probe", None)  # of `load`, in eval mode
+    if base is None or network(model).training:
+        return
+    change = (probe(model) - base).abs().max()
+    if not change <= 0.001 * base.abs().max():
+        fail(f"without adapters the network is not the base any more: its logits differ by "
+             f"{change:.2g}; teacher and base would be another network")
 
 
 def add_saved_lora(model, path):
@@ -725,11 +746,12 @@ def decoder_of(device):
 
 @torch.no_grad()
 def sample(model, processor, prompt, max_new_tokens, uniforms=None, temperature=1.0,
-           rollout_batch=None):
+           rollout_batch=None, drawn=None):
     """Draw responses -> (ids [B, T], mask [B, T]).
 
     uniforms: a number in [0, 1) for every token that may be drawn, float64 [B, max_new_tokens], so
     that a token depends on no other row; None: greedy. rollout_batch: rows at a time, default all.
+    drawn: [B, some], filled with the log-probabilities that the first tokens were drawn with.
     A response goes through its first EOS inclusive; one without an EOS was cut at
     max_new_tokens. The distribution is the model's own softmax, with nothing but the picture
     placeholders removed, whatever generation_config says.
@@ -753,6 +775,9 @@ def sample(model, processor, prompt, max_new_tokens, uniforms=None, temperature=
                 token = (logits.argmax(-1) if uniforms is None else
                          draw_token(logits, uniforms[rows, t], temperature))   # [rows]
                 ids[rows, t] = token
+                if drawn is not None and t < drawn.shape[1]:  # for `check_sampling`
+                    log_p = (logits / temperature).log_softmax(-1)
+                    drawn[rows, t] = log_p.gather(1, token[:, None])[:, 0]
                 going &= ~torch.isin(token, ends)
                 if t + 1 == max_new_tokens:
                     break
@@ -769,6 +794,25 @@ def sample(model, processor, prompt, max_new_tokens, uniforms=None, temperature=
     mask = (ended.cumsum(1) - ended == 0).long()    # by position: padding may be an EOS too
     length = mask.sum(1).max()
     return ids.where(mask.bool(), pad)[:, :length], mask[:, :length]
+
+
+@torch.no_grad()
+def check_sampling(model, prompt, ids, mask, drawn):
+    """Fails where tokens were drawn from another policy than the one that is scored.
+
+    prompt, ids and mask [B, T]: what was sampled; drawn [B, some]: see `sample`. Compares the first
+    tokens of a few rows, as the model is scored in training, with its adapters.
+    """
+    rows, width = slice(0, 4), min(drawn.shape[1], ids.shape[1])
+    ids, mask = ids[rows, :width], mask[rows, :width]
+    logits = network(model).lm_head(response_hidden(model, take_rows(prompt, rows), ids, mask))
+    scored = logits.float().log_softmax(-1).gather(1, ids[mask.bool()][:, None])[:, 0]       # [N]
+    gap = (drawn[rows, :width][mask.bool()] - scored).abs()
+    text = (f"the log-probabilities of sampled tokens differ from their scores by {gap.mean():.2g} "
+            f"nats (mean), {gap.max():.2g} (most)")
+    if not gap.mean() <= 0.25:  # bf16 on a GPU: 0.02, at most 0.09
+        fail(f"{text}: what is sampled is not what is trained")
+    print(f"{text}, over the first {len(gap)}")
 
 
 def was_cut(model, processor, ids, mask):
