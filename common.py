@@ -101,6 +101,9 @@ BACKBONES = {
 }
 
 
+DOWNLOADS = {"2b": 4.3, "4b": 8.9, "8b": 17.5}  # GB
+
+
 def warn(message):
     """One line on stderr, below a progress bar too."""
     if process_rank()[0] == 0:
@@ -118,6 +121,7 @@ SERVED = {
     "qwen3_5": {"graph": False},
 }
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # of a checkpoint: all but its weights
 
 
 def checkpoint_folder(model):
@@ -174,6 +178,172 @@ def quantised_bits(model):
     return 4 if stored else None
 
 
+def weight_files(folder):
+    """Names of a checkpoint's safetensors files: those that its index lists, or the one."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"]
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        fail(f"{index} cannot be read ({type(error).__name__}: {error}): download it again")
+
+
+def download(model, patterns):
+    """The folder in the hub's cache with these files of `model`."""
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns="*/*"))
+    except Exception as error:  # of the network, of the hub, of the disk
+        fail(f"--model {model} is no folder here, and cannot be had from the hub: "
+             f"{' '.join(str(error).split())}")
+
+
+def find_checkpoint(model):
+    """The folder of --model with its small files: on the disk, in the hub's cache, or fetched."""
+    folder = checkpoint_folder(model)
+    if folder and (folder / "adapter_config.json").is_file():
+        fail(f"--model {model} holds an adapter: wanted the checkpoint that it was trained on")
+    if folder and not (folder / "config.json").is_file():
+        fail(f"--model {model} is no checkpoint folder: it has no config.json")
+    if model == BACKBONES["tiny"]["model"] or Path(model).is_dir():
+        return folder
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model) or Path(model).parent.exists():
+        fail(f"--model {model}: no such folder (a name on the hub is owner/name, where no folder "
+             "`owner` is here)")
+    # What is here whole is taken as it is, without a question to the hub.
+    if folder and all((folder / name).is_file() for name in weight_files(folder)):
+        return folder
+    return download(model, SMALL_FILES)
+
+
+def check_template(processor):
+    """What is wrong with the chats that a processor renders; None if nothing is."""
+    from jinja2 import TemplateError
+    if not processor.chat_template:
+        return "it has no chat template: wanted chat_template.jinja from the checkpoint it was " \
+               "made of"
+    text, picture = "two\nlines", {"type": "image"}  # a printed list would have \\n
+    try:
+        for pictures in ([], [picture]):
+            chat = [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+            rendered = processor.apply_chat_template(chat, add_generation_prompt=True)
+            if text not in rendered:
+                return "its chat template renders no list of texts and pictures (the model would " \
+                       "read it as code): wanted that of a vision-language model"
+            if rendered.count(processor.image_token) != len(pictures):
+                return f"its chat template renders no picture ({processor.image_token} is missing)"
+    except (TemplateError, TypeError, ValueError) as error:
+        return f"its chat template cannot be rendered ({error})"
+
+
+def weight_shapes(file):
+    """{name: shape} of a safetensors file, from its header. Fails where the file is not whole."""
+    size = file.stat().st_size
+    with open(file, "rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        header = content.read(length) if 8 + length <= size else b""
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        whole = 8 + length + max(entry["data_offsets"][1] for entry in entries.values())
+        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        fail(f"{file} is cut or broken: its {size:,} bytes hold no whole header; download it again")
+    if size != whole:
+        fail(f"{file} is cut: it has {size:,} bytes, wanted {whole:,}; download it again")
+    return shapes
+
+
+def check_keys(model, found):
+    """Fails where a checkpoint's weights are not the network's. found: the loading info."""
+    missing = sorted(found["missing_keys"])
+    foreign = sorted(set(found["unexpected_keys"]) - {"lm_head.weight"})  # it may be tied
+    for names, what in ((missing, "missing"), (foreign, "more than its config.json asks for")):
+        if names:
+            fail(f"--model {model} is not a whole checkpoint: weights are {what}, first of "
+                 f"{len(names)} {names[0]}; download it again")
+    for name, there, wanted in sorted(found["mismatched_keys"]):
+        fail(f"--model {model}: {name} is {tuple(there)} there, and {tuple(wanted)} by its "
+             "config.json; download it again")
+
+
+def load_processor(model, max_pixels=MAX_PIXELS, folder=None):
+    """Tokenizer and image processor of --model. max_pixels: a larger picture is shrunk."""
+    from transformers import AutoProcessor
+    folder = folder or find_checkpoint(model)
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises nothing more special
+        fail(f"--model {model}: its tokenizer or processor cannot be loaded: "
+             f"{' '.join(str(error).split())}")
+    if not hasattr(processor, "image_processor"):
+        fail(f"--model {model} has no image processor: wanted preprocessor_config.json or "
+             "processor_config.json from the checkpoint it was made of")
+    for name in ("pad", "eos"):
+        if getattr(processor.tokenizer, f"{name}_token_id") is None:
+            fail(f"--model {model}: its tokenizer has no {name} token: wanted \"{name}_token\" in "
+                 "tokenizer_config.json")
+    wrong = check_template(processor)
+    if wrong:
+        fail(f"--model {model}: {wrong}")
+    # max_pixels for from_pretrained may be ignored (transformers issue 41955).
+    size = processor.image_processor.size
+    most = min(size["longest_edge"], max_pixels)
+    processor.image_processor.size = {"shortest_edge": min(size["shortest_edge"], most),
+                                      "longest_edge": most}
+    return processor
+
+
+def check_checkpoint(model, bits, max_pixels=MAX_PIXELS):
+    """(folder, processor) of --model. Fails, before weights are read, where it cannot be served."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.utils.logging import disable_progress_bar
+    folder = find_checkpoint(model)
+    for file in folder.iterdir():
+        if file.is_file():
+            with open(file, "rb") as content:
+                if content.read(40).startswith(b"version https://git-lfs"):
+                    fail(f"--model {model}: {file.name} is only a pointer of Git LFS: `git lfs "
+                         "pull` in its folder fetches the file")
+    stored = quantised_bits(model)
+    if stored and stored != bits:
+        fail(f"--model {model} is stored in {stored} bits: --bits {bits} cannot be had from it")
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind not in SERVED:
+        fail(f"--model {model} is a {kind}: wanted {' or '.join(SERVED)}")
+
+    processor = load_processor(model, max_pixels, folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):  # a network without memory
+            net = AutoModelForImageTextToText.from_config(config)
+    except ImportError as error:
+        fail(f"--model {model}: its config.json asks for an attention that is not installed: take "
+             f"attn_implementation out of it ({' '.join(str(error).split())})")
+    except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
+        fail(f"--model {model}: no network can be made of its config.json: "
+             f"{' '.join(str(error).split())}")
+    if not Path(model).is_dir() and model != BACKBONES["tiny"]["model"] and not all(
+            (folder / name).is_file() for name in weight_files(folder)):
+        folder = download(model, (*SMALL_FILES, "*.safetensors"))
+    disable_progress_bar()  # not before: a download takes long
+    shapes = {}
+    for name in weight_files(folder):
+        if not (folder / name).is_file():
+            fail(f"--model {model}: {name} is missing in {folder}: wanted weights in safetensors")
+        shapes |= weight_shapes(folder / name)
+    if not stored:  # in 4 bits the names are others, and `load` compares them
+        state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        logging.disable(logging.WARNING)  # a table of all differences
+        _, found = type(net).from_pretrained(
+            None, config=config, state_dict=state, device_map={"": "meta"},
+            output_loading_info=True, ignore_mismatched_sizes=True)
+        logging.disable(logging.NOTSET)
+        check_keys(model, found)
+    return folder, processor
+
+
 def probe(model):
     """Logits [1, 8, vocabulary] of a fixed text: to tell if it is still the same network."""
     net = network(model)
@@ -182,25 +352,6 @@ def probe(model):
         hidden = net.model(input_ids=ids, use_cache=False).last_hidden_state
         net.model.rope_deltas = None
         return net.lm_head(hidden).float()
-
-
-def load_processor(path, max_pixels=MAX_PIXELS):
-    """Tokenizer and image processor of a checkpoint. max_pixels: a larger picture is shrunk."""
-    from transformers import AutoProcessor
-    path = TINY if path == BACKBONES["tiny"]["model"] else path
-    try:
-        processor = AutoProcessor.from_pretrained(path)
-    except (OSError, RuntimeError, ValueError) as error:
-        fail(f"cannot load --model {path}: {' '.join(str(error).split())[:300]}")
-    if not processor.chat_template:
-        fail(f"--model {path} has no chat template: wanted chat_template.jinja from the checkpoint "
-             "it was made of")
-    # max_pixels for from_pretrained may be ignored (transformers issue 41955).
-    size = processor.image_processor.size
-    most = min(size["longest_edge"], max_pixels)
-    processor.image_processor.size = {"shortest_edge": min(size["shortest_edge"], most),
-                                      "longest_edge": most}
-    return processor
 
 
 def compute_dtype(bits):
@@ -231,21 +382,11 @@ def load(path, bits, max_pixels=MAX_PIXELS):
     bits: 4 (NF4, double quantisation; vision tower and lm_head stay in 16 bits), 16, 32. A
     checkpoint that is stored in 4 bits is taken as it is. max_pixels: a larger picture is shrunk.
     """
-    from transformers import (
-        AutoModelForImageTextToText,
-        BitsAndBytesConfig,
-        PreTrainedConfig,
-    )
-    from transformers.utils.logging import disable_progress_bar
-    disable_progress_bar()
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+    folder, processor = check_checkpoint(path, bits, max_pixels)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    name, path = path, TINY if path == BACKBONES["tiny"]["model"] else path
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        fail(f"{path} is no checkpoint folder: it has no config.json")
     stored = quantised_bits(path)
-    if stored and stored != bits:
-        fail(f"--model {name} is stored in {stored} bits: --bits {bits} cannot be had from it")
     dtype = compute_dtype(bits)
     quantisation = {}  # that of a checkpoint which is stored so; None would be taken for another
     if bits == 4 and not stored:
@@ -253,23 +394,17 @@ def load(path, bits, max_pixels=MAX_PIXELS):
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head", "model.visual"])
     try:
-        kind = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
-        if kind not in SERVED:
-            fail(f"--model {name} is a {kind}: wanted one of {', '.join(SERVED)}")
         model, found = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, device_map={"": device}, use_safetensors=True,
+            folder, dtype=dtype, device_map={"": device}, use_safetensors=True,
             output_loading_info=True, **quantisation)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        fail(f"cannot load --model {path}: {' '.join(str(error).split())[:300]}")
-    missing = sorted(found["missing_keys"])
-    foreign = sorted(set(found["unexpected_keys"]) - {"lm_head.weight"})  # it may be tied
-    if missing or foreign:
-        fail(f"--model {path} is not a whole {kind} checkpoint: {len(missing)} weights missing "
-             f"{missing[:2]}, {len(foreign)} foreign {foreign[:2]}; download it again")
-    processor = load_processor(path, max_pixels)
+        fail(f"cannot load --model {path}: {' '.join(str(error).split())}")
+    check_keys(path, found)
     conv = model.model.visual.patch_embed.proj
     conv.forward = partial(embed_patches, conv)
-    model.name_or_path = model.config.name_or_path = name  # as it was given, into adapters' files
+    # As it was given, into adapters' files, but for where it lies on this machine's disk.
+    name = Path(path).name if Path(path).is_absolute() else path
+    model.name_or_path = model.config.name_or_path = name
     model.requires_grad_(False)
     if cuda:
         # With an explicit mask, cuDNN's attention gives NaN gradients at some lengths (pytorch
@@ -307,22 +442,40 @@ def add_lora(model, rank=None, vision=False, path=None):
     saved one keeps its own configuration; it may be of another tool.
     """
     import peft
+    from peft.tuners.lora import LoraLayer
     if path:
         model = add_saved_lora(model, path)
     else:
         model = peft.get_peft_model(model, peft.LoraConfig(
             r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=linears(model, vision)))
+    with model.disable_adapter():
+        check_base(model)
+    # Servers refuse a pattern, and PEFT shortens names to endings, which elsewhere fit more than is
+    # meant. A set has another order in every process.
     config = model.peft_config["default"]
-    if isinstance(config.target_modules, set):  # it would be saved in another order every time
-        config.target_modules = sorted(config.target_modules)
-    base = getattr(network(model), "base_probe", None)  # of `load`, in eval mode
-    if base is not None and not network(model).training:
-        with model.disable_adapter():
-            change = (probe(model) - base).abs().max()
-        if change > 0.001 * base.abs().max():
-            fail(f"with adapters off the network is not the base any more: its logits differ by "
-                 f"{change:.2g}; the teacher would be another one")
+    if path is None or isinstance(config.target_modules, str):
+        config.target_modules = [name for name, module in network(model).named_modules()
+                                 if isinstance(module, LoraLayer)]
+    config.target_modules = sorted(config.target_modules)
     return model
+
+
+def remove_lora(model):
+    """The network without its adapter. Fails where that is not what was loaded."""
+    model = model.unload()
+    check_base(model)
+    return model
+
+
+def check_base(model):
+    """Fails where the network, its adapters off, is not the one that `load` gave any more."""
+    base = getattr(network(model), "base_probe", None)  # of `load`, in eval mode
+    if base is None or network(model).training:
+        return
+    change = (probe(model) - base).abs().max()
+    if not change <= 0.001 * base.abs().max():
+        fail(f"without adapters the network is not the base any more: its logits differ by "
+             f"{change:.2g}; teacher and base would be another network")
 
 
 def add_saved_lora(model, path):
@@ -665,11 +818,12 @@ def decoder_of(net):
 
 @torch.no_grad()
 def sample(model, processor, prompt, max_new_tokens, uniforms=None, temperature=1.0,
-           rollout_batch=None):
+           rollout_batch=None, drawn=None):
     """Draw responses -> (ids [B, T], mask [B, T]).
 
     uniforms: a number in [0, 1) for every token that may be drawn, float64 [B, max_new_tokens], so
     that a token depends on no other row; None: greedy. rollout_batch: rows at a time, default all.
+    drawn: [B, some], filled with the log-probabilities that the first tokens were drawn with.
     A response goes through its first EOS inclusive; one without an EOS was cut at
     max_new_tokens. The distribution is the model's own softmax, with nothing but the picture
     placeholders removed, whatever generation_config says.
@@ -694,6 +848,9 @@ def sample(model, processor, prompt, max_new_tokens, uniforms=None, temperature=
                 token = (logits.argmax(-1) if uniforms is None else
                          draw_token(logits, uniforms[rows, t], temperature))   # [rows]
                 ids[rows, t] = token
+                if drawn is not None and t < drawn.shape[1]:  # for `check_sampling`
+                    log_p = (logits / temperature).log_softmax(-1)
+                    drawn[rows, t] = log_p.gather(1, token[:, None])[:, 0]
                 going &= ~torch.isin(token, ends)
                 if t + 1 == max_new_tokens:
                     break
@@ -710,6 +867,25 @@ def sample(model, processor, prompt, max_new_tokens, uniforms=None, temperature=
     mask = (ended.cumsum(1) - ended == 0).long()    # by position: padding may be an EOS too
     length = mask.sum(1).max()
     return ids.where(mask.bool(), pad)[:, :length], mask[:, :length]
+
+
+@torch.no_grad()
+def check_sampling(model, prompt, ids, mask, drawn):
+    """Fails where tokens were drawn from another policy than the one that is scored.
+
+    prompt, ids and mask [B, T]: what was sampled; drawn [B, some]: see `sample`. Compares the first
+    tokens of a few rows, as the model is scored in training, with its adapters.
+    """
+    rows, width = slice(0, 4), min(drawn.shape[1], ids.shape[1])
+    ids, mask = ids[rows, :width], mask[rows, :width]
+    logits = network(model).lm_head(response_hidden(model, take_rows(prompt, rows), ids, mask))
+    scored = logits.float().log_softmax(-1).gather(1, ids[mask.bool()][:, None])[:, 0]       # [N]
+    gap = (drawn[rows, :width][mask.bool()] - scored).abs()
+    text = (f"the log-probabilities of sampled tokens differ from their scores by {gap.mean():.2g} "
+            f"nats (mean), {gap.max():.2g} (most)")
+    if not gap.mean() <= 0.25:  # bf16 on a GPU: 0.02, at most 0.09
+        fail(f"{text}: what is sampled is not what is trained")
+    print(f"{text}, over the first {len(gap)}")
 
 
 def was_cut(model, processor, ids, mask):
@@ -823,13 +999,17 @@ def resolve(args, settings, run=None):
 
 
 def announce(args):
-    """The first line of a run: what it trains, and on which device."""
+    """The first lines of a run: what it trains, on which device, and what that takes."""
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else "the CPU"
     print(f"preset {args.preset} on {device}: {args.model} in {args.bits} bits")
     if compute_dtype(args.bits) is torch.float16:
         print("This card has no bfloat16: the network computes in float16, which may overflow "
               "(such steps are skipped, and said)")
+    if args.model == BACKBONES[args.preset]["model"] and args.preset in DOWNLOADS:
+        if checkpoint_folder(args.model) is None:
+            print(f"It is downloaded first: {DOWNLOADS[args.preset]} GB")
+        print(f"Memory: `python -m tools.estimate --preset {args.preset}`; hours: docs/gpu.md")
     if cuda and args.preset == "tiny":
         print("For Qwen3-VL-4B: the same commands with --preset 4b (a download of 9 GB; memory by "
               "`python -m tools.estimate --preset 4b`; hours: docs/gpu.md)")

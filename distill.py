@@ -334,6 +334,7 @@ def main(args):
         as_teacher = {"base": model.disable_adapter, "live": nullcontext,
                       "ema": partial(common.exchanged, weights, ema)}[args.teacher_weights]
 
+        drawn = torch.zeros(args.batch // processes, 8, device=model.device)
         for step in run.steps():
             rng = np.random.default_rng([args.seed, step])  # nothing random is ever stored
             batch = draw_rows(rows, args.batch, rng)[share]
@@ -348,12 +349,15 @@ def main(args):
             with role():
                 rollouts, masks = common.sample(                                      # [B, T] each
                     model, processor, prompts, args.max_new_tokens, uniforms,
-                    rollout_batch=args.rollout_batch)
+                    rollout_batch=args.rollout_batch, drawn=drawn)
             factors = masks.float()    # of each token's loss; a fork's masks and advantages go here
             tokens = int(masks.sum())                       # how many count: the loss's denominator
             run.clock("sample")
 
             model.train()
+            if on_policy and drawn is not None:                     # once, at the first such step
+                common.check_sampling(model, pictures, rollouts, masks, drawn)
+                drawn = None
             scores = []
             for ids, mask, factor, picture, symbol in common.micro_batches(
                     args.micro_batch, (rollouts, masks, factors), (pictures, symbols)):

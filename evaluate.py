@@ -321,7 +321,7 @@ def answer_batch(model, processor, batch, settings, condition):
 def check_jobs(model, jobs):
     """Fails where an adapter does not fit the model, or a picture cannot be read."""
     for adapter in {job.adapter for job in jobs} - {None}:
-        common.add_lora(model, path=adapter).unload()
+        common.remove_lora(common.add_lora(model, path=adapter))
     pictures = set()
     for job in jobs:
         pictures |= {path for _, _, path in job.questions if path}
@@ -335,7 +335,7 @@ def ask_model(args, jobs, model, processor):
     with tqdm(total=total, desc="answers", unit="row") as bar:
         for job, batches in zip(jobs, missing, strict=True):
             if job.adapter != using:
-                model = model.unload() if using else model
+                model = common.remove_lora(model) if using else model
                 model = common.add_lora(model, path=job.adapter) if job.adapter else model
                 using = job.adapter
             model.eval()

@@ -7,11 +7,13 @@ import peft
 import pytest
 import torch
 from conftest import stops
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 import common
 import distill
+import evaluate
 
 TARGETS = ["q_proj", "v_proj"]
 
@@ -112,6 +114,124 @@ def test_a_base_that_is_no_longer_the_base_is_noticed(tiny, capsys):
     model = copy.deepcopy(tiny[0])
     model.model.language_model.layers[2].mlp.up_proj.weight.data.mul_(1.5)
     assert "not the base any more" in stops(capsys, common.add_lora, model, 4)
+
+
+def test_a_base_that_an_adapter_leaves_changed_is_noticed(tiny, tmp_path, capsys):
+    """Merged, as an evaluation must not leave it to the next condition."""
+    foreign_adapter(tiny, tmp_path)
+    model = common.add_lora(copy.deepcopy(tiny[0]), path=str(tmp_path))
+    model = common.remove_lora(model)
+    assert torch.equal(common.probe(model), tiny[0].base_probe)
+    model = common.add_lora(model, path=str(tmp_path))
+    model.merge_adapter()
+    assert "not the base any more" in stops(capsys, common.remove_lora, model)
+
+
+def test_an_evaluation_does_not_ask_a_changed_base(tiny, toy_data, tmp_path, monkeypatch, capsys):
+    foreign_adapter(tiny, tmp_path / "theirs")
+    answer = evaluate.answer_batch
+
+    def answer_batch(model, *words):
+        if hasattr(model, "merge_adapter"):
+            model.merge_adapter()
+        return answer(model, *words)
+    monkeypatch.setattr(evaluate, "answer_batch", answer_batch)
+    words = ["--adapter", tmp_path / "theirs", "base", "--data", toy_data, "--out",
+             tmp_path / "eval", "--input", "text", "--limit", 1, "--max_new_tokens", 2]
+    args = evaluate.parse_args(list(map(str, words)))
+    assert "not the base any more" in stops(capsys, evaluate.main, args)
+    assert not list(tmp_path.glob("eval/base*/answers"))
+
+
+# ---------------------------------------------------------------- what is saved
+
+@pytest.mark.parametrize("vision", [False, True])
+def test_what_is_saved_serves_elsewhere(tiny, toy_data, tmp_path, vision):
+    """Names in place of a pattern, the same for PEFT alone and for us, and no place on the disk."""
+    model, folder = shutil.copytree(common.TINY, tmp_path / "mine/model"), tmp_path / "out/adapter"
+    words = ["--model", model, "--init", "none", "--data", toy_data, "--out", tmp_path / "out",
+             "--steps", 1, "--batch", 2, "--max_new_tokens", 4, "--lora_vision", int(vision)]
+    distill.main(distill.parse_args(list(map(str, words))))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    names = config["target_modules"]
+    linears = [name for name, module in tiny[0].named_modules() if name != "lm_head"
+               and isinstance(module, torch.nn.Linear) and (vision or ".visual." not in name)]
+    assert names == sorted(linears) and config["base_model_name_or_path"] == "model"
+    for file in folder.iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes()
+    weights = load_file(folder / "adapter_model.safetensors")
+    weights = {name: torch.randn_like(weight) / 10 for name, weight in weights.items()}
+    save_file(weights, folder / "adapter_model.safetensors")
+
+    base = AutoModelForImageTextToText.from_pretrained(common.TINY, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, folder).eval()
+    ours = common.add_lora(copy.deepcopy(tiny[0]), path=str(folder))
+    for loaded in (theirs, ours):
+        adapted = {name.partition("base_model.model.")[2].partition(".lora_")[0]
+                   for name, _ in loaded.named_parameters() if ".lora_" in name}
+        assert adapted == set(names)
+    torch.testing.assert_close(common.probe(theirs), common.probe(ours))
+    assert (common.probe(ours) - tiny[0].base_probe).abs().max() > 0.01
+
+
+def test_an_adapter_with_a_pattern_is_loaded_and_saved_with_names(tiny, tmp_path):
+    """As runs of earlier versions have it."""
+    theirs = foreign_adapter(tiny, tmp_path / "old", target_modules=r".*language_model.*\.o_proj")
+    ours = common.add_lora(copy.deepcopy(tiny[0]), path=str(tmp_path / "old"))
+    ours.save_pretrained(tmp_path / "new")
+    config = json.loads((tmp_path / "new/adapter_config.json").read_text())
+    assert config["target_modules"] == [
+        f"model.language_model.layers.{layer}.self_attn.o_proj" for layer in range(5)]
+    again = common.add_lora(copy.deepcopy(tiny[0]), path=str(tmp_path / "new"))
+    torch.testing.assert_close(common.probe(again), common.probe(theirs))
+
+
+# ---------------------------------------------------------------- what is sampled is what is scored
+
+def without_adapters(model, *words, real=common.sample, **options):
+    with model.disable_adapter():
+        return real(model, *words, **options)
+
+
+def with_dropout(model, *words, real=common.sample, **options):
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout["default"] = torch.nn.Dropout(0.9)
+    result = real(model.train(), *words, **options)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout["default"] = torch.nn.Identity()
+    return result
+
+
+def colder(*words, real=common.sample, **options):
+    return real(*words, **options, temperature=0.1)
+
+
+@pytest.mark.parametrize("broken", [None, "without_adapters", "colder", "with_dropout"])
+def test_what_is_sampled_is_compared_with_what_is_scored(
+        tiny, toy_data, tmp_path, monkeypatch, capsys, broken):
+    """At the first step of a run, and of a resumed one."""
+    foreign_adapter(tiny, tmp_path / "theirs")
+    words = ["--init", tmp_path / "theirs", "--data", toy_data, "--out", tmp_path / "out",
+             "--batch", 4, "--micro_batch", 2, "--max_new_tokens", 10, "--save_every", 1]
+
+    def run(steps):
+        distill.main(distill.parse_args(list(map(str, [*words, "--steps", steps]))))
+    if broken in (None, "without_adapters"):
+        run(1)
+        assert "of sampled tokens differ from their scores by" in capsys.readouterr().out
+    if broken is None:
+        run(3)
+        assert capsys.readouterr().out.count("differ from their scores") == 1
+        return
+    monkeypatch.setattr(common, "sample", globals()[broken])
+    if broken == "with_dropout":
+        monkeypatch.setattr(common, "is_plain", lambda module: False)
+    before = (tmp_path / "out/checkpoint.pt").read_bytes() if broken == "without_adapters" else None
+    line = stops(capsys, run, 2)
+    assert "what is sampled is not what is trained" in line
+    assert before is None or (tmp_path / "out/checkpoint.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("content", ["[", "5"])

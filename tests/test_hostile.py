@@ -114,9 +114,9 @@ def shrink(weights):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lose, "1 weights missing ['model.language_model.layers.1.mlp.up_proj.weight']"),
-    (gain, "1 foreign ['model.language_model.layers.1.mlp.side_proj.weight']"),
-    (shrink, "cannot load --model")])
+    (lose, "weights are missing, first of 1 model.language_model.layers.1.mlp.up_proj.weight"),
+    (gain, "asks for, first of 1 model.language_model.layers.1.mlp.side_proj.weight"),
+    (shrink, "mlp.up_proj.weight is (2, 2) there, and (256, 128) by its config.json")])
 def test_a_checkpoint_with_wrong_weights(tmp_path, capsys, change, message):
     assert message in stops(capsys, common.load, str(checkpoint(tmp_path, change)), 32)
 
@@ -125,14 +125,17 @@ def test_a_checkpoint_with_broken_files(tmp_path, capsys):
     folder = checkpoint(tmp_path, lambda weights: None)
     common.load(str(folder), 32)
     whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[:1000])
-    assert "cannot load --model" in stops(capsys, common.load, str(folder), 32)
+    for size, message in ((1000, "its 1,000 bytes hold no whole header"), (5, "its 5 bytes hold"),
+                          (100_000, f"it has 100,000 bytes, wanted {len(whole):,}")):
+        (folder / "model.safetensors").write_bytes(whole[:size])
+        line = stops(capsys, common.load, str(folder), 32)
+        assert "model.safetensors is cut" in line and message in line
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")  # a pickle is not even opened
-    assert "cannot load --model" in stops(capsys, common.load, str(folder), 32)
+    assert "model.safetensors is missing" in stops(capsys, common.load, str(folder), 32)
     (folder / "model.safetensors").write_bytes(whole)
     (folder / "chat_template.jinja").unlink()
-    assert "has no chat template" in stops(capsys, common.load, str(folder), 32)
+    assert "it has no chat template" in stops(capsys, common.load, str(folder), 32)
 
 
 def test_no_code_from_a_checkpoint_is_run(tmp_path):

@@ -124,7 +124,7 @@ def seen_size(processor, size, cache):
 
 def check_picture(row, processor, limit, found, cache):
     """Opens the pictures of a row. Returns facts about the student's, {} if one cannot be read."""
-    for path in reversed(row.pictures()):                                 # the student's is the last
+    for path in reversed(row.pictures()):                               # the student's is the last
         image, refused = found.refused(gen_data.open_picture, path, where=row.where)
         if refused:
             return {}

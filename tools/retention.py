@@ -87,7 +87,7 @@ def main(args):
             texts.append(f"{100 * sum(right) / len(right):.1f} "
                          f"[{100 * ci.low:.1f}, {100 * ci.high:.1f}]")
         lines.append(f"| {' | '.join(texts)} |")
-        network = model.unload() if adapter else model
+        network = common.remove_lora(model) if adapter else model
     Path(args.out).mkdir(parents=True, exist_ok=True)
     write_text(Path(args.out, "retention.json"), json.dumps(results) + "\n")
     print("exact answers, % [95% interval]\n" + "\n".join(lines))
