@@ -204,11 +204,7 @@ def with_dropout(model, *words, real=common.sample, **options):
     return result
 
 
-def colder(*words, real=common.sample, **options):
-    return real(*words, **options, temperature=0.1)
-
-
-@pytest.mark.parametrize("broken", [None, "without_adapters", "colder", "with_dropout"])
+@pytest.mark.parametrize("broken", [None, "without_adapters", "with_dropout"])
 def test_what_is_sampled_is_compared_with_what_is_scored(
         tiny, toy_data, tmp_path, monkeypatch, capsys, broken):
     """At the first step of a run, and of a resumed one."""
