@@ -61,6 +61,8 @@ def random_network(config, bits, device):
         for key, buffer in module.named_buffers(recurse=False):
             setattr(module, key, buffer.to(device))
     model.tie_weights()
+    conv = model.model.visual.patch_embed.proj
+    conv.forward = partial(common.embed_patches, conv)
     model.requires_grad_(False)
     model.is_loaded_in_4bit = bits == 4  # peft chooses its layers by this
     if torch.device(device).type == "cuda":
@@ -127,7 +129,7 @@ def two_steps(stage, words, network, processor):
             torch.cuda.reset_peak_memory_stats()
     with (tempfile.TemporaryDirectory() as out, redirect_stdout(io.StringIO()),
           mock.patch.object(common.Run, "clock", noting_peaks),
-          mock.patch.object(common, "load", lambda path, bits: (network(), processor)),
+          mock.patch.object(common, "load", lambda *args: (network(), processor)),
           mock.patch.object(coldstart, "validate", lambda *args: {})):
         stage.main(stage.parse_args([*words, "--out", out]))
         log = Path(out, "metrics.jsonl").read_text(encoding="utf-8")

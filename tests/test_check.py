@@ -237,7 +237,7 @@ def test_places_are_cut_short_unless_asked_for(tmp_path, capsys):
 def test_bad_commands(tmp_path, capsys):
     for words, message in (
             ([tmp_path / "nothing"], "no such folder"),
-            ([write(tmp_path, **sound()), "--model", tmp_path / "train"], "cannot load --model"),
+            ([write(tmp_path, **sound()), "--model", tmp_path / "train"], "no checkpoint folder"),
             ([tmp_path, "--splits", "all"], "invalid choice: 'all'")):
         assert message in stops(capsys, lambda words: check.main(
             check.parse_args(list(map(str, words)))), words)

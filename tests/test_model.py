@@ -345,10 +345,11 @@ def test_validation_by_hand(tiny, tmp_path, monkeypatch):
         loss += float(coldstart.answer_loss(model, prompt, ids, mask))
         tokens += int(mask.sum())
     assert found == {"val_loss": pytest.approx(loss / tokens, rel=1e-4), "val_map": 1,
-                     "val_questions": 0.5}
+                     "val_questions": 0.5, "val_length": 2}
     args.target, texts = "answer", [rows[0].response(), "<answer>U,U,U,U,U,U</answer>", ""]
     found = coldstart.validate(model, processor, [(row, ("answer",)) for row in rows], args)
-    assert found["val_success"] == 1 / 3 and found.keys() == {"val_loss", "val_success"}
+    assert found["val_success"] == 1 / 3 and found.keys() == {
+        "val_loss", "val_success", "val_optimal", "val_length"}
 
 
 def test_the_cold_starts_steps_and_validations(toy_data, tmp_path, monkeypatch):

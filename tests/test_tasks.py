@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw
 
 import gen_data
 from gen_data import check, listing, parse, solve
-from tools import lenient, show
+from tools import check as check_tool
+from tools import lenient
 
 
 @dataclass
@@ -171,10 +172,11 @@ def test_route_of_a_response():
         "Route: from (0,2) NEXT to (0,3) PRESS at (0,3).", "<answer>NEXT,PRESS</answer>"]
 
 
-def test_the_contact_sheet(tmp_path, capsys):
-    show.main(show.parse_args(["--tasks", "lamps:6", "--out", str(tmp_path / "a.png")]))
-    assert Image.open(tmp_path / "a.png").size == (272, 560)
-    assert "--- lamps: teacher without it" in capsys.readouterr().out
+def test_it_is_checked_and_looked_at(data, tmp_path, capsys):
+    check_tool.main(check_tool.parse_args([str(data), "--html", str(tmp_path / "page.html")]))
+    assert "| test | lamps 6 |" in capsys.readouterr().out
+    page = (tmp_path / "page.html").read_text()
+    assert 'style="aspect-ratio: 6 / 1"' in page and "PRESS" in page
 
 
 def test_an_evaluation_and_its_report(data, tmp_path, monkeypatch, capsys):
