@@ -438,7 +438,9 @@ def conclude(folder, rows, lines, seen, settings, args, trained=None):
         perception.append({**line, "task": row.task, "level": row.level, "right": right})
     table = summarise(verdicts)
     whole = next(line for line in table if line["task"] == "macro")
-    success = "not judged" if whole["success"] is None else f"{whole['success']:.0%}"
+    success = "not judged"
+    if whole["success"] is not None:
+        success = f"{report.percent(whole['success'])}%"
     words = f"{folder.name}: success {success}"
     if whole["trained_on"] is not None:
         words += f"; {whole['trained_on']} of its {whole['n']} rows are puzzles it was trained on"
