@@ -318,12 +318,14 @@ def answer_batch(model, processor, batch, settings, condition):
             for key, text, length, is_cut in zip(keys, texts, lengths, cut, strict=True)]
 
 
-def check_jobs(model, jobs):
-    """Fails where an adapter does not fit the model, or a picture cannot be read."""
+def check_jobs(model, processor, jobs, new_tokens):
+    """Fails where an adapter does not fit, a text exceeds the context, a picture is unreadable."""
     for adapter in {job.adapter for job in jobs} - {None}:
         common.remove_lora(common.add_lora(model, path=adapter))
     pictures = set()
     for job in jobs:
+        texts = {f"row {key['id']}": prompt for key, prompt, _ in job.questions}
+        common.check_lengths(model, processor, texts, new_tokens)
         pictures |= {path for _, _, path in job.questions if path}
     gen_data.decode_all(pictures)
 
@@ -708,7 +710,7 @@ def score_model(args, rows, pool, adapters):
         model, processor = common.load(args.model, args.bits, args.max_pixels)
         find_adapters(args)                       # the files of a hub's model are here by now: are
         jobs = plan_jobs(args, rows, pool, adapters)                # they those it was trained on?
-        check_jobs(model, jobs)
+        check_jobs(model, processor, jobs, args.max_new_tokens)
         mark_folder(args.out)
         ask_model(args, jobs, model, processor)
     perception = {job.folder: job.answers() for job in jobs if job.kind == "perception"}

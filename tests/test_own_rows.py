@@ -544,7 +544,7 @@ def test_only_what_was_judged_alike_stands_in_one_table(tmp_path):
 
 def test_symbols_that_exceed_the_context(tmp_path, capsys):
     long = {**ROW, "symbols": "A,3\n" * 5000}
-    data = write(tmp_path, train=[long], val=[{**ROW, "id": "b"}])
+    data = write(tmp_path, train=[long], val=[{**ROW, "id": "b"}], test=[{**long, "id": "c"}])
     words = ["--preset", "tiny", "--data", data, "--out", str(tmp_path / "out")]
     line = stops(capsys, lambda: coldstart.main(coldstart.parse_args(words)))
     assert "train/metadata.jsonl, line 1: " in line and "exceeds the context of 4096" in line
@@ -552,6 +552,10 @@ def test_symbols_that_exceed_the_context(tmp_path, capsys):
         [*words, "--init", "none", "--out", str(tmp_path / "other")])))
     assert "exceeds the context of 4096" in line
     assert not (tmp_path / "out/metrics.jsonl").exists()
+    line = stops(capsys, lambda: evaluate.main(evaluate.parse_args(
+        [*words, "--adapter", "base", "--out", str(tmp_path / "eval")])))
+    assert "row c: " in line and "exceeds the context of 4096" in line
+    assert not (tmp_path / "eval/base-image").exists()
 
 
 def test_charts_are_the_same_every_time(tmp_path, folder):
