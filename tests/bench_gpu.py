@@ -19,7 +19,7 @@ import json
 import sys
 import tempfile
 import time
-from contextlib import nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -165,7 +165,9 @@ def measure_model(preset, bits, data, own):
     print_seconds(title, args, cold, found)
     model = common.add_lora(network(), args.lora_rank, args.lora_vision).eval()
     print_sampling(title, model, processor, rows, own)
+    print_policy(title, model, processor, rows, own)
     print_decoding(title, model, processor, rows, own)
+    print_patches(title, common.network(model).model.visual.patch_embed.proj)
     if importlib.util.find_spec("trl") and own.device == "cuda":
         print_losses(title, common.network(model).lm_head, args)
 
@@ -231,6 +233,58 @@ def print_sampling(title, model, processor, rows, own):
         line(batch, *cells)
 
 
+def print_policy(title, model, processor, rows, own):
+    """Of the first tokens: the log-probabilities they were drawn with, and those they score."""
+    batch = own.rollout_batches[-1]
+    chosen = [rows[i % len(rows)] for i in range(batch)]
+    prompt, _ = distill.encode_roles(processor, chosen, "picture", model.device)
+    uniforms = np.random.default_rng(0).random((batch, own.new_tokens))
+    drawn = torch.zeros(batch, own.new_tokens, device=model.device)
+    weights = common.adapter_weights(model)
+    ups = [weight for weight in weights if not weight.any()]  # lora_B of a fresh adapter
+    for weight in ups:
+        weight.data.normal_(std=0.01)
+    ids, mask = common.sample(model.eval(), processor, prompt, own.new_tokens, uniforms,
+                              drawn=drawn)
+    print(f"\nSampling and scoring, {title}, adapters far from zero: ", end="")
+    common.check_sampling(model.train(), prompt, ids, mask, drawn)
+    model.eval()
+    for weight in ups:
+        weight.data.zero_()
+
+
+def print_patches(title, conv, patches=8192):
+    """The vision tower's patch embedding, as the convolution that it is and as a product."""
+    x = torch.randn(patches, *conv.weight.shape[1:], dtype=conv.weight.dtype,
+                    device=conv.weight.device)
+    head(f"Patch embedding, {title}: {patches} patches", "as", "ms")
+    for name, work in (("Conv3d", partial(type(conv).forward, conv)),
+                       ("a product (common.embed_patches)", partial(common.embed_patches, conv))):
+        with torch.no_grad():
+            work(x)
+            begin = synchronised()
+            for _ in range(10):
+                work(x)
+        line(name, f"{100 * (synchronised() - begin):.2f}")
+
+
+@contextmanager
+def dequantised(model):
+    """While it lasts, light adapters on 16-bit copies of the 4-bit weights."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+    held = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    for module in held:
+        weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        module.forward = partial(torch.nn.functional.linear, weight=weight)
+    try:
+        with common.light_adapters(model):
+            yield
+    finally:
+        for module in held:
+            del module.forward
+
+
 def print_facts(own):
     """An NF4 linear on this device against the same weights in float64."""
     from bitsandbytes.functional import dequantize_4bit
@@ -259,7 +313,10 @@ def print_decoding(title, model, processor, rows, own):
     for decoder in (common.Decoder, *graph):
         for adapters, context in (("PEFT's forward", nullcontext),
                                   ("light", partial(common.light_adapters, model)),
-                                  ("off", model.disable_adapter)):
+                                  ("off", model.disable_adapter),
+                                  ("light, 16-bit weights held", partial(dequantised, model))):
+            if adapters.endswith("held") and not model.base_model.model.is_loaded_in_4bit:
+                continue
             with torch.no_grad(), context():
                 got = attempt(decoding, decoder, model, prompt, own.new_tokens)
             cells = ("out of memory", "-", "-", "-")

@@ -55,7 +55,8 @@ def test_the_bench_runs_on_the_cpu():
         capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     for title in ("Memory, tiny in 4 bits", "Seconds of a step", "Sampling",
-                  "Decoding", "An NF4 linear", "At these sizes"):
+                  "Sampling and scoring", "Decoding", "16-bit weights held", "Patch embedding",
+                  "An NF4 linear", "At these sizes"):
         assert title in done.stdout
     for phase in ("| distill | sample |", "| coldstart | loss |"):
         line = next(line for line in done.stdout.splitlines() if line.startswith(phase))
