@@ -8,6 +8,7 @@ from pretend_cuda import pretended
 import coldstart
 import common
 import distill
+import evaluate
 
 
 def test_it_refuses_what_cuda_refuses():
@@ -77,7 +78,7 @@ def test_sampled_tokens_are_those_of_the_cpu():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", ["32", "16"])
-def test_both_stages_and_a_resume(toy_data, tmp_path, bits):
+def test_both_stages_a_resume_and_an_evaluation(toy_data, tmp_path, bits):
     words = ["--preset", "tiny", "--bits", bits, "--data", str(toy_data), "--batch", "2",
              "--micro_batch", "2", "--max_new_tokens", "8"]
     cold, out = str(tmp_path / "cold"), str(tmp_path / "out")
@@ -87,4 +88,8 @@ def test_both_stages_and_a_resume(toy_data, tmp_path, bits):
             distill.main(distill.parse_args([
                 *words, "--steps", steps, "--init", cold, "--out", out, "--teacher_weights",
                 "ema"]))
+        evaluate.main(evaluate.parse_args([
+            "--preset", "tiny", "--bits", bits, "--data", str(toy_data), "--limit", "1",
+            "--max_new_tokens", "8", "--adapter", "base", out, "--out", str(tmp_path / "eval")]))
+    assert (tmp_path / "eval/results.md").is_file()
     assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 2
