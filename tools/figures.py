@@ -89,12 +89,12 @@ def draw_answer(axes, row, verdict):
                   markeredgecolor=colour)
     word = f"failed: {verdict['outcome']}"
     if verdict["outcome"] == "success":
-        word = "success, shortest plan" if verdict["optimal"] else "success, not the shortest plan"
+        word = "success, shortest plan" if verdict["optimal"] else "success, longer plan"
     below = ",".join(verdict["plan"] or ())
     if not below:                                                 # how the response ends instead
         below = f"“… {' '.join(verdict['response'].split())[-32:]}”"
-    for text, y, style in ((word, -0.03, {"color": colour, "size": 10.5, "weight": "bold"}),
-                           (below, -0.11, {"color": SOFT, "size": 8.5})):
+    for text, y, style in ((word, -0.03, {"color": colour, "size": 9, "weight": "bold"}),
+                           (below, -0.12, {"color": SOFT, "size": 7})):
         axes.text(0.5, y, text, ha="center", va="top", transform=axes.transAxes, **style)
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     for spine in axes.spines.values():
@@ -103,7 +103,7 @@ def draw_answer(axes, row, verdict):
 
 def draw_answers(rows, verdicts, titles):
     """rows: the puzzles, one per line; verdicts: {condition: {id: verdict}}, one per column."""
-    size, gaps = (2.2 * len(verdicts), 2.55 * len(rows)), {"hspace": 0.24, "wspace": 0.06}
+    size, gaps = (2.2 * len(verdicts), 2.55 * len(rows)), {"hspace": 0.26, "wspace": 0.08}
     figure, grid = plt.subplots(len(rows), len(verdicts), squeeze=False, figsize=size,
                                 gridspec_kw=gaps)
     for line, row in zip(grid, rows, strict=True):
