@@ -99,9 +99,7 @@ BACKBONES = {
         "max_pixels": MAX_PIXELS,
     },
 }
-
-
-DOWNLOADS = {"2b": 4.3, "4b": 8.9, "8b": 17.5}  # GB
+DOWNLOADS = {"2b": 4.3, "4b": 8.9, "8b": 17.5}  # GB, of the presets' own models
 
 
 def warn(message):
@@ -1011,8 +1009,9 @@ def announce(args):
             print(f"It is downloaded first: {DOWNLOADS[args.preset]} GB")
         print(f"Memory: `python -m tools.estimate --preset {args.preset}`; hours: docs/gpu.md")
     if cuda and args.preset == "tiny":
-        print("For Qwen3-VL-4B: the same commands with --preset 4b (a download of 9 GB; memory by "
-              "`python -m tools.estimate --preset 4b`; hours: docs/gpu.md)")
+        print(f"For Qwen3-VL-4B: the same commands with --preset 4b (a download of "
+              f"{DOWNLOADS['4b']} GB; memory by `python -m tools.estimate --preset 4b`; hours: "
+              "docs/gpu.md)")
 
 
 def command(script, **flags):

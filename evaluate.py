@@ -324,7 +324,8 @@ def check_jobs(model, processor, jobs, new_tokens):
         common.remove_lora(common.add_lora(model, path=adapter))
     pictures = set()
     for job in jobs:
-        texts = {f"row {key['id']}": prompt for key, prompt, _ in job.questions}
+        texts = {f"row {' '.join(map(str, key.values()))}": prompt
+                 for key, prompt, _ in job.questions}  # a row may have several
         common.check_lengths(model, processor, texts, new_tokens)
         pictures |= {path for _, _, path in job.questions if path}
     gen_data.decode_all(pictures)

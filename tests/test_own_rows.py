@@ -4,6 +4,7 @@ import inspect
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from bench_distill import qwen_checkpoint
@@ -556,6 +557,14 @@ def test_symbols_that_exceed_the_context(tmp_path, capsys):
         [*words, "--adapter", "base", "--out", str(tmp_path / "eval")])))
     assert "row c: " in line and "exceeds the context of 4096" in line
     assert not (tmp_path / "eval/base-image").exists()
+
+
+def test_every_question_of_a_row_is_counted(tiny, capsys):
+    """The first is too long, the last is not."""
+    questions = [({"id": "a", "question": name}, text, None)
+                 for name, text in (("one", "A,3\n" * 5000), ("two", "B"))]
+    jobs = [SimpleNamespace(adapter=None, questions=questions)]
+    assert "row a one: " in stops(capsys, evaluate.check_jobs, *tiny, jobs, 8)
 
 
 def test_charts_are_the_same_every_time(tmp_path, folder):

@@ -139,6 +139,16 @@ def test_numbers_of_the_tables(tmp_path, monkeypatch):
     assert study_results.read_values(tmp_path, runs) == values
 
 
+def test_rates_are_of_variants_with_several():
+    runs = [("mgsd", 40, seed, lr) for seed in (0, 1) for lr in (1e-3, 2e-3)]
+    runs += [("jsd", 40, 0, 1e-3), ("mgsd", 200, 0, 1e-3)]
+    values = {study_results.name_of(*run): {"success": {"maze": [1, run[2]]}} for run in runs}
+    rates = study_results.collect_rates(values, runs, 40)
+    assert {key: (line["success"][0], line["success"][2]) for key, line in rates.items()} == {
+        ("mgsd", 1e-3): (0.75, 2), ("mgsd", 2e-3): (0.75, 2)}
+    assert study_results.make_rate_table(rates).count("| mgsd |") == 2
+
+
 def test_retention_is_read_back(tmp_path):
     """One value a question, so that an interval has rows to draw from."""
     folder = tmp_path / "eval/mgsd-40-0-lr0.001/retention"

@@ -10,6 +10,7 @@ interval is too narrow rather than too wide.
 import json
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "Agg"  # no window, whatever a notebook has set
@@ -257,7 +258,10 @@ def make_claims(found, rows):
 
 
 def collect_rates(values, runs, rows):
-    """{(variant, lr): {measure: (mean, ci)}} at one data size, over the seeds that are there."""
+    """{(variant, lr): {measure: (mean, ci, seeds)}} at one data size, over the seeds there are.
+
+    Of the variants that were trained at several rates.
+    """
     found = {}
     for variant, size, seed, lr in runs:
         measured = values.get(name_of(variant, size, seed, lr), {})
@@ -266,20 +270,21 @@ def collect_rates(values, runs, rows):
                 if measure in measured:
                     by_seed = found.setdefault((variant, lr), {}).setdefault(measure, {})
                     by_seed[seed] = series(measured[measure])
-    return {key: {measure: (*estimate(by_seed), len(by_seed)) for measure, by_seed in some.items()}
-            for key, some in found.items()}
+    tried, rates = Counter(variant for variant, _ in found), {}
+    for (variant, lr), measures in found.items():
+        if tried[variant] > 1:
+            rates[variant, lr] = {measure: (*estimate(by_seed), len(by_seed))
+                                  for measure, by_seed in measures.items()}
+    return rates
 
 
 def make_rate_table(rates):
     """What every learning rate was worth, and what it kept. rates: of `collect_rates`."""
-    several = {variant for variant, _ in rates
-               if sum(name == variant for name, _ in rates) > 1}
     rows = []
     for (variant, lr), measured in rates.items():
-        if variant in several:
-            texts = [show(name, *measured[name][:2]) if name in measured else ""
-                     for name in RATE_COLUMNS]
-            rows.append([variant, f"{lr:g}", measured["success"][2], *texts])
+        texts = [show(name, *measured[name][:2]) if name in measured else ""
+                 for name in RATE_COLUMNS]
+        rows.append([variant, f"{lr:g}", measured["success"][2], *texts])
     return markdown({"head": ["variant", "rate", "seeds", *RATE_COLUMNS], "lines": rows})
 
 
@@ -305,8 +310,7 @@ def plot_sizes(lines, path):
 def plot_rates(rates, path, kept=("questions", "symbols")):
     """What is kept against success from pictures: a line a variant, a point a learning rate."""
     figure, panels = plt.subplots(1, len(kept), figsize=(9, 3.8), layout="constrained")
-    variants = list(dict.fromkeys(variant for variant, _ in rates))
-    variants = [name for name in variants if sum(name == other for other, _ in rates) > 1]
+    variants = dict.fromkeys(variant for variant, _ in rates)
     for axes, measure in zip(panels, kept, strict=True):
         for variant, colour in zip(variants, COLOURS, strict=False):
             points = []
