@@ -137,6 +137,13 @@ def test_numbers_of_the_tables(tmp_path, monkeypatch):
     assert "| seeds | 2 | 2 | 2 |\n| success | 0 [0, 0] | 75" in tables
     shutil.rmtree(tmp_path / "eval")  # what was measured elsewhere, or earlier, is in values.json
     assert study_results.read_values(tmp_path, runs) == values
+    write_answers(tmp_path, "mgsd-40-0-lr0.001", {("maze", "m0"): hole})  # a part, measured anew
+    file = tmp_path / "values.json"
+    kept = json.loads(file.read_text())
+    kept["mgsd-40-0-lr0.001"]["symbols"] = {"maze": [1]}
+    file.write_text(json.dumps(kept))
+    again = study_results.read_values(tmp_path, runs)["mgsd-40-0-lr0.001"]
+    assert again["symbols"] == {"maze": [1]} and again["success"] == {"maze": [0]}
 
 
 def test_rates_are_of_variants_with_several():

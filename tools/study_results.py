@@ -128,8 +128,8 @@ def read_values(out, runs):
                 measured[measure] = found
         if measured and Path(out, "runs", run, "metrics.jsonl").is_file():
             measured["seconds"] = {"all": [round(seconds_of(out, run))]}
-        if measured:
-            values[run] = measured
+        if measured:  # what was measured elsewhere stays
+            values[run] = values.get(run, {}) | measured
     texts = [f"{json.dumps(run)}: {compact(measured)}" for run, measured in sorted(values.items())]
     write_text(file, "{\n" + ",\n".join(texts) + "\n}\n")
     return values
