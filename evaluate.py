@@ -674,6 +674,8 @@ def main(args):
         fail(f"--responses {args.responses}: no such file")
     check_folder(out)
     common.announce(args)
+    if not args.responses:
+        common.find_checkpoint(args.model)
     args.data = gen_data.ensure(args.data, args.preset, args.seed)
     pool = gen_data.load_rows(args.data, args.split)
     rows = gen_data.choose_rows(pool, args.tasks, args.limit)

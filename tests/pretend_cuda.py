@@ -66,6 +66,9 @@ class Pretended(torch.Tensor):
     def __reduce_ex__(self, protocol):  # torch.save; loaded with map_location="cpu"
         return self.held.__reduce_ex__(protocol)
 
+    def to(self, *words, **more):  # in a backward pass there is no `Placing`
+        return place(torch.Tensor.to, self, *words, **more)
+
     def untyped_storage(self):
         return self.held.untyped_storage()
 
@@ -133,6 +136,21 @@ def move(tensor, there):
     return Move.forward(mock.Mock(), tensor, there)
 
 
+def place(to, tensor, *words, device=None, non_blocking=False, **more):
+    """tensor.to(...) of a call that may name a device, a type, or a tensor that has both."""
+    rest = []
+    for word in words:
+        if isinstance(word, torch.Tensor):
+            device, word = word.device, word.dtype
+        if isinstance(word, (str, int, torch.device)) and not isinstance(word, bool):
+            device = torch.device(word)
+        else:
+            rest.append(word)
+    if any(isinstance(word, torch.dtype) for word in [*rest, *more.values()]):
+        tensor = to(tensor, *rest, **more)
+    return tensor if device is None else move(tensor, torch.device(device).type == "cuda")
+
+
 class Placing(TorchFunctionMode):
     """Calls that name a device: torch itself would ask for a real one."""
 
@@ -143,19 +161,7 @@ class Placing(TorchFunctionMode):
         if name == "cuda":
             return move(args[0], True)
         if name == "to" and isinstance(args[0], torch.Tensor):
-            device, rest = kwargs.pop("device", None), []
-            for word in args[1:]:
-                if isinstance(word, torch.Tensor):
-                    device, word = word.device, word.dtype
-                if isinstance(word, (str, int, torch.device)) and not isinstance(word, bool):
-                    device = torch.device(word)
-                else:
-                    rest.append(word)
-            tensor = args[0]
-            kwargs.pop("non_blocking", None)
-            if any(isinstance(word, torch.dtype) for word in [*rest, *kwargs.values()]):
-                tensor = func(tensor, *rest, **kwargs)
-            return tensor if device is None else move(tensor, torch.device(device).type == "cuda")
+            return place(func, *args, **kwargs)
         if name == "new_tensor":
             return move(func(held_of(args[0]), *args[1:], **kwargs), type(args[0]) is Pretended)
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":

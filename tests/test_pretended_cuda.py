@@ -77,7 +77,7 @@ def test_sampled_tokens_are_those_of_the_cpu():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", ["32", "16"])
+@pytest.mark.parametrize("bits", ["32", "16", "4"])
 def test_both_stages_a_resume_and_an_evaluation(toy_data, tmp_path, bits):
     words = ["--preset", "tiny", "--bits", bits, "--data", str(toy_data), "--batch", "2",
              "--micro_batch", "2", "--max_new_tokens", "8"]

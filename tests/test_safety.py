@@ -130,6 +130,10 @@ def no_split(here):
     shutil.rmtree(here / "data/tiny/val")
 
 
+def no_data(here):
+    shutil.rmtree(here / "data")
+
+
 def data_of_another_preset(here):
     record = json.loads((here / "data/tiny/args.json").read_text())
     (here / "data/tiny/args.json").write_text(json.dumps({**record, "preset": "4b"}))
@@ -182,6 +186,8 @@ REFUSED = [
     ("coldstart", data_of_another_preset, [], "made with preset 4b, seed 0, not for --preset tiny"),
     ("distill", nothing, ["--preset", "4b", "--tasks", "chess", "--init", "none"], "unknown task"),
     ("distill", nothing, ["--preset", "4b"], "--init out/4b/coldstart: no adapter there"),
+    *[(script, no_data, ["--model", "typo/"], "--model typo/: no such folder")
+      for script in ("coldstart", "evaluate")],
     ("evaluate", nothing, ["--preset", "4b", "--adapter", "nowhere"], "--adapter nowhere"),
     # the run that is continued brings its backbone
     ("distill", nothing, ["--init", "run", "--lora_rank", 4], "run has --lora_rank 2"),

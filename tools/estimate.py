@@ -134,6 +134,11 @@ def count_weights(args):
     return counts
 
 
+def patch_size(vision):
+    """Numbers of a patch of a picture."""
+    return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+
+
 def parts(args, counts):
     """(loading, what stays throughout, {phase of a step: what it adds}), each a list of parts.
 
@@ -144,7 +149,7 @@ def parts(args, counts):
     size = 4 if args.bits == 32 else 2   # bytes of a number that the network computes with
     h, f, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
     q, k = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
-    patch = 4 * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2  # float32
+    patch = 4 * patch_size(vision)       # float32
 
     frozen = [
         ("language model's linears", counts["linears"], "weights", NF4 if args.bits == 4 else size),
@@ -259,6 +264,9 @@ def print_report(args):
     print(f"{needed / 1e9:8.3f}  peak = throughout + {worst}")
     print(f"{total(loading) / 1e9:8.3f}  while loading: the frozen weights; NF4 is made of one "
           "matrix after the other")
+    held_out = distill.HELD_OUT * PATCHES * 4 * patch_size(configuration(args.model).vision_config)
+    print(f"{held_out / 1e9:8.3f}  more while sampling for the validation: pictures of "
+          f"{distill.HELD_OUT} rows")
     print("\nThe largest powers of two that fit, up to the rows of a step:")
     for card in CARDS:
         rollouts, micro = largest(args, counts, card)

@@ -36,17 +36,18 @@ VARIANTS = {  # name: command of stage 2, "" for none
     "sampled": "distill.py --divergence sampled",
     "topk_kl": "distill.py --divergence topk_kl",
     "clipped_kl": "distill.py --divergence clipped_kl",
+    "mgsd_best": "",                        # of mgsd, the adapter with the best validation
 }
 ALL_SIZES = ("coldstart", "mgsd", "sft_response", "sft_foreign", "off_policy", "no_plan")
 ALL_RATES = ("mgsd", "sft_response", "sft_foreign", "off_policy")
-# What is measured of a run: evaluate.py's flags, the data, the split; and if for every data size.
+# What is measured of a run: evaluate.py's flags and the data folder. "test" of every run, "seen" and
+# tools.retention of every rate on the fewest rows, the others there of the rate --lr.
 MEASURED = {
-    "val": ("--input image", "test", "val", False),
-    "test": ("--input both", "test", "test", True),
-    "seen": ("--input image --perception --limit 10", "test", "test", False),
-    "swapped": ("--input swapped --limit 20", "test", "test", False),
-    "unseen": ("--input image", "unseen", "test", False),      # board sizes never trained on
-    "sampled": ("--input image --temperature 1 --samples 8 --limit 10", "test", "test", False),
+    "test": ("--input both", "test"),
+    "seen": ("--input image --perception --limit 10", "test"),
+    "swapped": ("--input swapped", "test"),
+    "unseen": ("--input image", "unseen"),                     # board sizes never trained on
+    "sampled": ("--input image --temperature 1 --samples 8 --limit 10", "test"),
 }
 UNSEEN = ("frozenlake:5", "minibehaviour:6")
 
@@ -64,8 +65,8 @@ def parse_args(argv=None):
         help=f"of stage 2, of {', '.join(ALL_RATES)} on the fewest rows")
     add("--lr", type=real_number(above=True), default=5e-4, help="of stage 2, on all others")
     add("--steps", type=whole_number(1), default=60, help="of stage 2, in every variant")
-    add("--coldstart_steps", type=whole_number(1), default=100)
-    add("--batch", type=whole_number(1), default=96, help="rows per step")
+    add("--coldstart_steps", type=whole_number(1), default=200)
+    add("--batch", type=whole_number(1), default=48, help="rows per step")
     add("--test", type=whole_number(1), default=60, help="test rows per task and board size")
     args = parser.parse_args(argv)
     args.rows = sorted(args.rows)
@@ -92,16 +93,14 @@ def train(args, variant, rows, seed, lr=None):
     return " ".join([*words, f"--out {args.out}/runs/{name_of(variant, rows, seed, lr)}"])
 
 
-def measure(args, run, smallest):
-    """The measurements of a run; most of them only for the smallest data size."""
-    adapter = "base" if run == "base" else f"{args.out}/runs/{run}"
+def measure(args, run, adapter, kinds):
+    """The measurements of a run's adapter, of some kinds of MEASURED."""
     commands = []
-    for kind, (flags, data, split, always) in MEASURED.items():
-        if smallest or always:
-            commands.append(f"python evaluate.py {flags} --adapter {adapter} --name model --data "
-                            f"{args.out}/data/{data} --split {split} "
-                            f"--out {args.out}/eval/{run}/{kind}")
-    if smallest:
+    for kind in kinds:
+        flags, data = MEASURED[kind]
+        commands.append(f"python evaluate.py {flags} --adapter {adapter} --name model --data "
+                        f"{args.out}/data/{data} --split test --out {args.out}/eval/{run}/{kind}")
+    if "seen" in kinds:
         commands.append(f"python -m tools.retention --adapter {adapter} --name model --count 140 "
                         f"--out {args.out}/eval/{run}/retention")
     return commands
@@ -135,11 +134,19 @@ def coldstart_commands(args):
 
 def variant_commands(args):
     """Training and measurements, a line for every run."""
-    lines = []
+    lines, kinds = [], list(MEASURED)
     for variant, rows, seed, lr in all_runs(args):
-        training = [train(args, variant, rows, seed, lr)] if lr else []
-        name = name_of(variant, rows, seed, lr)
-        lines.append(" && ".join(training + measure(args, name, rows == args.rows[0])))
+        if variant == "mgsd_best":  # in the line of mgsd
+            continue
+        name, smallest = name_of(variant, rows, seed, lr), rows == args.rows[0]
+        adapter = variant if variant == "base" else f"{args.out}/runs/{name}"
+        some = kinds[:1] if not smallest else kinds if lr in (None, args.lr) else kinds[:2]
+        commands = [train(args, variant, rows, seed, lr)] if lr else []
+        commands += measure(args, name, adapter, some)
+        if variant == "mgsd" and len(some) == len(kinds) and "mgsd_best" in args.variants:
+            commands += measure(args, name_of("mgsd_best", rows, seed), f"{adapter}/adapter-best",
+                                kinds[:2])
+        lines.append(" && ".join(commands))
     return lines
 
 

@@ -183,7 +183,9 @@ def find_measures(values, runs):
 
 def subtract(one, other):
     """{seed: values of one minus those of the other, by row}; {} without a seed that both have."""
-    return {seed: (one[seed] - other[seed]).dropna() for seed in one if seed in other}
+    seeds = [seed for seed in one if seed in other]
+    assert all(one[seed].index.equals(other[seed].index) for seed in seeds), "of other rows"
+    return {seed: (one[seed] - other[seed]).dropna() for seed in seeds}
 
 
 def collect(found):
@@ -329,7 +331,7 @@ def plot_rates(rates, path, kept=("questions", "symbols")):
 
 
 def write(args, runs):
-    """values.json, results.md, results.json and two plots in args.out, of what is there."""
+    """values.json, results.md and two plots in args.out, of what is there."""
     values, smallest = read_values(args.out, runs), args.rows[0]
     found = find_measures(values, [run for run in runs if run[3] in (None, args.lr)])
     lines, rates = collect(found), collect_rates(values, runs, smallest)
@@ -340,10 +342,10 @@ def write(args, runs):
     for rows in args.rows[1:]:
         some = [line for line in lines if line["rows"] == rows]
         if some:
-            parts += [f"# {rows} rows", make_summary(some), make_table(some, "difference")]
+            parts += [f"# {rows} rows", make_summary(some), make_claims(found, rows),
+                      make_table(some), make_table(some, "difference")]
     parts += ["# Learning rates", make_rate_table(rates)]
     out = Path(args.out)
-    write_text(out / "results.json", json.dumps({"lines": lines}, indent=1) + "\n")
     plot_sizes(lines, out / "success_by_rows.png")
     plot_rates(rates, out / "rates.png")
     write_text(out / "results.md", "\n\n".join(part.strip() for part in parts) + "\n")
