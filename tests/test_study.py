@@ -127,6 +127,9 @@ def test_numbers_of_the_tables(tmp_path, monkeypatch):
     low, high = (round(100 * end) for end in (-sft["difference_ci"][1], -sft["difference_ci"][0]))
     assert f"mgsd success over sft_response success: 31 [{low}, {high}] | " in claims
     assert study_results.make_claims(measures, 200).count("not run") == len(study_results.CLAIMS)
+    other = {0: study_results.series({"maze": [1], "frozenlake": [1]})}
+    with pytest.raises(AssertionError):  # row by row, so not with a measure of fewer rows
+        study_results.subtract(measures["mgsd", 40, "success"], other)
     study.main(study.parse_args(["tables", "--out", str(tmp_path), "--lr", "0.001", "--seeds", "0",
                                  "1", "--rows", "40", "--variants", "base", "mgsd",
                                  "sft_response"]))
@@ -200,6 +203,16 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
             found = re.findall(rf"/runs/{name}-(\d+)-\d-lr", "\n".join(trained))
             wanted = study.SIZES if name in study.ALL_SIZES else study.SIZES[:1]
             assert sorted(set(map(int, found))) == sorted(wanted)
+
+
+def test_the_best_of_mgsd_is_measured_in_its_line(capsys):
+    """Its adapter-best has no line of its own: mgsd's must have been trained before."""
+    lines = printed(capsys, "variants", "--rows", "40", "--seeds", "0", "--variants", "mgsd",
+                    "mgsd_best")
+    line = next(line for line in lines if "mgsd_best" in line)
+    assert sum("mgsd_best" in line for line in lines) == 1 and len(lines) == 3
+    assert line.startswith("python distill.py ") and "--lr 0.0005 " in line
+    assert "--adapter out/study/runs/mgsd-40-0-lr0.0005/adapter-best --name model " in line
 
 
 def test_foreign_references():
