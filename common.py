@@ -922,6 +922,8 @@ def validate(model, processor, prompts, args, judge):
 
 def add_flags(parser):
     """The flags that all scripts share."""
+    parser.epilog = ("Flags without a default here have the preset's: SETTINGS in this file, "
+                     "BACKBONES in common.py. A run that is continued keeps its backbone.")
     add = parser.add_argument
     add("--preset", choices=BACKBONES, help="backbone and settings (default: those of the run that "
         "is continued, else tiny)")

@@ -100,10 +100,17 @@ def fail(message):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and which takes no shortened flags."""
+    """An ArgumentParser with errors of one line, without shortened flags, which tells defaults."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
+
+    def add_argument(self, *names, **options):
+        default, words = options.get("default"), options.get("help", "")
+        if default not in (None, []) and "default" not in words:
+            default = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
+            options["help"] = f"{words} (default: {default})"
+        return super().add_argument(*names, **options)
 
     def error(self, message):
         fail(f"{message} (python {self.prog} --help lists the flags)")

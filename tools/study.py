@@ -40,8 +40,8 @@ VARIANTS = {  # name: command of stage 2, "" for none
 }
 ALL_SIZES = ("coldstart", "mgsd", "sft_response", "sft_foreign", "off_policy", "no_plan")
 ALL_RATES = ("mgsd", "sft_response", "sft_foreign", "off_policy")
-# What is measured of a run: evaluate.py's flags and the data folder. "test" of every run, "seen" and
-# tools.retention of every rate on the fewest rows, the others there of the rate --lr.
+# What is measured of a run: evaluate.py's flags and the data folder. "test" of every run, "seen"
+# and tools.retention of every rate on the fewest rows, the others there of the rate --lr.
 MEASURED = {
     "test": ("--input both", "test"),
     "seen": ("--input image --perception --limit 10", "test"),
