@@ -107,7 +107,7 @@ def seconds_of(out, run):
     """Seconds of training: the sum over the steps of the run and of the cold start it continues."""
     folder = Path(out, "runs", run)
     init = json.loads((folder / "args.json").read_text("utf-8"))["args"].get("init", "none")
-    folders = [folder] if init == "none" else [folder, Path(init)]
+    folders = [folder] if init == "none" else [folder, Path(out, "runs", Path(init).name)]
     return sum(line["step_seconds"] for part in folders
                for line in read_lines(part / "metrics.jsonl"))
 
