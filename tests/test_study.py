@@ -270,3 +270,30 @@ def test_killed_and_run_again(tmp_path, capsys):
     assert values[0] == values[1] and len(values[0]) == 4
     for plot in ("success_by_rows", "rates"):
         assert (tmp_path / f"killed/{plot}.png").is_file()
+
+
+# ---------------------------------------------------------------- docs/study.md
+
+STUDY = ROOT / "docs/study"
+
+
+def without_intervals(text):
+    return re.sub(r" \[[^\]]*\]", "", text)
+
+
+def test_the_committed_tables_come_again(tmp_path):
+    """docs/study/results.md is made of values.json beside it, but for the ends of intervals."""
+    shutil.copy(STUDY / "values.json", tmp_path)
+    study.main(study.parse_args(["tables", "--out", str(tmp_path)]))
+    made, kept = (without_intervals((folder / "results.md").read_text(encoding="utf-8"))
+                  for folder in (tmp_path, STUDY))
+    assert made == kept
+
+
+def test_the_page_quotes_the_tables():
+    """Every line of a table of docs/study.md that has an interval is one of results.md."""
+    tables = (STUDY / "results.md").read_text(encoding="utf-8").splitlines()
+    page = (ROOT / "docs/study.md").read_text(encoding="utf-8").splitlines()
+    quoted = [line for line in page if line.startswith("|") and re.search(r"\d \[-?[\d.]+, ", line)]
+    assert len(quoted) > 20
+    assert not [line for line in quoted if line not in tables]

@@ -58,8 +58,8 @@ NF4 = 1/2 + 1/64 + 4/(64 * 256)  # 4 bits, an 8-bit scale per 64 weights, a floa
 LOGIT_COPIES = 6                 # of a chunk, float32, with reverse_kl: log_p, log_q, p and so on,
 #                                  as tests/test_estimate.py counts them (skew_kl holds 9)
 NOT_MEASURED = """\
-Measured on one card, an H100: 4b in 4 bits, four phases within 5% (docs/gpu.md); five lines on a
-CPU, 32 and 16 bits, within 5% too (python tests/bench_memory.py --cases 1 2 3 4 5).
+Measured on one card, an H100: 4b in 4 bits, four phases within 5% (docs/gpu.md); seven lines on
+a CPU, 32 and 16 bits, within 5% too (python tests/bench_memory.py --cases 0 1 2 3 4 5 9).
 What CUDA itself takes is a guess, and a desktop on the same card comes on top.
 On a card: python tests/bench_gpu.py."""
 
