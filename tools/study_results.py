@@ -237,20 +237,23 @@ def make_table(lines, key="mean"):
 
 def make_summary(lines, measures=SUMMARY):
     """Variants down, a few measures across, of lines of one data size."""
-    cells = cells_of(lines)
-    rows = [[variant, *[cells.get((measure, variant), "") for measure in measures]]
+    cells, seeds = cells_of(lines), {line["variant"]: len(line["seeds"]) for line in lines}
+    rows = [[variant, seeds[variant], *[cells.get((measure, variant), "") for measure in measures]]
             for variant in dict.fromkeys(variant for _, variant in cells)]
-    return markdown({"head": ["variant", *measures], "lines": rows})
+    return markdown({"head": ["variant", "seeds", *measures], "lines": rows})
 
 
-def make_claims(found, rows):
-    """Every claim with its difference, at this data size, and what the interval says of it."""
+def make_claims(found, rows, whole=True):
+    """Every claim with its difference, at this data size, and what the interval says of it.
+
+    whole: those too of which nothing was run.
+    """
     lines = []
     for letter, words, one, other in CLAIMS:
         paired = subtract(*(found.get((variant, rows, measure), {})
                             for variant, measure in (one, other)))
         if not paired:
-            lines.append([letter, words, "", "not run"])
+            lines += [[letter, words, "", "not run"]] * whole
             continue
         mean, (low, high) = estimate(paired)
         result = "holds" if low > 0 else "does not hold here" if high < 0 else "undecided"
@@ -292,39 +295,53 @@ def make_rate_table(rates):
 
 def plot_sizes(lines, path):
     """Success from pictures against training rows, of the variants with several sizes."""
-    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.5, 3.5), layout="constrained")
     some = [line for line in lines if line["measure"] == "success" and line["variant"] != "base"]
+    shift, ticks = 0.92, {line["rows"] for line in some}  # side by side, not on top of each other
     for variant in dict.fromkeys(line["variant"] for line in some):
         points = sorted((line["rows"], line["mean"], *line["ci"]) for line in some
                         if line["variant"] == variant)
-        rows, mean, low, high = 100 * np.array(points).T
+        rows, mean, low, high = np.array(points).T
         if len(points) > 1:
-            errors = [mean - low, high - mean]
-            axes.errorbar(rows / 100, mean, np.maximum(errors, 0), label=variant, marker="o",
-                          capsize=3)
-    axes.set(xscale="log", xlabel="training rows per task and level", ylabel="success, %")
+            errors = 100 * np.maximum([mean - low, high - mean], 0)
+            axes.errorbar(rows * shift, 100 * mean, errors, label=variant, marker="o", capsize=3)
+            shift *= 1.04
+    axes.set(xscale="log", xlabel="training rows per task and board size", ylabel="success, %")
+    axes.set_xticks(sorted(ticks), map(str, sorted(ticks)))
+    axes.minorticks_off()
     if axes.get_legend_handles_labels()[0]:
-        axes.legend()
+        figure.legend(loc="outside right", fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def plot_rates(rates, path, kept=("questions", "symbols")):
-    """What is kept against success from pictures: a line a variant, a point a learning rate."""
-    figure, panels = plt.subplots(1, len(kept), figsize=(9, 3.8), layout="constrained")
-    variants = dict.fromkeys(variant for variant, _ in rates)
+    """What is kept against success from pictures: a line a variant, a point a learning rate.
+
+    A variant that never has half of the highest success is left out, and named.
+    """
+    figure, panels = plt.subplots(1, len(kept), figsize=(9.5, 3.8), layout="constrained")
+    lines, best = {}, 0
+    for (variant, lr), measured in rates.items():
+        lines.setdefault(variant, []).append((lr, measured))
+        best = max(best, measured["success"][0])
+    left_out = [variant for variant, points in lines.items()
+                if max(measured["success"][0] for _, measured in points) < best / 2]
     for axes, measure in zip(panels, kept, strict=True):
-        for variant, colour in zip(variants, COLOURS, strict=False):
-            points = []
-            for (name, lr), measured in rates.items():
-                if name == variant and measure in measured:
-                    points.append((100 * measured["success"][0], 100 * measured[measure][0], lr))
-            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", color=colour,
-                      label=variant)
+        for k, (variant, points) in enumerate(lines.items()):
+            points = [(100 * measured["success"][0], 100 * measured[measure][0], lr)
+                      for lr, measured in points if measure in measured]
+            if variant in left_out or not points:
+                continue
+            x, y, _ = zip(*points, strict=True)
+            axes.plot(x, y, "o-", color=COLOURS[k], label=variant)
             for x, y, lr in points:
-                axes.annotate(f"{lr:g}", (x, y), (4, 4), textcoords="offset points", fontsize=7,
-                              color=colour)
+                axes.annotate(f"{lr:g}", (x, y), (5, 4 if k % 2 else -9), fontsize=7,
+                              textcoords="offset points", color=COLOURS[k])
+        axes.margins(0.15)
         axes.set(xlabel="success from pictures, %", ylabel=f"{measure}, %")
+    if left_out:
+        figure.suptitle(f"not shown, below {50 * best:.0f}%: {', '.join(left_out)}", fontsize=8)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -342,7 +359,7 @@ def write(args, runs):
     for rows in args.rows[1:]:
         some = [line for line in lines if line["rows"] == rows]
         if some:
-            parts += [f"# {rows} rows", make_summary(some), make_claims(found, rows),
+            parts += [f"# {rows} rows", make_summary(some), make_claims(found, rows, whole=False),
                       make_table(some), make_table(some, "difference")]
     parts += ["# Learning rates", make_rate_table(rates)]
     out = Path(args.out)
