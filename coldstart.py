@@ -134,7 +134,7 @@ def main(args):
     rank, processes = common.join_processes(args.batch)
     common.announce(args)
     init, trained_on = common.read_init(args.init)
-    common.find_checkpoint(args.model)  # refused before data are made
+    common.check_model(args.model)  # refused before data are made
     if rank == 0:
         gen_data.ensure(args.data, args.preset, args.seed)
     common.gather(None)  # the others wait for the data

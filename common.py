@@ -197,18 +197,25 @@ def download(model, patterns):
              f"{' '.join(str(error).split())}")
 
 
-def find_checkpoint(model):
-    """The folder of --model with its small files: on the disk, in the hub's cache, or fetched."""
+def check_model(model):
+    """Fails where --model is neither a checkpoint folder nor of the form of a hub's name."""
     folder = checkpoint_folder(model)
     if folder and (folder / "adapter_config.json").is_file():
         fail(f"--model {model} holds an adapter: wanted the checkpoint that it was trained on")
     if folder and not (folder / "config.json").is_file():
         fail(f"--model {model} is no checkpoint folder: it has no config.json")
-    if model == BACKBONES["tiny"]["model"] or Path(model).is_dir():
-        return folder
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model) or Path(model).parent.exists():
+    if not folder and (not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model)
+                       or Path(model).parent.exists()):
         fail(f"--model {model}: no such folder (a name on the hub is owner/name, where no folder "
              "`owner` is here)")
+
+
+def find_checkpoint(model):
+    """The folder of --model with its small files: on the disk, in the hub's cache, or fetched."""
+    check_model(model)
+    folder = checkpoint_folder(model)
+    if model == BACKBONES["tiny"]["model"] or Path(model).is_dir():
+        return folder
     # What is here whole is taken as it is, without a question to the hub.
     if folder and all((folder / name).is_file() for name in weight_files(folder)):
         return folder

@@ -296,7 +296,7 @@ def main(args):
     init, trained_on = common.read_init(args.init)
     if args.tasks and not args.data:
         gen_data.parse_tasks(args.tasks)  # refused before data are made
-    common.find_checkpoint(args.model)
+    common.check_model(args.model)
     if rank == 0:
         gen_data.ensure(args.data, args.preset, args.seed)
     common.gather(None)  # the others wait for the data

@@ -675,7 +675,7 @@ def main(args):
     check_folder(out)
     common.announce(args)
     if not args.responses:
-        common.find_checkpoint(args.model)
+        common.check_model(args.model)
     args.data = gen_data.ensure(args.data, args.preset, args.seed)
     pool = gen_data.load_rows(args.data, args.split)
     rows = gen_data.choose_rows(pool, args.tasks, args.limit)

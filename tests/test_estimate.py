@@ -185,6 +185,8 @@ def test_the_page_adds_up(bits, capsys, tmp_path, monkeypatch):
     loading = next(name for name in heads if name.startswith("while loading"))
     whole, _ = heads.pop(peak)
     assert heads.pop(loading)[0] < whole
+    held_out = next(name for name in heads if name.startswith("more while sampling"))
+    assert heads.pop(held_out)[0] == pytest.approx(96 * 256 * 4 * 3 * 2 * 16**2 / 1e9, abs=1e-3)
     for head, sum_of_parts in heads.values():
         assert head == pytest.approx(sum_of_parts, abs=0.006)
     throughout, _ = heads.pop("throughout")
