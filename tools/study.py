@@ -138,12 +138,13 @@ def variant_commands(args):
     for variant, rows, seed, lr in all_runs(args):
         if variant == "mgsd_best":  # in the line of mgsd
             continue
-        name, smallest = name_of(variant, rows, seed, lr), rows == args.rows[0]
+        name, some = name_of(variant, rows, seed, lr), kinds[:1]
         adapter = variant if variant == "base" else f"{args.out}/runs/{name}"
-        some = kinds[:1] if not smallest else kinds if lr in (None, args.lr) else kinds[:2]
+        if rows == args.rows[0]:
+            some = kinds if lr in (None, args.lr) else kinds[:2]
         commands = [train(args, variant, rows, seed, lr)] if lr else []
         commands += measure(args, name, adapter, some)
-        if variant == "mgsd" and len(some) == len(kinds) and "mgsd_best" in args.variants:
+        if variant == "mgsd" and some == kinds and "mgsd_best" in args.variants:
             commands += measure(args, name_of("mgsd_best", rows, seed), f"{adapter}/adapter-best",
                                 kinds[:2])
         lines.append(" && ".join(commands))

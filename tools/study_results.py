@@ -253,7 +253,8 @@ def make_claims(found, rows, whole=True):
         paired = subtract(*(found.get((variant, rows, measure), {})
                             for variant, measure in (one, other)))
         if not paired:
-            lines += [[letter, words, "", "not run"]] * whole
+            if whole:
+                lines.append([letter, words, "", "not run"])
             continue
         mean, (low, high) = estimate(paired)
         result = "holds" if low > 0 else "does not hold here" if high < 0 else "undecided"
