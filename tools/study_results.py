@@ -294,22 +294,42 @@ def make_rate_table(rates):
     return markdown({"head": ["variant", "rate", "seeds", *RATE_COLUMNS], "lines": rows})
 
 
+def far_below(successes):
+    """The variants that never have half of the highest success. successes: [(variant, success)]."""
+    best = {}
+    for variant, success in successes:
+        best[variant] = max(success, best.get(variant, 0))
+    return [variant for variant, success in best.items() if success < max(best.values()) / 2]
+
+
+def name_left_out(figure, variants):
+    if variants:
+        figure.suptitle(f"not shown, below half of the best: {', '.join(variants)}", fontsize=8)
+
+
 def plot_sizes(lines, path):
-    """Success from pictures against training rows, of the variants with several sizes."""
+    """Success from pictures against training rows, of the variants with several sizes.
+
+    Those far below are left out, and named.
+    """
     figure, axes = plt.subplots(figsize=(6.5, 3.5), layout="constrained")
-    some = [line for line in lines if line["measure"] == "success" and line["variant"] != "base"]
-    shift, ticks = 0.92, {line["rows"] for line in some}  # side by side, not on top of each other
-    for variant in dict.fromkeys(line["variant"] for line in some):
-        points = sorted((line["rows"], line["mean"], *line["ci"]) for line in some
-                        if line["variant"] == variant)
-        rows, mean, low, high = np.array(points).T
-        if len(points) > 1:
+    points = {}                                              # variant: [(rows, mean, low, high)]
+    for line in lines:
+        if line["measure"] == "success" and line["variant"] != "base":
+            points.setdefault(line["variant"], []).append((line["rows"], line["mean"], *line["ci"]))
+    points = {variant: sorted(some) for variant, some in points.items() if len(some) > 1}
+    left_out = far_below([(name, point[1]) for name, some in points.items() for point in some])
+    shift, ticks = 0.88, {point[0] for some in points.values() for point in some}
+    for variant, some in points.items():
+        if variant not in left_out:
+            rows, mean, low, high = np.array(some).T
             errors = 100 * np.maximum([mean - low, high - mean], 0)
             axes.errorbar(rows * shift, 100 * mean, errors, label=variant, marker="o", capsize=3)
-            shift *= 1.04
+            shift *= 1.06                                   # side by side, not on top of each other
     axes.set(xscale="log", xlabel="training rows per task and board size", ylabel="success, %")
     axes.set_xticks(sorted(ticks), map(str, sorted(ticks)))
     axes.minorticks_off()
+    name_left_out(figure, left_out)
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside right", fontsize=8)
     figure.savefig(path, dpi=150)
@@ -319,15 +339,13 @@ def plot_sizes(lines, path):
 def plot_rates(rates, path, kept=("questions", "symbols")):
     """What is kept against success from pictures: a line a variant, a point a learning rate.
 
-    A variant that never has half of the highest success is left out, and named.
+    Variants far below are left out, and named.
     """
     figure, panels = plt.subplots(1, len(kept), figsize=(9.5, 3.8), layout="constrained")
-    lines, best = {}, 0
+    lines = {}
     for (variant, lr), measured in rates.items():
         lines.setdefault(variant, []).append((lr, measured))
-        best = max(best, measured["success"][0])
-    left_out = [variant for variant, points in lines.items()
-                if max(measured["success"][0] for _, measured in points) < best / 2]
+    left_out = far_below([(name, measured["success"][0]) for (name, _), measured in rates.items()])
     for axes, measure in zip(panels, kept, strict=True):
         for k, (variant, points) in enumerate(lines.items()):
             points = [(100 * measured["success"][0], 100 * measured[measure][0], lr)
@@ -339,10 +357,9 @@ def plot_rates(rates, path, kept=("questions", "symbols")):
             for x, y, lr in points:
                 axes.annotate(f"{lr:g}", (x, y), (5, 4 if k % 2 else -9), fontsize=7,
                               textcoords="offset points", color=COLOURS[k])
-        axes.margins(0.15)
+        axes.margins(0.2)
         axes.set(xlabel="success from pictures, %", ylabel=f"{measure}, %")
-    if left_out:
-        figure.suptitle(f"not shown, below {50 * best:.0f}%: {', '.join(left_out)}", fontsize=8)
+    name_left_out(figure, left_out)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
