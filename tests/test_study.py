@@ -267,7 +267,7 @@ def test_killed_and_run_again(tmp_path, capsys):
     for runs in values:
         for measured in runs.values():
             measured.pop("seconds", None)
-    assert values[0] == values[1] and len(values[0]) == 4
+    assert values[0] == values[1] and len(values[0]) == 2
     for plot in ("success_by_rows", "rates"):
         assert (tmp_path / f"killed/{plot}.png").is_file()
 
