@@ -132,9 +132,8 @@ def validate(model, processor, examples, args):
 
 def main(args):
     rank, processes = common.join_processes(args.batch)
-    common.announce(args)
-    init, trained_on = common.read_init(args.init)
-    common.check_model(args.model)  # refused before data are made
+    init, trained_on = common.read_init(args)
+    common.fetch(args.model)  # refused before data are made
     if rank == 0:
         gen_data.ensure(args.data, args.preset, args.seed)
     common.gather(None)  # the others wait for the data
@@ -153,13 +152,13 @@ def main(args):
     share = slice(rank, None, processes)  # of the rows of a step: those of this process
     held_out = draw_examples(val, 96, np.random.default_rng(args.seed), 0.5, args.target)[share]
 
-    with common.Run(args, parse_args, scripts, inputs, trained_on) as run:
+    with common.Run(args, scripts, inputs, trained_on) as run:
         model, processor = common.load(args.model, args.bits, args.max_pixels)
         common.check_lengths(model, processor, {
             row.where: f"{row.ask()}\n{row.answers()}" for row in train + val})
         torch.manual_seed(args.seed)
         model = common.add_lora(model, args.lora_rank, args.lora_vision, init)
-        common.print_adapters(model)
+        model.print_trainable_parameters()
         weights = common.adapter_weights(model)
         optimizer = common.adamw(weights, args.lr)
         run.restore(model, optimizer=optimizer)
@@ -185,7 +184,7 @@ def main(args):
             loss, _ = common.average_gradients(weights, loss, int(masks.sum()))
             grad_norm = float(torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm))
             common.check_first_step(step, grad_norm)
-            optimizer.param_groups[0]["lr"] = lr = common.learning_rate(step, args.steps, args.lr)
+            lr = common.schedule(optimizer, step, args.steps)
             if run.is_finite(loss, grad_norm, [
                     {"id": row.id, "questions": names} for row, names in examples]):
                 optimizer.step()
@@ -197,11 +196,8 @@ def main(args):
                 metrics |= validate(model, processor, held_out, args)
                 run.clock("validate")
             run.log(**metrics)
-            run.save_if_due()
-    print(f"{args.out}/adapter is trained; next: " + common.command(
-        "distill.py", preset=(args.preset, "tiny"),
-        init=(args.out, f"out/{args.preset}/coldstart"),
-        data=(args.data, gen_data.PRESETS[args.preset]["out"])))
+    print(f"{args.out}/adapter is trained; next: python distill.py --preset {args.preset} "
+          f"--init {args.out} --data {args.data}")
 
 
 if __name__ == "__main__":

@@ -10,37 +10,31 @@ What the two stages and the evaluation share, in this order:
     sample, decode       responses, token by token, the EOS included
     validate             greedy responses to held-out prompts, and what they are worth
     add_flags, resolve   flags, and where their values come from
+    read_run, read_init  the run that is continued: its backbone, its adapter, its rows
     learning_rate, adamw, average_gradients          what an optimizer step is made of
     join_processes, gather                           several processes
     Run                  a stage's folder: log, checkpoint, resuming
 """
 import ast
 import contextlib
-import difflib
-import errno
-import io
 import json
 import logging
 import math
 import os
-import pickle
 import platform
-import re
-import shutil
-import signal
 import sys
 import time
 import warnings
 import zlib
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on a CPU: fewer, larger memory pages
 
 import psutil
 import torch
-from safetensors import SafetensorError
 from torch import distributed
 from torch.nn.functional import linear
 from tqdm import tqdm
@@ -50,10 +44,10 @@ from gen_data import (
     digest,
     digest_file,
     fail,
-    flush,
     foreign_name,
-    kind_of,
+    in_one_line,
     lock_folder,
+    read_record,
     real_number,
     whole_number,
     write_bytes,
@@ -69,42 +63,24 @@ TINY = str(Path(__file__).parent / "tiny")
 MAX_PIXELS = 512 * 512  # the paper's upper limit of a picture
 
 # A preset's backbone. Its steps, rates and batches stand in the stage that uses them.
+QWEN = {"bits": 4, "lora_rank": 16, "lora_vision": 0, "max_pixels": MAX_PIXELS}
 BACKBONES = {
-    "tiny": {
-        "model": "tiny",  # the folder beside this file
-        "bits": 32,
-        "lora_rank": 16,
-        "lora_vision": 1,
-        "max_pixels": MAX_PIXELS,
-    },
-    "2b": {
-        "model": "Qwen/Qwen3-VL-2B-Instruct",
-        "bits": 4,
-        "lora_rank": 16,
-        "lora_vision": 0,
-        "max_pixels": MAX_PIXELS,
-    },
-    "4b": {
-        "model": "Qwen/Qwen3-VL-4B-Instruct",
-        "bits": 4,
-        "lora_rank": 16,
-        "lora_vision": 0,
-        "max_pixels": MAX_PIXELS,
-    },
-    "8b": {
-        "model": "Qwen/Qwen3-VL-8B-Instruct",
-        "bits": 4,
-        "lora_rank": 16,
-        "lora_vision": 0,
-        "max_pixels": MAX_PIXELS,
-    },
+    "tiny": {**QWEN, "model": "tiny", "bits": 32, "lora_vision": 1},  # the folder beside this file
+    "2b": {**QWEN, "model": "Qwen/Qwen3-VL-2B-Instruct"},
+    "4b": {**QWEN, "model": "Qwen/Qwen3-VL-4B-Instruct"},
+    "8b": {**QWEN, "model": "Qwen/Qwen3-VL-8B-Instruct"},
 }
-DOWNLOADS = {"2b": 4.3, "4b": 8.9, "8b": 17.5}  # GB, of the presets' own models
+
+
+def flush(path):
+    """Make sure that a file is on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def warn(message):
     """One line on stderr, below a progress bar too."""
-    if process_rank()[0] == 0:
+    if process_rank() == 0:
         tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
@@ -118,33 +94,31 @@ SERVED = {
     "qwen2_5_vl": {"graph": True},
     "qwen3_5": {"graph": False},
 }
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # of a checkpoint: all but its weights
+SMALL_FILES = (".json", ".jinja", ".txt", ".model")  # of a checkpoint: all but its weights
 
 
-def checkpoint_folder(model):
-    """Where the files of --model lie: a folder, or the hub's cache (None if it is not there)."""
+@cache
+def fetch(model):
+    """The folder of --model: the bundled one, one of yours, or the hub's, downloaded if need be."""
     if model == BACKBONES["tiny"]["model"]:
         return Path(TINY)
     if Path(model).is_dir():
         return Path(model)
-    from huggingface_hub import try_to_load_from_cache
-    try:
-        file = try_to_load_from_cache(model, "config.json")
-    except ValueError:  # not the form of a hub name
-        return None
-    return Path(file).parent if isinstance(file, str) else None
+    from huggingface_hub import snapshot_download
+    patterns = [f"*{suffix}" for suffix in (*SMALL_FILES, ".safetensors")]
+    with in_one_line(f"--model {model} is no folder here, nor can the hub give it"):
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns="*/*"))
 
 
-def digest_folder(model):
-    """{file: digest} of a checkpoint (a folder or hub name) or an adapter; {} without one.
+def digest_folder(folder):
+    """{file: digest} of a checkpoint or an adapter; {} without one.
 
     Small files by their contents; of weights the size and the first and last MiB, which tell them
-    apart without reading gigabytes. In the hub's cache the folder's name is the commit.
+    apart without reading gigabytes.
     """
-    folder, digests = model and checkpoint_folder(str(model)), {}
-    for file in sorted(folder.iterdir()) if folder else ():
-        if file.suffix in (".json", ".jinja", ".txt", ".model"):
+    digests = {}
+    for file in sorted(Path(folder).iterdir()) if folder else ():
+        if file.suffix in SMALL_FILES:
             digests[file.name] = digest_file(file)
         elif file.suffix == ".safetensors":
             size = file.stat().st_size
@@ -152,201 +126,25 @@ def digest_folder(model):
                 first = content.read(2**20)
                 content.seek(max(0, size - 2**20))
                 digests[file.name] = digest(size, first.hex(), content.read().hex())
-    if folder and folder.parent.name == "snapshots":
-        digests["commit"] = folder.name
     return digests
 
 
-def quantised_bits(model):
-    """4 if the checkpoint is stored in bitsandbytes' 4 bits, None if it is not quantised.
-
-    Fails where it is quantised in another way. Reads config.json alone.
-    """
-    folder = checkpoint_folder(model)
-    if not folder or not (folder / "config.json").is_file():
-        return None
-    try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(
-            "quantization_config")
-    except (ValueError, AttributeError) as error:
-        fail(f"--model {model}: config.json cannot be read ({error}): download it again")
-    if stored and not (stored.get("quant_method") == "bitsandbytes" and stored.get("load_in_4bit")):
-        fail(f"--model {model}: its weights are stored in {stored.get('quant_method')}, which "
-             "cannot be trained here: wanted plain weights, or bitsandbytes' 4 bits")
-    return 4 if stored else None
-
-
-def weight_files(folder):
-    """Names of a checkpoint's safetensors files: those that its index lists, or the one."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return ["model.safetensors"]
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        fail(f"{index} cannot be read ({type(error).__name__}: {error}): download it again")
-
-
-def download(model, patterns):
-    """The folder in the hub's cache with these files of `model`."""
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns="*/*"))
-    except Exception as error:  # of the network, of the hub, of the disk
-        fail(f"--model {model} is no folder here, and cannot be had from the hub: "
-             f"{' '.join(str(error).split())}")
-
-
-def check_model(model):
-    """Fails where --model is neither a checkpoint folder nor of the form of a hub's name."""
-    folder = checkpoint_folder(model)
-    if folder and (folder / "adapter_config.json").is_file():
-        fail(f"--model {model} holds an adapter: wanted the checkpoint that it was trained on")
-    if folder and not (folder / "config.json").is_file():
-        fail(f"--model {model} is no checkpoint folder: it has no config.json")
-    if not folder and (not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model)
-                       or Path(model).parent.exists()):
-        fail(f"--model {model}: no such folder (a name on the hub is owner/name, where no folder "
-             "`owner` is here)")
-
-
-def find_checkpoint(model):
-    """The folder of --model with its small files: on the disk, in the hub's cache, or fetched."""
-    check_model(model)
-    folder = checkpoint_folder(model)
-    if model == BACKBONES["tiny"]["model"] or Path(model).is_dir():
-        return folder
-    # What is here whole is taken as it is, without a question to the hub.
-    if folder and all((folder / name).is_file() for name in weight_files(folder)):
-        return folder
-    return download(model, SMALL_FILES)
-
-
-def check_template(processor):
-    """What is wrong with the chats that a processor renders; None if nothing is."""
-    from jinja2 import TemplateError
-    if not processor.chat_template:
-        return "it has no chat template: wanted chat_template.jinja from the checkpoint it was " \
-               "made of"
-    text, picture = "two\nlines", {"type": "image"}  # a printed list would have \\n
-    try:
-        for pictures in ([], [picture]):
-            chat = [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
-            rendered = processor.apply_chat_template(chat, add_generation_prompt=True)
-            if text not in rendered:
-                return "its chat template renders no list of texts and pictures (the model would " \
-                       "read it as code): wanted that of a vision-language model"
-            if rendered.count(processor.image_token) != len(pictures):
-                return f"its chat template renders no picture ({processor.image_token} is missing)"
-    except (TemplateError, TypeError, ValueError) as error:
-        return f"its chat template cannot be rendered ({error})"
-
-
-def weight_shapes(file):
-    """{name: shape} of a safetensors file, from its header. Fails where the file is not whole."""
-    size = file.stat().st_size
-    with open(file, "rb") as content:
-        length = int.from_bytes(content.read(8), "little")
-        header = content.read(length) if 8 + length <= size else b""
-    try:
-        entries = json.loads(header)
-        entries.pop("__metadata__", None)
-        whole = 8 + length + max(entry["data_offsets"][1] for entry in entries.values())
-        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
-    except (ValueError, LookupError, TypeError, AttributeError):
-        fail(f"{file} is cut or broken: its {size:,} bytes hold no whole header; download it again")
-    if size != whole:
-        fail(f"{file} is cut: it has {size:,} bytes, wanted {whole:,}; download it again")
-    return shapes
-
-
-def check_keys(model, found):
-    """Fails where a checkpoint's weights are not the network's. found: the loading info."""
-    missing = sorted(found["missing_keys"])
-    foreign = sorted(set(found["unexpected_keys"]) - {"lm_head.weight"})  # it may be tied
-    for names, what in ((missing, "missing"), (foreign, "more than its config.json asks for")):
-        if names:
-            fail(f"--model {model} is not a whole checkpoint: weights are {what}, first of "
-                 f"{len(names)} {names[0]}; download it again")
-    for name, there, wanted in sorted(found["mismatched_keys"]):
-        fail(f"--model {model}: {name} is {tuple(there)} there, and {tuple(wanted)} by its "
-             "config.json; download it again")
-
-
-def load_processor(model, max_pixels=MAX_PIXELS, folder=None):
+def load_processor(model, max_pixels=MAX_PIXELS):
     """Tokenizer and image processor of --model. max_pixels: a larger picture is shrunk."""
     from transformers import AutoProcessor
-    folder = folder or find_checkpoint(model)
-    try:
-        processor = AutoProcessor.from_pretrained(folder)
-    except Exception as error:  # tokenizers raises nothing more special
-        fail(f"--model {model}: its tokenizer or processor cannot be loaded: "
-             f"{' '.join(str(error).split())}")
-    if not hasattr(processor, "image_processor"):
-        fail(f"--model {model} has no image processor: wanted preprocessor_config.json or "
-             "processor_config.json from the checkpoint it was made of")
-    for name in ("pad", "eos"):
-        if getattr(processor.tokenizer, f"{name}_token_id") is None:
-            fail(f"--model {model}: its tokenizer has no {name} token: wanted \"{name}_token\" in "
-                 "tokenizer_config.json")
-    wrong = check_template(processor)
-    if wrong:
-        fail(f"--model {model}: {wrong}")
-    # max_pixels for from_pretrained may be ignored (transformers issue 41955).
-    size = processor.image_processor.size
-    most = min(size["longest_edge"], max_pixels)
-    processor.image_processor.size = {"shortest_edge": min(size["shortest_edge"], most),
-                                      "longest_edge": most}
+    content = [{"type": "image"}, {"type": "text", "text": "two\nlines"}]
+    with in_one_line(f"--model {model}: its processor cannot be used"):
+        processor = AutoProcessor.from_pretrained(fetch(model))
+        text = processor.apply_chat_template([{"role": "user", "content": content}])
+        # A text model's template prints the list as Python has it: this would be read as code.
+        if "two\nlines" not in text or text.count(processor.image_token) != 1:
+            raise ValueError("its chat template does not render a picture and a text")
+        # max_pixels for from_pretrained may be ignored (transformers issue 41955).
+        size = processor.image_processor.size
+        most = min(size["longest_edge"], max_pixels)
+        processor.image_processor.size = {"shortest_edge": min(size["shortest_edge"], most),
+                                          "longest_edge": most}
     return processor
-
-
-def check_checkpoint(model, bits, max_pixels=MAX_PIXELS):
-    """(folder, processor) of --model. Fails, before weights are read, where it cannot be served."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-    from transformers.utils.logging import disable_progress_bar
-    folder = find_checkpoint(model)
-    for file in folder.iterdir():
-        if file.is_file():
-            with open(file, "rb") as content:
-                if content.read(40).startswith(b"version https://git-lfs"):
-                    fail(f"--model {model}: {file.name} is only a pointer of Git LFS: `git lfs "
-                         "pull` in its folder fetches the file")
-    stored = quantised_bits(model)
-    if stored and stored != bits:
-        fail(f"--model {model} is stored in {stored} bits: --bits {bits} cannot be had from it")
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind not in SERVED:
-        fail(f"--model {model} is a {kind}: wanted {' or '.join(SERVED)}")
-
-    processor = load_processor(model, max_pixels, folder)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):  # a network without memory
-            net = AutoModelForImageTextToText.from_config(config)
-    except ImportError as error:
-        fail(f"--model {model}: its config.json asks for an attention that is not installed: take "
-             f"attn_implementation out of it ({' '.join(str(error).split())})")
-    except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
-        fail(f"--model {model}: no network can be made of its config.json: "
-             f"{' '.join(str(error).split())}")
-    if not Path(model).is_dir() and model != BACKBONES["tiny"]["model"] and not all(
-            (folder / name).is_file() for name in weight_files(folder)):
-        folder = download(model, (*SMALL_FILES, "*.safetensors"))
-    disable_progress_bar()  # not before: a download takes long
-    shapes = {}
-    for name in weight_files(folder):
-        if not (folder / name).is_file():
-            fail(f"--model {model}: {name} is missing in {folder}: wanted weights in safetensors")
-        shapes |= weight_shapes(folder / name)
-    if not stored:  # in 4 bits the names are others, and `load` compares them
-        state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-        logging.disable(logging.WARNING)  # a table of all differences
-        _, found = type(net).from_pretrained(
-            None, config=config, state_dict=state, device_map={"": "meta"},
-            output_loading_info=True, ignore_mismatched_sizes=True)
-        logging.disable(logging.NOTSET)
-        check_keys(model, found)
-    return folder, processor
 
 
 def probe(model):
@@ -388,23 +186,28 @@ def load(path, bits, max_pixels=MAX_PIXELS):
     checkpoint that is stored in 4 bits is taken as it is. max_pixels: a larger picture is shrunk.
     """
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
-    folder, processor = check_checkpoint(path, bits, max_pixels)
-    cuda = torch.cuda.is_available()
+    processor = load_processor(path, max_pixels)
+    if (fetch(path) / "adapter_config.json").exists():  # transformers would load its base, adapted
+        fail(f"--model {path} holds an adapter: wanted the checkpoint that it was trained on")
+    cuda, dtype, options = torch.cuda.is_available(), compute_dtype(bits), {}
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    stored = quantised_bits(path)
-    dtype = compute_dtype(bits)
-    quantisation = {}  # that of a checkpoint which is stored so; None would be taken for another
-    if bits == 4 and not stored:
-        quantisation["quantization_config"] = BitsAndBytesConfig(
+    if bits == 4:  # None would be taken for a form of quantisation
+        options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head", "model.visual"])
-    try:
+    with in_one_line(f"--model {path} cannot be loaded"):
         model, found = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, device_map={"": device}, use_safetensors=True,
-            output_loading_info=True, **quantisation)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        fail(f"cannot load --model {path}: {' '.join(str(error).split())}")
-    check_keys(path, found)
+            fetch(path), dtype=dtype, device_map={"": device}, use_safetensors=True,
+            output_loading_info=True, **options)
+    if model.config.model_type not in SERVED:
+        fail(f"--model {path} is a {model.config.model_type}: wanted {' or '.join(SERVED)}")
+    wrong = {*found["missing_keys"], *found["unexpected_keys"] - {"lm_head.weight"}}  # may be tied
+    if wrong:
+        fail(f"--model {path}: {len(wrong)} weights are missing, or more than its config.json asks "
+             f"for, such as {min(wrong)}")
+    four = getattr(model, "is_loaded_in_4bit", False)
+    if four != (bits == 4) or four != getattr(model, "is_quantized", False):
+        fail(f"--model {path}: its weights are stored in a form that is not --bits {bits}")
     conv = model.model.visual.patch_embed.proj
     conv.forward = partial(embed_patches, conv)
     # As it was given, into adapters' files, but for where it lies on this machine's disk.
@@ -419,11 +222,8 @@ def load(path, bits, max_pixels=MAX_PIXELS):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if bits == 4:
         from bitsandbytes.nn import Linear4bit
-        for name, module in model.named_modules():
+        for module in model.modules():
             if isinstance(module, Linear4bit):
-                if ".language_model." not in name:
-                    fail(f"--model {path}: {name} is stored in 4 bits; wanted the vision tower and "
-                         "lm_head in 16")
                 # Else a forward pass in eval mode on the CPU would repack the weights for a kernel
                 # that has no backward: later gradients would be wrong.
                 module.support_avx512bf16_for_cpu = False
@@ -448,20 +248,32 @@ def add_lora(model, rank=None, vision=False, path=None):
     """
     import peft
     from peft.tuners.lora import LoraLayer
+    from safetensors.torch import load_file
+    wrong = []
     if path:
-        model = add_saved_lora(model, path)
+        with in_one_line(f"the adapter in {path} does not fit {model.config.name_or_path}"):
+            config = peft.PeftConfig.from_pretrained(path)
+            config.inference_mode = False
+            config.lora_dropout = 0.0  # what is sampled must be what is scored
+            model = peft.get_peft_model(model, config)
+            found = peft.set_peft_model_state_dict(
+                model, load_file(Path(path) / "adapter_model.safetensors"))
+        wrong += found.unexpected_keys + [name for name in found.missing_keys if "lora_" in name]
     else:
         model = peft.get_peft_model(model, peft.LoraConfig(
             r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=linears(model, vision)))
+    # Trained weights that are no LoRA would change the teacher too; the two share lm_head.
+    wrong += [name for name, weight in model.named_parameters()
+              if weight.requires_grad and ("lora_" not in name or "lm_head" in name)]
+    if wrong:
+        fail(f"the adapter in {path} does not fit {model.config.name_or_path}: {len(wrong)} "
+             f"weights are missing, unknown or no LoRA of a layer, first {wrong[0]}")
     with model.disable_adapter():
         check_base(model)
-    # Servers refuse a pattern, and PEFT shortens names to endings, which elsewhere fit more than is
-    # meant. A set has another order in every process.
-    config = model.peft_config["default"]
-    if path is None or isinstance(config.target_modules, str):
-        config.target_modules = [name for name, module in network(model).named_modules()
-                                 if isinstance(module, LoraLayer)]
-    config.target_modules = sorted(config.target_modules)
+    # PEFT shortens names to endings, which elsewhere fit more than is meant, and servers refuse a
+    # pattern. A set has another order in every process.
+    model.peft_config["default"].target_modules = sorted(
+        name for name, module in network(model).named_modules() if isinstance(module, LoraLayer))
     return model
 
 
@@ -483,74 +295,14 @@ def check_base(model):
              f"{change:.2g}; teacher and base would be another network")
 
 
-def add_saved_lora(model, path):
-    """The adapter in a folder. Refuses by name what would change the base or the sampling."""
-    import peft
-    from peft.tuners.lora import LoraLayer
-    from safetensors.torch import load_file
-    for name in ADAPTER_FILES:
-        if not (Path(path) / name).is_file():
-            fail(f"no adapter in {path}: {name} is missing; `python coldstart.py` makes one")
-    try:
-        config = peft.PeftConfig.from_pretrained(path)
-        saved = load_file(Path(path) / "adapter_model.safetensors")
-    except (SafetensorError, ValueError, TypeError, KeyError) as error:
-        fail(f"cannot read the adapter in {path} ({' '.join(str(error).split())[:200]}): train it "
-             "again, or choose another")
-    if config.peft_type != "LORA":
-        fail(f"the adapter in {path} is {config.peft_type.value}: wanted LoRA")
-    for name, allowed in (("bias", ("none",)), ("modules_to_save", (None, [])),
-                          ("init_lora_weights", (True, False, "gaussian", "orthogonal"))):
-        value = getattr(config, name)
-        if value not in allowed:
-            fail(f"the adapter in {path} has {name} {value!r}: off, the network would not be "
-                 f"the base; wanted {allowed[0]!r}")
-    if config.lora_dropout:
-        warn(f"the adapter in {path} has lora_dropout {config.lora_dropout}: set to 0, since what "
-             "is sampled must be what is scored")
-        config.lora_dropout = 0.0
-    config.inference_mode, config.init_lora_weights = False, True
-    backbone = model.config.name_or_path
-    try:
-        model = peft.get_peft_model(model, config)
-    except ValueError as error:
-        fail(f"the adapter in {path} does not fit {backbone}: "
-             f"{' '.join(str(error).split())[:200]}")
-    if isinstance(network(model).lm_head, LoraLayer):
-        fail(f"the adapter in {path} adapts lm_head, which teacher and student share: wanted "
-             "adapters on the layers alone")
-    own = {name: tuple(weight.shape)
-           for name, weight in peft.get_peft_model_state_dict(model).items()}
-    found = {}
-    for name, weight in saved.items():  # a text-only class has no `language_model` in its names
-        inner = name.replace("base_model.model.model.", "base_model.model.model.language_model.", 1)
-        found[inner if name not in own and inner in own else name] = weight
-    shapes = {name: tuple(weight.shape) for name, weight in found.items()}
-    if own != shapes:
-        name = min(name for name in own | shapes if own.get(name) != shapes.get(name))
-        fail(f"the adapter in {path} does not fit {backbone}: {name} is "
-             f"{shapes.get(name, 'missing')}, wanted {own.get(name, 'no such weight')} (it was "
-             f"trained on {config.base_model_name_or_path})")
-    peft.set_peft_model_state_dict(model, found)
-    return model
-
-
-def print_adapters(model):
-    """Two lines: how many parameters are trained, and which linears are left without an adapter."""
-    from peft.tuners.lora import LoraLayer
-    model.print_trainable_parameters()
-    left, inside = set(), None
-    for name, module in network(model).named_modules():
-        if isinstance(module, LoraLayer):
-            inside = name + "."                              # its own linears follow it
-        elif isinstance(module, torch.nn.Linear) and not (inside and name.startswith(inside)):
-            left.add(re.sub(r"\.\d+\.", ".*.", name.removeprefix("model.")))
-    print(f"no adapter on {', '.join(sorted(left))}")
-
-
 def network(model):
     """The transformers model inside, adapted or not (LoRA lives in its modules)."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def head(model):
+    """What turns a network's hidden states into logits."""
+    return network(model).lm_head
 
 
 # ---------------------------------------------------------------- text and pictures -> batch
@@ -577,15 +329,10 @@ def encode(processor, prompts, images=None, device="cpu"):
 
 def encode_responses(processor, texts, device="cpu"):
     """Reference responses -> (ids [B, T], mask [B, T]): right-padded, the EOS included."""
-    tokenizer = processor.tokenizer
-    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    width = max(map(len, rows)) + 1
-    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, :len(row) + 1] = torch.tensor([*row, tokenizer.eos_token_id])
-        mask[i, :len(row) + 1] = 1
-    return ids.to(device), mask.to(device)
+    end = processor.tokenizer.eos_token
+    batch = processor.tokenizer([text + end for text in texts], add_special_tokens=False,
+                                padding=True, padding_side="right", return_tensors="pt")
+    return batch["input_ids"].to(device), batch["attention_mask"].to(device)
 
 
 def check_lengths(model, processor, texts, new_tokens=0):
@@ -669,11 +416,13 @@ def draw_token(logits, uniform, temperature=1.0):
     """
     if temperature != 1:  # else a pass over the vocabulary too many
         logits = logits / temperature
-    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    p = logits.softmax(-1)
+    cumulative = p.cumsum(-1, dtype=torch.float64)
     # right=True: never a token of probability 0. The clamp: still a token where the logits are not
     # finite; such a step is then skipped for its loss.
     token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-    return token[:, 0].clamp_(max=logits.shape[1] - 1)
+    token = token.clamp_(max=logits.shape[1] - 1)
+    return token[:, 0], p.gather(1, token)[:, 0].log()
 
 
 def eos_tokens(model, processor):
@@ -823,12 +572,11 @@ def decoder_of(net):
 
 @torch.no_grad()
 def sample(model, processor, prompt, max_new_tokens, uniforms=None, temperature=1.0,
-           rollout_batch=None, drawn=None):
-    """Draw responses -> (ids [B, T], mask [B, T]).
+           rollout_batch=None):
+    """Draw responses -> (ids, mask, drawn: the log-probability of each token), all [B, T].
 
     uniforms: a number in [0, 1) for every token that may be drawn, float64 [B, max_new_tokens], so
     that a token depends on no other row; None: greedy. rollout_batch: rows at a time, default all.
-    drawn: [B, some], filled with the log-probabilities that the first tokens were drawn with.
     A response goes through its first EOS inclusive; one without an EOS was cut at
     max_new_tokens. The distribution is the model's own softmax, with nothing but the picture
     placeholders removed, whatever generation_config says.
@@ -841,6 +589,7 @@ def sample(model, processor, prompt, max_new_tokens, uniforms=None, temperature=
         uniforms = torch.as_tensor(uniforms, device=model.device)
     count = len(prompt["input_ids"])
     ids = torch.full((count, max_new_tokens), pad, device=model.device)
+    drawn = torch.zeros(count, max_new_tokens, device=model.device)        # 0 where greedy
     make_decoder, interval = decoder_of(network(model))
     with light_adapters(model):
         for begin in range(0, count, rollout_batch or count):
@@ -850,12 +599,11 @@ def sample(model, processor, prompt, max_new_tokens, uniforms=None, temperature=
             decoder = make_decoder(network(model), batch, max_new_tokens)
             for t in range(max_new_tokens):
                 logits = decoder.logits.index_fill_(1, banned, -torch.inf)     # [rows, vocabulary]
-                token = (logits.argmax(-1) if uniforms is None else
-                         draw_token(logits, uniforms[rows, t], temperature))   # [rows]
+                if uniforms is None:
+                    token = logits.argmax(-1)                                        # [rows]
+                else:
+                    token, drawn[rows, t] = draw_token(logits, uniforms[rows, t], temperature)
                 ids[rows, t] = token
-                if drawn is not None and t < drawn.shape[1]:  # for `check_sampling`
-                    log_p = (logits / temperature).log_softmax(-1)
-                    drawn[rows, t] = log_p.gather(1, token[:, None])[:, 0]
                 going &= ~torch.isin(token, ends)
                 if t + 1 == max_new_tokens:
                     break
@@ -871,26 +619,7 @@ def sample(model, processor, prompt, max_new_tokens, uniforms=None, temperature=
     ended = torch.isin(ids, ends).long()
     mask = (ended.cumsum(1) - ended == 0).long()    # by position: padding may be an EOS too
     length = mask.sum(1).max()
-    return ids.where(mask.bool(), pad)[:, :length], mask[:, :length]
-
-
-@torch.no_grad()
-def check_sampling(model, prompt, ids, mask, drawn):
-    """Fails where tokens were drawn from another policy than the one that is scored.
-
-    prompt, ids and mask [B, T]: what was sampled; drawn [B, some]: see `sample`. Compares the first
-    tokens of a few rows, as the model is scored in training, with its adapters.
-    """
-    rows, width = slice(0, 4), min(drawn.shape[1], ids.shape[1])
-    ids, mask = ids[rows, :width], mask[rows, :width]
-    logits = network(model).lm_head(response_hidden(model, take_rows(prompt, rows), ids, mask))
-    scored = logits.float().log_softmax(-1).gather(1, ids[mask.bool()][:, None])[:, 0]       # [N]
-    gaps = (drawn[rows, :width][mask.bool()] - scored).abs().tolist()
-    text = (f"the log-probabilities of sampled tokens differ from their scores by {mean(gaps):.2g} "
-            f"nats (mean), {max(gaps):.2g} (most)")
-    if not mean(gaps) <= 0.25:  # bf16 on a GPU: 0.02, at most 0.09
-        fail(f"{text}: what is sampled is not what is trained")
-    print(f"{text}, over the first {len(gaps)}")
+    return ids.where(mask.bool(), pad)[:, :length], mask[:, :length], drawn[:, :length]
 
 
 def was_cut(model, processor, ids, mask):
@@ -912,7 +641,7 @@ def validate(model, processor, prompts, args, judge):
     means are over all processes.
     """
     model.eval()
-    ids, mask = sample(model, processor, prompts, args.max_new_tokens,
+    ids, mask, _ = sample(model, processor, prompts, args.max_new_tokens,
                        rollout_batch=args.rollout_batch)
     texts, cut = decode(processor, ids, mask), was_cut(model, processor, ids, mask)
     lines = []
@@ -957,90 +686,120 @@ def add_training_flags(parser):
     add("--lora_rank", type=whole_number(1), help="rank of the adapters; alpha is twice the rank")
     add("--lora_vision", type=int, choices=(0, 1), help="1: adapters on the vision tower too")
     add("--save_every", type=whole_number(1), default=20, help="steps between checkpoints")
-    add("--restart", action="store_true", help="delete the run in --out and begin anew")
-    add("--accept_changes", action="store_true",
-        help="resume although arguments, data or code have changed; changes.jsonl says which")
-
-
-def read_run(folder):
-    """args.json of the run in `folder` (or of the run whose adapter/ it is); None without one."""
-    for file in (Path(folder, "args.json"), Path(folder).parent / "args.json"):
-        if file.is_file():
-            try:
-                record = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                fail(f"cannot read {file}: {error}")
-            if record.get("kind") == "run":
-                return record
-    return None
 
 
 def resolve(args, settings, run=None):
     """Fill what was not given: from the run that is continued (its backbone), else the preset.
 
-    settings: {preset: {flag: value}} of the script. run: the folder of that run, or None. A flag
-    that contradicts the run is refused.
+    settings: {preset: {flag: value}} of the script. run: the folder of that run, or None.
     """
-    record = read_run(run) if run else None
-    old = record["args"] if record else {}
+    old = read_run(run)["args"] if run and read_run(run) else {}
     args.preset = args.preset or old.get("preset", "tiny")
-    if args.preset not in BACKBONES:
-        fail(f"{run} was trained with --preset {args.preset}, which common.py does not know: give "
-             f"one of {', '.join(BACKBONES)}")
     if old and old["preset"] != args.preset:
         fail(f"--preset {args.preset}: the run in {run} has --preset {old['preset']}")
-    values = {**BACKBONES[args.preset], **settings[args.preset]}
-    for name in BACKBONES[args.preset]:
-        given, values[name] = getattr(args, name, None), old.get(name, values[name])
-        same = given in (None, values[name])
-        if name == "model" and record and not same:  # it may lie somewhere else by now
-            same = digest(digest_folder(given)) == record["inputs"]["model"]
-        if old and not same:
-            fail(f"--{name} {given}: the run in {run} has --{name} {values[name]}")
-    if args.model and args.bits is None and not old:  # a checkpoint may be stored in 4 bits
-        values["bits"] = quantised_bits(args.model) or values["bits"]
-    for name, value in values.items():
-        if hasattr(args, name) and getattr(args, name) is None:
+    backbone = BACKBONES[args.preset]
+    kept = {name: old[name] for name in backbone if name in old}
+    for name, value in {**backbone, **settings[args.preset], **kept}.items():
+        if getattr(args, name, value) is None:
             setattr(args, name, value)
     return args
 
 
-def announce(args):
-    """The first lines of a run: what it trains, on which device, and what that takes."""
-    cuda = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else "the CPU"
-    print(f"preset {args.preset} on {device}: {args.model} in {args.bits} bits")
-    if compute_dtype(args.bits) is torch.float16:
-        print("This card has no bfloat16: the network computes in float16, which may overflow "
-              "(such steps are skipped, and said)")
-    if args.model == BACKBONES[args.preset]["model"] and args.preset in DOWNLOADS:
-        if checkpoint_folder(args.model) is None:
-            print(f"It is downloaded first: {DOWNLOADS[args.preset]} GB")
-        print(f"Memory: `python -m tools.estimate --preset {args.preset}`; hours: docs/gpu.md")
-    if cuda and args.preset == "tiny":
-        print(f"For Qwen3-VL-4B: the same commands with --preset 4b (a download of "
-              f"{DOWNLOADS['4b']} GB; memory by `python -m tools.estimate --preset 4b`; hours: "
-              "docs/gpu.md)")
+# ---------------------------------------------------------------- the run that is continued
+
+def read_run(folder):
+    """args.json of the run in `folder` (or of the run whose adapter/ it is); {} without one."""
+    for place in (Path(folder), Path(folder).parent):
+        record = read_record(place)
+        if record.get("kind") == "run":
+            return record
+    return {}
 
 
-def command(script, **flags):
-    """A command with the flags it needs, {name: (value, default)}: "python distill.py --seed 1"."""
-    words = [f"--{name} {value}" for name, (value, default) in flags.items() if value != default]
-    return " ".join(["python", script, *words])
+def check_backbone(run, args):
+    """Fails where the adapter of `run` was trained on another backbone than `args` ask for."""
+    record = read_run(run)
+    if not record:  # another tool's: it does not say
+        return
+    before = {**record["args"], "model": record["inputs"]["model"]}
+    now = {**vars(args), "model": digest(digest_folder(fetch(args.model)))}
+    for name in BACKBONES["tiny"]:
+        if name in now and before.get(name, now[name]) != now[name]:
+            fail(f"--{name} {getattr(args, name)} is not what the run in {run} was trained with: "
+                 f"{record['args'][name]}, as it was then")
+
+
+def adapter_folder(run, flag):
+    """Where the adapter of a run lies, or any LoRA adapter in PEFT's format. Fails without one."""
+    folder = Path(run, "adapter") if Path(run, "adapter").is_dir() else Path(run)
+    if not (folder / "adapter_model.safetensors").is_file():
+        fail(f"{flag} {run}: no adapter there ({folder}/adapter_model.safetensors is missing); "
+             "`python coldstart.py` makes one")
+    return folder
+
+
+def read_trained_rows(adapter):
+    """Keys of the rows that an adapter was trained on; None where its run does not say."""
+    file = adapter.resolve().parent / "trained_rows.json"
+    if not file.is_file():
+        warn(f"{adapter}: which rows it was trained on is not known ({file.name} is missing), so "
+             "that an evaluation cannot count them apart")
+        return None
+    with in_one_line(f"cannot read {file}"):
+        return set(json.loads(file.read_text(encoding="utf-8")))
+
+
+def read_init(args):
+    """(adapter folder, keys of the rows it was trained on) of --init; (None, no keys) of "none".
+
+    --init: a run, or any folder with a LoRA adapter in PEFT's format. The keys are None where
+    nothing says them.
+    """
+    if args.init == "none":
+        return None, set()
+    adapter = adapter_folder(args.init, "--init")
+    check_backbone(args.init, args)
+    return adapter, read_trained_rows(adapter)
 
 
 # ---------------------------------------------------------------- an optimizer step
 
-def learning_rate(step, steps, peak):
-    """Linear warm-up over the first tenth of the steps, then a cosine; zero would come after it."""
+def schedule(optimizer, step, steps):
+    """Set every group's rate: warm-up over a tenth of the steps, then a cosine, of its own peak.
+
+    Returns the first group's.
+    """
     warm = max(1, steps // 10)
     progress = max(0, step + 1 - warm) / (steps + 1 - warm)
-    return peak * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * progress)))
+    for group in optimizer.param_groups:
+        peak = group.setdefault("initial_lr", group["lr"])
+        group["lr"] = peak * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * progress)))
+    return optimizer.param_groups[0]["lr"]
 
 
 def adapter_weights(model):
     """The tensors that are trained, in the network's order."""
     return [weight for weight in model.parameters() if weight.requires_grad]
+
+
+@contextlib.contextmanager
+def playing(model, adapters):
+    """The network in a role: `model`, while the context `adapters` lasts."""
+    with adapters:
+        yield model
+
+
+@contextlib.contextmanager
+def exchanged(weights, others):
+    """While it lasts, `weights` (adapters) hold the values of `others`."""
+    own = [weight.data for weight in weights]
+    for weight, other in zip(weights, others, strict=True):
+        weight.data = other
+    try:
+        yield
+    finally:
+        for weight, data in zip(weights, own, strict=True):
+            weight.data = data
 
 
 def adamw(weights, lr):
@@ -1058,7 +817,7 @@ def average_gradients(weights, loss, tokens):
     flat = [weight.grad.float().flatten() for weight in weights]
     flat = torch.cat([*flat, flat[0].new_tensor([loss, tokens])])
     if distributed.is_initialized():
-        together(distributed.all_reduce, flat)
+        distributed.all_reduce(flat)
     tokens = int(flat[-1])
     flat /= max(1, tokens)
     sizes = [weight.numel() for weight in weights]
@@ -1086,52 +845,33 @@ def versions():
 
 
 def peak_gb():
-    """Peak memory so far in GB: of the CUDA device if there is one, else of this process."""
+    """Memory in GB: the peak so far of a CUDA device, else what this process holds now."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024 / 1e9
-    memory = psutil.Process().memory_info()
-    return getattr(memory, "peak_wset", memory.rss) / 1e9  # Windows; macOS: what is held now
+    return psutil.Process().memory_info().rss / 1e9
 
 
 # ---------------------------------------------------------------- several processes
 
 def process_rank():
-    """(the number of this process, how many there are), as torchrun sets them; else (0, 1)."""
-    rank, count = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
-    if not (rank.isdigit() and count.isdigit() and int(rank) < int(count)):
-        fail(f"RANK={rank} WORLD_SIZE={count} in the environment: unset both, or use torchrun")
-    return int(rank), int(count)
+    """The number of this process among those that torchrun started; 0 of one alone."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def join_processes(batch):
     """Meet the processes that torchrun started -> (the number of this one, how many)."""
-    rank, count = process_rank()
+    count = int(os.environ.get("WORLD_SIZE") or 1)
     if batch % count:
         fail(f"--batch {batch} cannot be shared equally by {count} processes")
     if count > 1:
-        missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-                   if not os.environ.get(name)]
-        if missing:
-            fail(f"WORLD_SIZE={count} in the environment, but no {missing[0]}: unset it, or use "
-                 "torchrun")
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    if rank > 0:
+        cuda = torch.cuda.is_available()
+        with in_one_line(f"WORLD_SIZE={count} in the environment: unset it, or use torchrun"):
+            if cuda:
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            distributed.init_process_group("nccl" if cuda else "gloo")
+    if process_rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    return rank, count
-
-
-def together(collective, *arguments):
-    """Call something that all processes must call. Fails where one of them is gone."""
-    try:
-        collective(*arguments)
-    except RuntimeError as error:
-        fail(f"another process of this run has ended ({str(error).splitlines()[0][:100]}); "
-             "run the same command to resume")
+    return process_rank(), count
 
 
 def gather(thing):
@@ -1139,7 +879,7 @@ def gather(thing):
     if not distributed.is_initialized():
         return [thing]
     things = [None] * distributed.get_world_size()
-    together(distributed.all_gather_object, things, thing)
+    distributed.all_gather_object(things, thing)
     return things
 
 
@@ -1152,174 +892,116 @@ def gather_rows(rows):
 
 # Arguments that change no step that is done, or whose contents are compared (see `inputs`).
 FREE = {"preset", "model", "data", "init", "out", "steps", "micro_batch", "rollout_batch", "chunk",
-        "save_every", "eval_every", "restart", "accept_changes"}
+        "save_every", "eval_every"}
 
 
-@contextlib.contextmanager
-def exchanged(weights, others):
-    """While it lasts, `weights` (adapters) hold the values of `others`."""
-    own = [weight.data for weight in weights]
-    for weight, other in zip(weights, others, strict=True):
-        weight.data = other
-    try:
-        yield
-    finally:
-        for weight, data in zip(weights, own, strict=True):
-            weight.data = data
-
-
-class Best:
-    """The adapter with the highest score of a validation, the first of equals; for `Run.restore`.
-
-    step: that of the best, 0 before the first validation; last: the latest score.
-    """
-
-    def __init__(self, weights):
-        self.weights, self.score, self.step, self.last = weights, -math.inf, 0, None
-        self.copies = []
-
-    def update(self, score, step):
-        self.last = score
-        if score > self.score:
-            self.score, self.step = score, step
-            self.copies = [weight.detach().cpu().clone() for weight in self.weights]
-
-    def state_dict(self):
-        return {"score": self.score, "step": self.step, "last": self.last, "copies": self.copies}
-
-    def load_state_dict(self, state):
-        self.score, self.step, self.last = state["score"], state["step"], state["last"]
-        self.copies = state["copies"]
-
-
-def meaning(code):
-    """A script's syntax tree without comments and docstrings, as text."""
-    tree = ast.parse(code)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            if ast.get_docstring(node) is not None:
-                node.body.pop(0)
-    return ast.dump(tree)
+def code_of(file):
+    """A script without its comments and spacing, as text."""
+    return ast.dump(ast.parse(file.read_text(encoding="utf-8")))
 
 
 class Run:
     """A stage's run in the folder args.out: one writer, and the same command resumes it.
 
-        with Run(args, parse_args, scripts, inputs, trained_on) as run:  # refuses what differs
-            ...                                                          # load the model
-            run.restore(model, optimizer=optimizer)                      # from the checkpoint
-            for step in run.steps():
+        with Run(args, scripts, inputs, trained_on) as run:     # refuses what differs
+            ...                                                 # load the model
+            run.restore(model, optimizer=optimizer)             # from the checkpoint
+            for step in run.steps():                            # saves after a step where it is due
                 ...
                 run.log(loss=loss)
-                run.save_if_due()
 
-    Nothing in the folder is changed before `restore`. Nothing random is stored: a step draws from
-    (seed, step). Of several processes the first one writes. step: steps done and logged.
+    Nothing in the folder is changed before `restore`, and nothing is ever deleted: another run
+    needs another folder. Nothing random is stored: a step draws from (seed, step). Of several
+    processes the first one writes. step: steps done and logged.
     """
     LOGS = ("metrics.jsonl", "rollouts.jsonl", "not_finite.jsonl")
-    FILES = ("args.json", "trained_rows.json", "changes.jsonl", "checkpoint.pt", *LOGS)
-    FOLDERS = ("adapter", "adapter-best", "code")
-    # That is everything a run writes; partial files are named after these.
 
-    def __init__(self, args, parse_args, scripts, inputs, trained_on=()):
+    def __init__(self, args, scripts, inputs, trained_on=()):
         """scripts: the files that the stage runs; they are kept, and compared at the next start.
 
-        parse_args: gives a flag that is new in `args` the value it would have had before.
         inputs: {name: digest} of the files that the result depends on. trained_on: keys of all
         rows that the adapter was or will be trained on, None if they are not known.
         """
         self.args, self.out = args, Path(args.out)
-        self.inputs = {**inputs, "model": digest(digest_folder(args.model))}
-        self.defaults = vars(parse_args(["--preset", args.preset, "--init", "none"]))
+        self.inputs = {**inputs, "model": digest(digest_folder(fetch(args.model)))}
         self.scripts, self.trained_on = [Path(script) for script in scripts], trained_on
-        self.step, self.skipped, self.state, self.changed = 0, [], None, {}
-        self.lock, self.handlers, self.asked = None, {}, 0
+        self.step, self.not_finite, self.state, self.lock = 0, 0, None, None
+        self.handed = self.saved = 0
 
     # ---- the folder
 
     def __enter__(self):
-        if process_rank()[0] == 0:
+        if process_rank() == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            kind, foreign = kind_of(self.out), foreign_name(self.out, "run")
+            foreign = foreign_name(self.out, "run")
             if foreign:
-                what = f"a folder of kind {kind}" if kind else f"{foreign} and no run"
-                fail(f"{self.out} holds {what}: choose another --out")
+                fail(f"{self.out} holds {foreign} and no run: choose another --out")
             self.lock = lock_folder(self.out)
-            if kind == "run" and not self.args.restart:
-                self.read_checkpoint()
-            if self.state:  # without a checkpoint there are no steps that could differ
-                self.compare()
+            self.read_checkpoint()
         self.state = gather(self.state)[0]
         if self.state:
-            self.step, self.skipped = self.state["step"], list(self.state["skipped"])
+            self.step, self.not_finite = self.state["step"], self.state["not_finite"]
         return self
 
     def __exit__(self, *error):
-        """Give back the signals and the folder."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        if error[0] is None and self.handed:  # also after a `break`
+            self.settle()
+            if self.saved < self.step:
+                self.save()
         if self.lock:
             self.lock.release()
 
     def read_checkpoint(self):
+        """The latest state, if there is one. Refuses what would make it another run's."""
         file = self.out / "checkpoint.pt"
         if not file.is_file():
             if (self.out / "adapter").exists():
                 fail(f"{self.out} holds a trained adapter without its checkpoint.pt, and cannot be "
-                     "resumed: --restart begins anew and deletes it; or choose another --out")
+                     "resumed: choose another --out")
             return
-        try:
+        with in_one_line(f"cannot resume from {file}"):
             self.state = torch.load(file, map_location="cpu", weights_only=True)
-            step, things = self.state["step"], self.state["things"]
-            assert isinstance(step, int) and "adapter" in things and "skipped" in self.state
-        except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AssertionError,
-                pickle.UnpicklingError) as error:
-            reason = " ".join(str(error).split()).partition(". ")[0][:200]
-            fail(f"cannot resume from {file} ({type(error).__name__}: {reason}): --restart begins "
-                 "anew")
-
-    def compare(self):
-        """Refuse what would make the steps to come another run's than those that are done."""
-        record = json.loads((self.out / "args.json").read_text(encoding="utf-8"))
-        before, done = {**self.defaults, **record["args"]}, self.state["step"]
+            done, _ = self.state["step"], self.state["things"]["adapter"]
         if done > self.args.steps:
             fail(f"{self.out}: {done} steps are done, more than --steps {self.args.steps}")
-        for name, value in json.loads(json.dumps(vars(self.args))).items():
-            if name not in FREE and before.get(name) != value:
-                self.changed[f"--{name}"] = f"was {before.get(name)!r} and is {value!r}"
-        for name, value in self.inputs.items():
-            if value != record["inputs"].get(name):
-                self.changed[name] = "other contents than before"
-        for script in self.scripts:
-            kept = self.out / "code" / script.name
-            was = kept.read_text(encoding="utf-8") if kept.is_file() else ""
-            now = script.read_text(encoding="utf-8")
-            if meaning(was) != meaning(now):
-                lines = difflib.unified_diff(was.splitlines(), now.splitlines(), n=0, lineterm="")
-                self.changed[script.name] = "has changed:\n" + "\n".join(list(lines)[2:])
-        if self.changed and not self.args.accept_changes:
-            text = "".join(f"\n{name} {how}" for name, how in self.changed.items())
-            tqdm.write(f"What differs from the run in {self.out}:{text}", file=sys.stderr)
-            fail(f"{self.out} holds {done} steps of a run that differs in "
-                 f"{', '.join(self.changed)}: --restart begins anew, --out chooses another folder, "
-                 "--accept_changes resumes all the same")
+        record, now = read_record(self.out), json.loads(json.dumps(vars(self.args)))
+        changed = [f"--{name}" for name in now
+                   if name not in FREE and now[name] != record["args"].get(name)]
+        changed += [name for name in self.inputs
+                    if self.inputs[name] != record["inputs"].get(name)]
+        changed += [script.name for script in self.scripts
+                    if code_of(script) != code_of(self.out / "code" / script.name)]
+        if changed:
+            fail(f"{self.out} holds {done} steps of a run that differs in {', '.join(changed)} "
+                 "(see its args.json and code/): choose another --out")
+        if record["versions"] != versions():  # bit for bit is not promised then
+            warn(f"the {done} steps in {self.out} were made with {record['versions']}")
 
     def restore(self, model, **things):
         """Bring the adapter of `model` and `things` to where the checkpoint left them.
 
         things: by name, what a resume needs besides the adapter: objects with state_dict() and
-        load_state_dict(), or lists of tensors. All of it is in every checkpoint from here on;
-        `best`, a Best, becomes adapter-best/ beside adapter/. Now that the run is agreed to, its
-        folder is brought to the same step.
+        load_state_dict(), lists of tensors, or dicts. All of it is in every checkpoint from here
+        on. Now that the run is agreed to, its folder is brought to the same step.
         """
-        self.model, self.things = model, {"adapter": adapter_weights(model), **things}
-        if self.state:
-            self.load_things()
-        if process_rank()[0] > 0:
+        self.model = model
+        self.things = {"adapter": [weight.data for weight in adapter_weights(model)], **things}
+        for name, thing in self.things.items() if self.state else ():
+            with in_one_line(f"the {name!r} in {self.out}/checkpoint.pt does not fit"):
+                saved = self.state["things"][name]
+                if isinstance(thing, dict):
+                    thing.update(saved)
+                elif isinstance(thing, list):
+                    for tensor, value in zip(thing, saved, strict=True):
+                        tensor.copy_(value)
+                else:
+                    groups = [{k: v for k, v in group.items() if k != "params"}
+                              for group in getattr(thing, "param_groups", ())]
+                    thing.load_state_dict(saved)
+                    for group, own in zip(getattr(thing, "param_groups", ()), groups, strict=True):
+                        group.update(own)  # today's settings; moments and steps are the old ones
+        if process_rank() > 0:
             return
-        if self.args.restart:
-            self.delete()
-        self.inputs["model"] = digest(digest_folder(self.args.model))  # a hub's is there by now
         record = {"kind": "run", "script": self.scripts[0].name, "args": vars(self.args),
                   "inputs": self.inputs, "versions": versions()}
         write_text(self.out / "args.json", json.dumps(record, indent=1) + "\n")
@@ -1332,58 +1014,33 @@ class Run:
             file, size = self.out / name, self.state["sizes"].get(name, 0) if self.state else 0
             if file.is_file() and file.stat().st_size > size:
                 os.truncate(file, size)
-        if self.changed:
-            self.append("changes.jsonl", [{"step": self.step, "changed": self.changed}])
-            warn(f"resuming with changes in {', '.join(self.changed)}: {self.out}/changes.jsonl")
-        if self.state and not self.adapter_is_current():  # killed between the two
-            self.export_adapters()
-
-    def load_things(self):
-        saved, file = self.state["things"], self.out / "checkpoint.pt"
-        for name, thing in self.things.items():
-            if name not in saved:
-                fail(f"{file} has no {name!r}: it was made without; --restart begins anew")
-            try:
-                if hasattr(thing, "load_state_dict"):
-                    thing.load_state_dict(saved[name])
-                else:
-                    for tensor, value in zip(thing, saved[name], strict=True):
-                        tensor.data.copy_(value)
-            except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
-                fail(f"the {name!r} in {file} does not fit ({' '.join(str(error).split())[:200]}): "
-                     "--restart begins anew")
-        device = self.model.device.type
-        if self.state["device"] != device:
-            warn(f"the steps in {self.out} were made on {self.state['device']}; resuming on "
-                 f"{device} gives other rounding")
-
-    def delete(self):
-        """Remove what a run leaves, and nothing else."""
-        for name in self.FILES:
-            (self.out / name).unlink(missing_ok=True)
-        for name in self.FOLDERS:
-            shutil.rmtree(self.out / name, ignore_errors=True)
+        if self.state:  # it may have been killed between checkpoint.pt and adapter/
+            self.export("adapter")
 
     # ---- the steps
 
     def steps(self):
-        """The numbers of the steps to do; a signal now asks to stop after the current one."""
+        """The numbers of the steps to do; after each it is saved, if --save_every says so."""
+        args, net = self.args, network(self.model)
+        print(f"{args.model} in {args.bits} bits, computing in {net.dtype}, on {net.device}")
         if self.step == self.args.steps:
             print(f"{self.out}: all {self.step} steps were done before; nothing is trained")
         elif self.step:
             print(f"{self.out}: resuming after step {self.step} of {self.args.steps}")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[number] = signal.signal(number, self.on_signal)
-        self.seconds, self.last = {}, time.perf_counter()
-        return tqdm(range(self.step, self.args.steps), desc=self.out.name, unit="step",
-                    initial=self.step, total=self.args.steps, disable=process_rank()[0] > 0)
+        for step in tqdm(range(self.step, self.args.steps), desc=self.out.name, unit="step",
+                         initial=self.step, total=self.args.steps, disable=process_rank() > 0):
+            self.seconds, self.last, self.handed = {}, time.perf_counter(), step + 1
+            torch.manual_seed(zlib.crc32(f"{args.seed} {step}".encode()))  # a fork's dropout
+            yield step
+            self.settle()
+            if self.step == self.args.steps or self.step % self.args.save_every == 0:
+                self.save()
 
-    def on_signal(self, number, frame):
-        if not self.asked:
-            self.asked, self.asked_at = number, time.monotonic()
-            tqdm.write("stopping after this step (again: at once, back to the latest checkpoint)")
-        elif time.monotonic() - self.asked_at > 2:  # torchrun repeats a Ctrl-C by itself
-            raise KeyboardInterrupt
+    def settle(self):
+        """A step that was handed out is done, logged or not."""
+        if self.step < self.handed:
+            self.step = self.handed
+            self.append("metrics.jsonl", [{"step": self.step, "left_out": True}])
 
     def clock(self, phase):
         """The seconds since the last call, or since the step began, are this phase's."""
@@ -1396,14 +1053,14 @@ class Run:
     def is_finite(self, loss, grad_norm, evidence, patience=5):
         """Can the step be taken? Else its rows are kept; `patience` such steps in a row fail."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.not_finite = 0
             return True
-        step = self.step + 1
-        self.skipped.append(step)
-        what = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm)}
+        self.not_finite += 1
+        what = {"step": self.step + 1, "loss": str(loss), "grad_norm": str(grad_norm)}
         self.append("not_finite.jsonl", [{**what, **row} for row in evidence])
-        warn(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}; "
+        warn(f"step {self.step + 1} skipped: loss {loss}, gradient norm {grad_norm}; "
              f"its rows are in {self.out}/not_finite.jsonl")
-        if self.skipped[-patience:] == list(range(step - patience + 1, step + 1)):
+        if self.not_finite == patience:
             fail(f"{patience} steps in a row were not finite: try a lower --lr, or --bits 16 or 32 "
                  f"instead of {self.args.bits}")
         return False
@@ -1414,118 +1071,55 @@ class Run:
         self.step += 1
         line = {"step": self.step, **values, "step_seconds": sum(self.seconds.values()),
                 "peak_gb": peak_gb()}
-        texts = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                 for name, value in line.items()]
-        tqdm.write("  ".join(texts))
-        for name, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                line[name] = None
-        line["seconds"], self.seconds = self.seconds, {}
-        self.append("metrics.jsonl", [line])
+        tqdm.write("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else
+                             f"{name} {value}" for name, value in line.items()))
+        line = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in line.items()}
+        self.append("metrics.jsonl", [{**line, "seconds": self.seconds}])
 
     def append(self, name, rows):
         """Lines for a .jsonl file beside the log (one of LOGS is cut back at a resume)."""
-        if process_rank()[0] == 0:
+        if process_rank() == 0:
             with open(self.out / name, "a", encoding="utf-8", newline="\n") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
 
-    def save_if_due(self):
-        """Every --save_every steps, at the end, and when a signal asked to stop: then it stops."""
-        stop = max(gather(self.asked))
-        if stop or self.step == self.args.steps or self.step % self.args.save_every == 0:
-            self.save()
-        if stop and self.step < self.args.steps:
-            print(f"Stopped after step {self.step} of {self.args.steps}. Latest checkpoint: "
-                  f"{self.out}/checkpoint.pt; run the same command to resume.")
-            raise SystemExit(128 + stop)
-        self.last = time.perf_counter()
+    def show(self, lines):
+        """Some sampled responses of a step: one to the eye, eight to rollouts.jsonl."""
+        self.append("rollouts.jsonl", lines[::math.ceil(len(lines) / 8)])  # of every task
+        line = lines[self.step % len(lines)]
+        tqdm.write(f"--- {line['id']}: {line['outcome']}\n{''.join(line['tokens'])}\n---")
+
+    def export_if(self, wanted, name):
+        if wanted:
+            self.export(name)
 
     def save(self):
-        """Replace checkpoint.pt, then the adapters; a kill leaves the old or the new of each."""
-        weights = torch.cat([tensor.detach().flatten() for tensor in self.things["adapter"]])
+        """Replace checkpoint.pt, then adapter/; a kill leaves the old or the new of each."""
+        self.saved = self.step
+        weights = torch.cat([tensor.flatten() for tensor in self.things["adapter"]])
         if len(set(gather(zlib.crc32(weights.cpu().numpy())))) > 1:
             fail(f"the processes' adapters differ after step {self.step}; run the same command to "
                  "resume from the latest checkpoint")
-        if process_rank()[0] > 0:
+        if process_rank() > 0:
             return
-        things, sizes = {}, {}
-        for name, thing in self.things.items():
-            things[name] = (thing.state_dict() if hasattr(thing, "state_dict") else
-                            [tensor.detach() for tensor in thing])
-        for name in self.LOGS:
-            if (self.out / name).is_file():
-                flush(self.out / name)
-                sizes[name] = (self.out / name).stat().st_size
-        content = io.BytesIO()
-        torch.save({"step": self.step, "skipped": self.skipped, "sizes": sizes,
-                    "device": self.model.device.type, "things": things}, content)
+        things = {name: thing.state_dict() if hasattr(thing, "state_dict") else thing
+                  for name, thing in self.things.items()}
+        sizes = {name: (self.out / name).stat().st_size
+                 for name in self.LOGS if (self.out / name).is_file()}
+        content = BytesIO()
+        torch.save({"step": self.step, "not_finite": self.not_finite, "sizes": sizes,
+                    "things": things}, content)
         write_bytes(self.out / "checkpoint.pt", content.getvalue())
-        self.export_adapters()
+        self.export("adapter")
 
-    def export_adapters(self):
-        """adapter-best/, where there is one, then adapter/, whose date stands for both."""
-        best = self.things.get("best")
-        if best and best.step:
-            device = best.weights[0].device
-            with exchanged(best.weights, [copy.to(device) for copy in best.copies]):
-                self.export_adapter("adapter-best")
-        self.export_adapter("adapter")
-
-    def export_adapter(self, name):
-        """The adapter in PEFT's format, for evaluation and serving."""
+    def export(self, name):
+        """The adapter as it is now, in PEFT's format, for evaluation and serving."""
+        if process_rank() > 0:
+            return
         folder, aside = self.out / name, self.out / f"{name}.partial"
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            self.model.save_pretrained(aside)
-        except SafetensorError as error:
-            full = "os error 28" in str(error)
-            raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(aside)) from error
-        for path in (*aside.iterdir(), aside):
-            flush(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-        flush(self.out)
-
-    def adapter_is_current(self):
-        """Was adapter/ written after checkpoint.pt?"""
-        file = self.out / "adapter" / "adapter_model.safetensors"
-        return (file.is_file()
-                and file.stat().st_mtime_ns >= (self.out / "checkpoint.pt").stat().st_mtime_ns)
-
-
-def adapter_folder(run, flag, remedy=""):
-    """Where the adapter of a run lies, or any LoRA adapter in PEFT's format. Fails without one.
-
-    flag: the one that named the run; remedy: what the message says at its end.
-    """
-    folder = Path(run, "adapter") if Path(run, "adapter").is_dir() else Path(run)
-    for name in ADAPTER_FILES:
-        if not (folder / name).is_file():
-            fail(f"{flag} {run}: no adapter there ({folder / name} is missing){remedy}")
-    return folder
-
-
-def read_trained_rows(adapter):
-    """Keys of the rows that an adapter was trained on; None where its run does not say."""
-    file = adapter.resolve().parent / "trained_rows.json"
-    if not file.is_file():
-        warn(f"{adapter}: which rows it was trained on is not known ({file.name} is missing), so "
-             "that an evaluation cannot count them apart")
-        return None
-    try:
-        return set(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        fail(f"cannot read {file} ({error}): take it away, and such rows are not counted apart")
-
-
-def read_init(init):
-    """(adapter folder, keys of the rows it was trained on) of --init; (None, no keys) of "none".
-
-    init: a run, or any folder with a LoRA adapter in PEFT's format. The keys are None where nothing
-    says them.
-    """
-    if init == "none":
-        return None, set()
-    adapter = adapter_folder(
-        init, "--init", "; `python coldstart.py` makes one, --init none begins without")
-    return adapter, read_trained_rows(adapter)
+        self.model.save_pretrained(aside)
+        folder.mkdir(exist_ok=True)
+        for file in aside.iterdir():  # one by one: a reader, or a kill, finds the old or the new
+            flush(file)
+            file.replace(folder / file.name)
+        aside.rmdir()

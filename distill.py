@@ -26,7 +26,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import common
 import gen_data
@@ -90,21 +89,21 @@ def parse_args(argv=None):
 
 
 # ---------------------------------------------------------------- divergences
-# log_p, log_q [positions, vocabulary]: log-probabilities of student and teacher; token [positions]:
-# the sampled ids -> [positions], in nats. Autograd differentiates it. A new one is a function here
-# and a line in DIVERGENCES, its parameters in it.
+# log_p, log_q [positions, vocabulary]: log-probabilities of student and teacher; token, drawn
+# [positions]: the sampled ids, and the log-probability that each was drawn with -> [positions], in
+# nats. Autograd differentiates it. A new one is a function here and a line in DIVERGENCES.
 
-def reverse_kl(log_p, log_q, token=None):
+def reverse_kl(log_p, log_q, *_):
     """KL(student || teacher): the student drops what the teacher would not say."""
     return torch.linalg.vecdot(log_p.exp(), log_p - log_q)
 
 
-def forward_kl(log_p, log_q, token=None):
+def forward_kl(log_p, log_q, *_):
     """KL(teacher || student): the student covers everything the teacher would say."""
     return torch.linalg.vecdot(log_q.exp(), log_q - log_p)
 
 
-def jsd(log_p, log_q, token=None, beta=0.5):
+def jsd(log_p, log_q, *_, beta=0.5):
     """beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta q + (1 - beta) p, 0 < beta < 1.
 
     As in GKD (arXiv 2306.13649). No gradient goes through m: it would be that of sum(m), zero.
@@ -113,7 +112,7 @@ def jsd(log_p, log_q, token=None, beta=0.5):
     return beta * reverse_kl(log_q, log_m) + (1 - beta) * reverse_kl(log_p, log_m)
 
 
-def sampled(log_p, log_q, token):
+def sampled(log_p, log_q, token, *_):
     """Policy gradient with the advantage log q - log p at the sampled token: the released loss.
 
     The expected gradient is reverse_kl's; the value only serves to be differentiated.
@@ -122,7 +121,7 @@ def sampled(log_p, log_q, token):
     return -(log_q - log_p).detach() * log_p
 
 
-def skew_kl(log_p, log_q, token=None, alpha=0.1):
+def skew_kl(log_p, log_q, *_, alpha=0.1):
     """KL(student || alpha student + (1 - alpha) teacher): finite where the teacher says never.
 
     As in DistiLLM (arXiv 2402.03898), its skew reverse KL.
@@ -131,7 +130,7 @@ def skew_kl(log_p, log_q, token=None, alpha=0.1):
     return reverse_kl(log_p, log_m)
 
 
-def topk_kl(log_p, log_q, token=None, k=100):
+def topk_kl(log_p, log_q, *_, k=100):
     """KL(student || teacher) over the student's k likeliest tokens and one bucket for the rest.
 
     A divergence, since the buckets of both sum to one, and at most the full KL.
@@ -144,12 +143,12 @@ def topk_kl(log_p, log_q, token=None, k=100):
     return reverse_kl(*buckets)
 
 
-def clipped(log_p, log_q, token=None, divergence=reverse_kl, nats=2.0):
+def clipped(log_p, log_q, *sample, divergence=reverse_kl, nats=2.0):
     """Another divergence whose gradient is shortened where it is above `nats`.
 
     So that a few tokens, often of style, do not outweigh all others.
     """
-    value = divergence(log_p, log_q, token)
+    value = divergence(log_p, log_q, *sample)
     return value * nats / value.detach().clamp(min=nats)
 
 
@@ -164,27 +163,30 @@ DIVERGENCES = {
 }
 
 
-def chunked_divergence(hidden, teacher_hidden, token, factor, lm_head, divergence, chunk):
+def chunked_divergence(hidden, teacher_hidden, token, drawn, factor, lm_head, teacher_head,
+                       divergence, chunk):
     """The loss and its gradient, without ever holding [N, vocabulary].
 
-    hidden, teacher_hidden: [N, hidden size], from `common.response_hidden`; token: [N]; factor: [N]
-    multiplies each position's divergence.
-    Returns d sum(factor * divergence) / d hidden [N, hidden size], and [3, N], in nats: the
-    summands, and, whatever they are, the reverse KL and the student's entropy.
+    hidden, teacher_hidden: [N, hidden size], from `common.response_hidden`, each read by its own
+    head; token, drawn, factor: [N]; factor multiplies each position's divergence.
+    Returns d sum(factor * divergence) / d hidden [N, hidden size], and [4, N], in nats: the
+    summands, and, whatever they are, the reverse KL, the student's entropy, and how far the
+    token's log-probability is from what it was drawn with.
     """
     gradients, scores = [], []
     for i in range(0, len(hidden), chunk):
         some = slice(i, i + chunk)
         leaf = hidden[some].detach().requires_grad_()                         # [chunk, hidden size]
         with torch.no_grad():
-            log_q = lm_head(teacher_hidden[some]).float().log_softmax(-1)
+            log_q = teacher_head(teacher_hidden[some]).float().log_softmax(-1)
         log_p = lm_head(leaf).float().log_softmax(-1)                          # [chunk, vocabulary]
-        value = divergence(log_p, log_q, token[some]) * factor[some]           # [chunk]
+        value = divergence(log_p, log_q, token[some], drawn[some]) * factor[some]          # [chunk]
         with torch.no_grad():
             p = log_p.exp()
             entropy = -torch.linalg.vecdot(p, log_p)
             kl = -torch.linalg.vecdot(p, log_q) - entropy
-            scores.append(torch.stack([value, kl, entropy]))
+            gap = (log_p.gather(1, token[some, None])[:, 0] - drawn[some]).abs()
+            scores.append(torch.stack([value, kl, entropy, gap]))
         del log_p, log_q, p    # what the gradient needs of them is in the graph, and goes with it:
         value.sum().backward()                                                  # as far as the leaf
         gradients.append(leaf.grad)
@@ -220,11 +222,11 @@ def encode_roles(processor, rows, teacher_reads, device):
 def rollout_lines(model, processor, step, rows, ids, mask, scores):
     """A line per row for rollouts.jsonl, those of all processes. Only for the log.
 
-    rows, ids and mask [B, T], and scores [3, mask.sum()], as from `chunked_divergence`, are those
+    rows, ids and mask [B, T], and scores [4, mask.sum()], as from `chunked_divergence`, are those
     of this process.
     """
     lengths = mask.sum(1).tolist()
-    _, kl, entropy = (score.split(lengths) for score in scores.cpu())
+    _, kl, entropy, gap = (score.split(lengths) for score in scores.cpu())
     texts, cut = common.decode(processor, ids, mask), common.was_cut(model, processor, ids, mask)
     lines = []
     for i, row in enumerate(rows):
@@ -234,12 +236,15 @@ def rollout_lines(model, processor, step, rows, ids, mask, scores):
             "step": step + 1, "id": row.id, "task": row.task, "response": texts[i],
             "outcome": verdict["outcome"], "optimal": verdict["optimal"], "cut": cut[i],
             "tokens": tokens, "part": part_of(tokens), "kl": kl[i].tolist(),
-            "entropy": entropy[i].tolist()})
+            "entropy": entropy[i].tolist(), "gap": gap[i].tolist()})
     return common.gather_rows(lines)
 
 
-def rollout_means(lines):
-    """{name: mean} over the lines of a step. Only for the log."""
+def rollout_means(lines, on_policy):
+    """{name: mean} over the lines of a step. Only for the log.
+
+    sampling_gap: of the worst row, since a fault that begins late is thin in the mean over all.
+    """
     kl = np.concatenate([line["kl"] for line in lines])
     part = np.concatenate([line["part"] for line in lines])
     judged = [line for line in lines if line["outcome"] != "not judged"]
@@ -247,6 +252,8 @@ def rollout_means(lines):
     for k, name in enumerate(PARTS):
         means[f"kl_{name}"] = float(kl[part == k].mean()) if k in part else None
     means["entropy"] = float(np.concatenate([line["entropy"] for line in lines]).mean())
+    gaps = [float(np.mean(line["gap"])) for line in lines]
+    means["sampling_gap"] = max(gaps) if on_policy else None
     means["success"] = common.mean([line["outcome"] == "success" for line in judged])
     means["optimal"] = common.mean([
         line["optimal"] for line in judged if line["optimal"] is not None])
@@ -255,11 +262,11 @@ def rollout_means(lines):
     return means
 
 
-def validate(model, processor, rows, args, as_teacher, first):
+def validate(model, processor, rows, args, as_teacher, step, best):
     """On held-out rows: what greedy responses from pictures are worth, and their KL per token.
 
-    Returns these means and the score by which the best adapter is found: success, or minus the KL
-    where no response can be judged. first: and the success of the teacher, from what it reads.
+    Returns these means, and notes in `best` the step with the highest score: success, or minus the
+    KL where no response can be judged. At the first step also the success of the teacher.
     """
     def judge(i, text, cut):
         return gen_data.measures(rows[i].judge(text, cut=cut))
@@ -271,32 +278,55 @@ def validate(model, processor, rows, args, as_teacher, first):
             args.micro_batch, (rollouts, masks), (pictures, symbols)):
         with torch.no_grad():
             hidden = common.response_hidden(model, picture, ids, mask)
-            with as_teacher():
-                teacher_hidden = common.response_hidden(model, symbol, ids, mask)
+            with as_teacher() as teacher:
+                teacher_hidden = common.response_hidden(teacher, symbol, ids, mask)
+        ones = hidden.new_ones(len(hidden))
         _, score = chunked_divergence(
-            hidden, teacher_hidden, ids[mask.bool()], hidden.new_ones(len(hidden)),
-            common.network(model).lm_head, reverse_kl, args.chunk)
+            hidden, teacher_hidden, ids[mask.bool()], ones, ones, common.head(model),
+            common.head(teacher), reverse_kl, args.chunk)
         kl += float(score[1].sum())
     sums, tokens = zip(*common.gather((kl, int(masks.sum()))), strict=True)
     means["val_kl"] = sum(sums) / sum(tokens)
-    if first:
-        with as_teacher():
-            taught = common.validate(model, processor, symbols, args, judge)[2]
+    if step == 0:
+        with as_teacher() as teacher:
+            taught = common.validate(teacher, processor, symbols, args, judge)[2]
         means["val_teacher"] = taught["val_success"]
         if success is not None and taught["val_success"] <= success:
             common.warn(f"the teacher succeeds on {taught['val_success']:.0%} of the validation "
                         f"rows, the student on {success:.0%} from pictures: what the teacher "
                         "cannot do cannot be taught")
-    return means, -means["val_kl"] if success is None else success
+    best["last"] = -means["val_kl"] if success is None else success
+    if best["last"] > best["score"]:
+        best.update(score=best["last"], step=step + 1)
+    return means
+
+
+def validation_is_due(step, args):
+    return args.eval_every and (
+        step in (0, args.steps - 1) or (step + 1) % args.eval_every == 0)
+
+
+def check_step(step, args, means, factors, grad_norm):
+    """What a step that cannot be right looks like: ends the run, or is said."""
+    if means["sampling_gap"] is not None and not means["sampling_gap"] <= 0.25:
+        fail(f"step {step + 1}: sampled tokens are {means['sampling_gap']:.2g} nats from their "
+             "scores in one response: what is sampled is not what is trained")
+    if step == 0 and grad_norm == 0 and factors.any():
+        fail("the first gradient is zero: nothing connects the loss to the adapters")
+    if step == 0 and means["kl"] > 10:
+        common.warn(f"the KL of the first step is {means['kl']:.1f} nats per token: are teacher "
+                    "and student aligned?")
+    if means["cut"] == 1:
+        common.warn(f"step {step + 1}: every response hit --max_new_tokens {args.max_new_tokens}; "
+                    "raise it, or the student never learns to stop")
 
 
 def main(args):
     rank, processes = common.join_processes(args.batch)
-    common.announce(args)
-    init, trained_on = common.read_init(args.init)
+    init, trained_on = common.read_init(args)
     if args.tasks and not args.data:
         gen_data.parse_tasks(args.tasks)  # refused before data are made
-    common.check_model(args.model)
+    common.fetch(args.model)
     if rank == 0:
         gen_data.ensure(args.data, args.preset, args.seed)
     common.gather(None)  # the others wait for the data
@@ -318,112 +348,94 @@ def main(args):
     share = slice(rank, None, processes)  # of the rows of a step: those of this process
     divergence = DIVERGENCES[args.divergence]
 
-    with common.Run(args, parse_args, scripts, inputs, trained_on) as run:
+    with common.Run(args, scripts, inputs, trained_on) as run:
         model, processor = common.load(args.model, args.bits, args.max_pixels)
         common.check_lengths(model, processor, {
             row.where: row.teacher_prompt("symbols+plan") for row in rows + held_out},
             args.max_new_tokens)
         torch.manual_seed(args.seed)
         model = common.add_lora(model, args.lora_rank, args.lora_vision, init)
-        common.print_adapters(model)
-        lm_head, weights = common.network(model).lm_head, common.adapter_weights(model)
+        model.print_trainable_parameters()
+        weights = common.adapter_weights(model)
         optimizer = common.adamw(weights, args.lr)
-        ema = [weight.detach().clone() for weight in weights]
-        best = common.Best(weights)
+        ema = [weight.detach().clone() for weight in weights if args.teacher_weights == "ema"]
+        best = {"score": -math.inf, "step": 0, "last": None}    # of the validations
         run.restore(model, optimizer=optimizer, ema=ema, best=best)
-        as_student = nullcontext
-        as_teacher = {"base": model.disable_adapter, "live": nullcontext,
-                      "ema": partial(common.exchanged, weights, ema)}[args.teacher_weights]
+        as_student = partial(nullcontext, model)
+        as_teacher = {  # with as_teacher() as teacher: the network that scores
+            "base": lambda: common.playing(model, model.disable_adapter()),
+            "live": as_student,
+            "ema": lambda: common.playing(model, common.exchanged(weights, ema)),
+        }[args.teacher_weights]
 
-        drawn = torch.zeros(args.batch // processes, 8, device=model.device)
-        for step in run.steps():
+        for step in run.steps():                 # saved when due, and however the loop ends
             rng = np.random.default_rng([args.seed, step])  # nothing random is ever stored
             batch = draw_rows(rows, args.batch, rng)[share]
             pictures, symbols = encode_roles(processor, batch, args.teacher_reads, model.device)
-            run.clock("encode")
 
             # 1. The student samples responses from pictures, adapters on (off policy: the teacher).
             on_policy = rng.random() < args.on_policy
             prompts, role = (pictures, as_student) if on_policy else (symbols, as_teacher)
             uniforms = rng.random((args.batch, args.max_new_tokens))[share]  # one per token
             model.eval()
-            with role():
-                rollouts, masks = common.sample(                                      # [B, T] each
-                    model, processor, prompts, args.max_new_tokens, uniforms,
-                    rollout_batch=args.rollout_batch, drawn=drawn)
+            with role() as sampler:
+                rollouts, masks, drawn = common.sample(                               # [B, T] each
+                    sampler, processor, prompts, args.max_new_tokens, uniforms,
+                    rollout_batch=args.rollout_batch)
             factors = masks.float()    # of each token's loss; a fork's masks and advantages go here
             tokens = int(masks.sum())                       # how many count: the loss's denominator
+            parts = list(common.micro_batches(
+                args.micro_batch, (rollouts, masks, drawn, factors), (pictures, symbols)))
             run.clock("sample")
 
+            # 2. The teacher scores the same tokens from the symbols, adapters off, no gradient.
             model.train()
-            if on_policy and drawn is not None:                     # once, at the first such step
-                common.check_sampling(model, pictures, rollouts, masks, drawn)
-                drawn = None
+            with torch.no_grad(), as_teacher() as teacher:
+                taught = [common.response_hidden(teacher, symbol, ids, mask)          # [N, hidden]
+                          for ids, mask, _, _, _, symbol in parts]
+            run.clock("teacher")
+
             scores = []
-            for ids, mask, factor, picture, symbol in common.micro_batches(
-                    args.micro_batch, (rollouts, masks, factors), (pictures, symbols)):
-                # 2. The teacher scores the same tokens from the symbols, adapters off, no gradient.
-                with torch.no_grad(), as_teacher():
-                    teacher_hidden = common.response_hidden(model, symbol, ids, mask)
-                run.clock("teacher")
+            for (ids, mask, draw, factor, picture, _), teacher_hidden in zip(
+                    parts, taught, strict=True):
                 # 3. The student scores them again, with gradient.
                 hidden = common.response_hidden(model, picture, ids, mask)            # [N, hidden]
-                run.clock("student")
                 # 4. The divergence, chunk by chunk; then its gradient once through the network.
                 valid = mask.bool()
-                gradient, score = chunked_divergence(                         # [N, hidden], [3, N]
-                    hidden, teacher_hidden, ids[valid], factor[valid], lm_head, divergence,
-                    args.chunk)
-                scores.append(score)
-                run.clock("loss")
+                gradient, score = chunked_divergence(                         # [N, hidden], [4, N]
+                    hidden, teacher_hidden, ids[valid], draw[valid], factor[valid],
+                    common.head(model), common.head(teacher), divergence, args.chunk)
                 hidden.backward(gradient)
-                run.clock("backward")
-            scores = torch.cat(scores, 1)                                     # [3, tokens of masks]
-            lines = rollout_lines(model, processor, step, batch, rollouts, masks, scores)
+                scores.append(score)
+            scores = torch.cat(scores, 1)                                # [4, tokens of this step]
+            run.clock("student")
 
             # 5. One optimizer step on the adapters.
             loss, tokens = common.average_gradients(weights, float(scores[0].sum()), tokens)
             grad_norm = float(torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm))
-            if factors.any():  # else a gradient of zero is right
-                common.check_first_step(step, grad_norm)
-            optimizer.param_groups[0]["lr"] = lr = common.learning_rate(step, args.steps, args.lr)
-            if run.is_finite(loss, grad_norm, lines):  # else the step is skipped
+            lr = common.schedule(optimizer, step, args.steps)
+            lines = rollout_lines(model, processor, step, batch, rollouts, masks, scores)
+            if run.is_finite(loss, grad_norm, lines):                     # else the step is skipped
                 optimizer.step()
             optimizer.zero_grad()
-            torch._foreach_lerp_(ema, [weight.detach() for weight in weights], 1 - EMA)
+            if ema:
+                torch._foreach_lerp_(ema, [weight.detach() for weight in weights], 1 - EMA)
             run.clock("optimizer")
 
-            means = rollout_means(lines)
-            if means["cut"] == 1:
-                common.warn(f"step {step + 1}: every response hit --max_new_tokens "
-                            f"{args.max_new_tokens}; raise it, or the student never learns to stop")
-            if step == 0 and means["kl"] > 10:
-                common.warn(f"the KL of the first step is {means['kl']:.1f} nats per token: are "
-                            "teacher and student aligned?")
-            if tokens == 0 or grad_norm == 0:
-                common.warn(f"step {step + 1}: no token counts, or student and teacher agree: "
-                            "there is nothing to learn")
+            means = rollout_means(lines, on_policy)
+            check_step(step, args, means, factors, grad_norm)
             if step % SHOW_EVERY == 0:
-                run.append("rollouts.jsonl", lines[::math.ceil(len(lines) / 8)])  # of every task
-                line = lines[step % len(lines)]
-                tqdm.write(f"--- {line['id']}: {line['outcome']}\n{''.join(line['tokens'])}\n---")
-            if args.eval_every and (
-                    step in (0, args.steps - 1) or (step + 1) % args.eval_every == 0):
-                found, score = validate(
-                    model, processor, held_out[share], args, as_teacher, step == 0)
-                best.update(score, step + 1)
-                means |= found
-                run.clock("validate")
+                run.show(lines)
+            if validation_is_due(step, args):
+                means |= validate(model, processor, held_out[share], args, as_teacher, step, best)
+                run.export_if(best["step"] == step + 1, "adapter-best")
             run.log(loss=loss, **means, on_policy=on_policy, grad_norm=grad_norm, lr=lr)
-            run.save_if_due()
-    if args.eval_every and best.step:
-        what = "minus KL" if best.score < 0 else "success"
-        print(f"validation, {what}: {best.last:.3g} of {args.out}/adapter (step {run.step}), "
-              f"{best.score:.3g} of {args.out}/adapter-best (step {best.step})")
-    print(f"{args.out}/adapter is trained; next: " + common.command(
-        "evaluate.py", preset=(args.preset, "tiny"),
-        adapter=(f"base {args.out}", f"base out/{args.preset}/distill"),
-        data=(args.data, gen_data.PRESETS[args.preset]["out"])))
+    if args.eval_every and best["step"]:
+        what = "minus KL" if best["score"] < 0 else "success"
+        print(f"validation, {what}: {best['last']:.3g} of {args.out}/adapter (step {run.step}), "
+              f"{best['score']:.3g} of {args.out}/adapter-best (step {best['step']})")
+    print(f"{args.out}/adapter is trained; next: python evaluate.py --preset {args.preset} "
+          f"--adapter base {args.out} --data {args.data}")
 
 
 if __name__ == "__main__":

@@ -49,8 +49,6 @@ INPUTS = ("image", "text", "swapped")
 RATES = ("success", "optimal", "parsed", "map_right", "cut")
 PLANS = ("shortest", "longer", "failed")
 FAILURES = ("perception", "planning", "unclear")
-ANSWER = (  # of a line from elsewhere
-    "id", "response", "plan", "tokens", "cut", "error", "model", "picture")
 
 # Defaults of the flags.
 QWEN = {
@@ -89,9 +87,6 @@ def parse_args(argv=None):
     add("--perception", action="store_true", help="also ask, greedily, every perception question")
     add("--responses", metavar="FILE", help='score {"id", "response"} lines, their "plan" as it is '
         "where they have one (tools/lenient.py); loads no model")
-    add("--allow_missing", action="store_true", help="rows without a response are failures")
-    add("--tolerance", type=real_number(), default=0.0,
-        help="how far an own row's answer that is a number may be off")
     add("--name", help="of the one condition (default: that of the run's folder, or of the file)")
     add("--reference", metavar="CONDITION", help="what differences are taken against (default: "
         "base-image, else the first)")
@@ -111,39 +106,21 @@ def parse_args(argv=None):
     return args
 
 
-def condition_name(name, what):
-    """The name, which begins a condition's folder. Fails where it would be none."""
-    if not re.match(r"\w", name):
-        fail(f"{what}: no condition can be called {name!r}: give --name")
-    return name
-
-
 def find_adapters(args):
     """{name: adapter folder, None for the base model} of args.adapter; all must be of one model."""
-    found, files = {}, common.digest_folder(args.model)
-    is_here = any(name.endswith(".safetensors") for name in files)  # a hub's may not be, yet
+    found = {}
     for run in args.adapter:
-        if run == "base":
-            name, folder = "base", None
-        else:
+        name, folder = "base", None
+        if run != "base":
             folder = place = common.adapter_folder(run, "--adapter").resolve()
             suffix = place.name.removeprefix("adapter")
-            if suffix in ("", "-best") and place.parent.name:       # not the folder /adapter
+            if suffix in ("", "-best"):
                 place = place.parent.with_name(place.parent.name + suffix)
-            name, record = place.name, common.read_run(folder)
-            if record and record["args"]["bits"] != args.bits:
-                fail(f"--adapter {run}: it was trained in {record['args']['bits']} bits, not in "
-                     f"{args.bits}: evaluate it by itself")
-            pixels = record and record["args"].get("max_pixels", common.MAX_PIXELS)
-            if record and pixels != args.max_pixels:
-                fail(f"--adapter {run}: it was trained with --max_pixels {pixels}, not with "
-                     f"{args.max_pixels}: evaluate it by itself")
-            if record and is_here and record["inputs"]["model"] != digest(files):
-                fail(f"--adapter {run}: it was trained on {record['args']['model']} with other "
-                     f"files than {args.model} has now: evaluate it by itself, on those")
+            name = place.name
+            common.check_backbone(folder, args)
             if name == "base" and not args.name:
                 fail(f"--adapter {run}: base is the model without adapters: give --name")
-        name = condition_name(args.name or name, f"--adapter {run}")
+        name = args.name or name
         if name in found:
             fail(f"two runs are called {name!r}: evaluate them one at a time with --name")
         found[name] = folder
@@ -222,17 +199,9 @@ def label(line):
 
 def read_answers(file):
     """{label: line} of the answers in a file, without half a line that a kill left at its end."""
-    lines, content = {}, file.read_bytes() if file.is_file() else b""
-    for number, text in enumerate(content[:content.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
-        try:
-            line = json.loads(text)
-            name = label(line)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            fail(f"{file}, line {number}: not an answer ({text[:40]!r}); take the line out, and it "
-                 "is asked again")
-        if not line.get("error"):  # what failed is asked again
-            lines[name] = line
-    return lines
+    content = file.read_bytes() if file.is_file() else b""
+    lines = map(json.loads, content[:content.rfind(b"\n") + 1].splitlines())
+    return {label(line): line for line in lines if not line.get("error")}  # that is asked again
 
 
 def append_answers(file):
@@ -279,7 +248,7 @@ def plan_jobs(args, rows, pool, adapters):
     sources = ("image", "text") if args.input == "both" else (args.input,)
     asked = {source: planning_questions(rows, source, pool, args.samples) for source in sources}
     about = perception_questions(rows) if args.perception else []
-    model, jobs = common.digest_folder(args.model), []
+    model, jobs = common.digest_folder(common.fetch(args.model)), []
     for name, adapter in adapters.items():
         for source in sources:
             settings = {
@@ -310,7 +279,7 @@ def answer_batch(model, processor, batch, settings, condition):
             numbers.append(np.random.default_rng(seed).random(limit))
         uniforms = np.stack(numbers)                                               # [B, T]
     prompt = common.encode(processor, [text for _, text, _ in batch], images, model.device)
-    ids, mask = common.sample(model, processor, prompt, limit, uniforms,           # [B, T] both
+    ids, mask, _ = common.sample(model, processor, prompt, limit, uniforms,           # [B, T] both
                               settings["temperature"] or 1.0)
     texts, lengths = common.decode(processor, ids, mask), mask.sum(1).tolist()
     cut = common.was_cut(model, processor, ids, mask)
@@ -322,13 +291,11 @@ def check_jobs(model, processor, jobs, new_tokens):
     """Fails where an adapter does not fit, a text exceeds the context, a picture is unreadable."""
     for adapter in {job.adapter for job in jobs} - {None}:
         common.remove_lora(common.add_lora(model, path=adapter))
-    pictures = set()
     for job in jobs:
         texts = {f"row {' '.join(map(str, key.values()))}": prompt
                  for key, prompt, _ in job.questions}  # a row may have several
         common.check_lengths(model, processor, texts, new_tokens)
-        pictures |= {path for _, _, path in job.questions if path}
-    gen_data.decode_all(pictures)
+    gen_data.decode_all(path for job in jobs for _, _, path in job.questions if path)
 
 
 def ask_model(args, jobs, model, processor):
@@ -353,55 +320,29 @@ def ask_model(args, jobs, model, processor):
                     bar.update(len(batch))
 
 
-def read_responses(file, rows, pool, allow_missing):
+def read_responses(file, rows, pool):
     """The answers in `file`, one per row; ids that are unknown, duplicate or missing are errors.
 
-    A line is read by what it means: an error that is null, "" or false is none, a response that is
-    null is an empty one, and half a surrogate pair, which is no text, becomes U+FFFD.
+    A response that is null is an empty one.
     """
     known, lines = {row.id for row in pool}, {}
-    try:
-        texts = Path(file).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"cannot read --responses {file}: {error}")
-    for number, text in enumerate(texts, 1):
-        if not text.strip():
-            continue
-        try:
-            line = gen_data.whole_text(json.loads(text))
-        except (ValueError, RecursionError):
-            fail(f'{file}, line {number}: not JSON; wanted one {{"id", "response"}} per line')
-        if isinstance(line, dict) and line.get("response", "") is None:
-            line["response"] = ""
-        if not isinstance(line, dict) or not all(isinstance(line.get(name), str)
-                                                 for name in ("id", "response")):
-            fail(f'{file}, line {number}: wanted an object with "id" and "response", both text; '
-                 f"got {str(line)[:60]}")
-        plan = line.get("plan")
-        if plan is not None and not (isinstance(plan, list)
-                                     and all(isinstance(action, str) for action in plan)):
-            fail(f'{file}, line {number}: "plan": wanted a list of actions or null, got '
-                 f"{str(plan)[:60]}")
-        if not isinstance(line.get("picture", ""), (str, type(None))):
-            fail(f'{file}, line {number}: "picture": wanted the name of the one that was read, or '
-                 f"null, got {str(line['picture'])[:60]}")
-        if line["id"] in lines:
-            fail(f"{file}, line {number}: the id {line['id']!r} is a duplicate")
-        if line["id"] not in known:
-            fail(f"{file}, line {number}: id {line['id']!r} is not among the rows of --data")
-        lines[line["id"]] = {name: line[name] for name in ANSWER if name in line}
-        if not line.get("error"):  # as some tools say that there was none
-            lines[line["id"]].pop("error", None)
+    for where, line in gen_data.read_jsonl(file):
+        if not isinstance(line, dict) or not isinstance(line.get("response", 0), str | None):
+            fail(f'{where}: wanted an object with "id" and "response", both text')
+        name = line.get("id")
+        if name not in known or name in lines:
+            what = "a duplicate" if name in lines else "not among the rows of --data"
+            fail(f"{where}: the id {name!r} is {what}")
+        lines[name] = line | {"response": line["response"] or ""}
     missing = [row.id for row in rows if row.id not in lines]
-    if missing and not allow_missing:
-        fail(f"{file}: no response for {len(missing)} rows, the first {missing[0]!r}; "
-             "--allow_missing makes them failures")
-    return [lines.get(row.id, {"id": row.id, "response": ""}) for row in rows]
+    if missing:
+        fail(f"{file}: no response for {len(missing)} rows, the first {missing[0]!r}")
+    return [lines[row.id] for row in rows]
 
 
 # ---------------------------------------------------------------- verdicts
 
-def verdict_of(row, line, trained=None, tolerance=0):
+def verdict_of(row, line, trained=None):
     """An answer with its verdict: the row's, who failed, and if the puzzle was trained on.
 
     A line that has a "plan" (a list of actions, or None) was read by somebody else's reader.
@@ -411,7 +352,7 @@ def verdict_of(row, line, trained=None, tolerance=0):
     that are no puzzles have neither. trained: keys of rows, None if they are not known.
     """
     parse = (lambda *_: line["plan"]) if "plan" in line else gen_data.parse
-    verdict = row.judge(line["response"], parse, tolerance, line.get("cut") is True)
+    verdict = row.judge(line["response"], parse, line.get("cut") is True)
     if line.get("error") and verdict["outcome"] != "not judged":
         verdict |= {"outcome": "error", "overrun": False}
     failure = None
@@ -433,7 +374,7 @@ def conclude(folder, rows, lines, seen, settings, args, trained=None):
     were asked.
     """
     by_id = {row.id: row for row in rows}
-    verdicts = [verdict_of(by_id[line["id"]], line, trained, args.tolerance) for line in lines]
+    verdicts = [verdict_of(by_id[line["id"]], line, trained) for line in lines]
     perception = []
     for line in seen:
         row, name = by_id[line["id"]], line["question"]
@@ -441,9 +382,7 @@ def conclude(folder, rows, lines, seen, settings, args, trained=None):
         perception.append({**line, "task": row.task, "level": row.level, "right": right})
     table = summarise(verdicts)
     whole = next(line for line in table if line["task"] == "macro")
-    success = "not judged"
-    if whole["success"] is not None:
-        success = f"{report.percent(whole['success'])}%"
+    success = "not judged" if whole["success"] is None else f"{report.percent(whole['success'])}%"
     words = f"{folder.name}: success {success}"
     if whole["trained_on"] is not None:
         words += f"; {whole['trained_on']} of its {whole['n']} rows are puzzles it was trained on"
@@ -556,19 +495,17 @@ def summarise(verdicts):
 
 
 def summarise_perception(answers):
-    """Exact match per question and of all questions about a picture, per task, level and question.
+    """Exact match per task and question, and of all questions about a picture.
 
-    answers: [{"id", "task", "level", "question", "right"}].
+    answers: [{"id", "task", "question", "right"}].
     """
-    frame, numbers = pd.DataFrame(answers, columns=["id", "task", "level", "question", "right"]), []
-    for task, of_task in frame.groupby("task", sort=False):
-        for level in [None, *sorted(map(int, of_task["level"].dropna().unique()))]:
-            some = of_task if level is None else of_task[of_task["level"] == level]
-            groups = dict(list(some.groupby("question", sort=False)["right"]))
-            groups["all"] = some.groupby("id", sort=False)["right"].all()
-            for question, right in groups.items():
-                numbers.append({"task": task, "level": level, "question": question,
-                                "n": len(right), **rate("exact", [right.to_numpy(float)])})
+    frame, numbers = pd.DataFrame(answers, columns=["id", "task", "question", "right"]), []
+    for task, some in frame.groupby("task", sort=False):
+        groups = dict(list(some.groupby("question", sort=False)["right"]))
+        groups["all"] = some.groupby("id", sort=False)["right"].all()
+        for question, right in groups.items():
+            numbers.append({"task": task, "question": question, "n": len(right),
+                            **rate("exact", [right.to_numpy(float)])})
     return numbers
 
 
@@ -626,17 +563,6 @@ def compare(verdicts, reference=None):
     return {"reference": reference, "gaps": gaps, "differences": differences, "closed": closed}
 
 
-def warn_without_gap(gaps):
-    """Say so where the base is not better from symbols: then its teacher has nothing to teach."""
-    gap = gaps.get("base-image", {}).get("macro")
-    if gap:
-        low, high = gap["ci"] or (gap["mean"], gap["mean"])
-        if low <= 0:
-            common.warn(f"base-text minus base-image is {gap['mean']:+.0%} [{low:+.0%}, "
-                        f"{high:+.0%}]: no gap is seen, and what the base cannot do from symbols "
-                        "cannot be taught")
-
-
 # ---------------------------------------------------------------- main
 
 def check_folder(out):
@@ -662,27 +588,20 @@ def finished_conditions(out, rows):
             print(f"{path.parent.name} answered other rows: left out of the tables")
     stages = [f"{stage}-{source}" for stage in STAGES for source in INPUTS]
     order = [name for name in stages if name in finished]
-    order += [name for name in finished if name not in order]
-    return {name: finished[name] for name in order}
+    return {name: finished[name] for name in dict.fromkeys([*order, *finished])}
 
 
 def main(args):
     adapters, out = {} if args.responses else find_adapters(args), Path(args.out)
-    if args.tasks and not args.data:
-        gen_data.parse_tasks(args.tasks)  # refused before data are made
-    if args.responses and not Path(args.responses).is_file():
-        fail(f"--responses {args.responses}: no such file")
     check_folder(out)
-    common.announce(args)
     if not args.responses:
-        common.check_model(args.model)
+        common.fetch(args.model)
     args.data = gen_data.ensure(args.data, args.preset, args.seed)
     pool = gen_data.load_rows(args.data, args.split)
     rows = gen_data.choose_rows(pool, args.tasks, args.limit)
     out.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(out)
     try:
-        check_folder(out)
         if args.responses:
             gen_data.check_pictures(rows)  # the page shows them
             score_responses(args, rows, pool)
@@ -695,11 +614,10 @@ def main(args):
 
 def score_responses(args, rows, pool):
     """The condition whose answers are in a file."""
-    name = args.name or Path(args.responses).name.removesuffix(".jsonl")
-    folder = Path(args.out, condition_name(name, f"--responses {args.responses}"))
+    folder = Path(args.out, args.name or Path(args.responses).name.removesuffix(".jsonl"))
     if (folder / "answers").is_dir():
         fail(f"{folder} holds answers that were asked for here: choose another --name")
-    lines = read_responses(args.responses, rows, pool, args.allow_missing)
+    lines = read_responses(args.responses, rows, pool)
     mark_folder(args.out)
     conclude(folder, rows, lines, [], {"responses": Path(args.responses).name}, args)
 
@@ -711,8 +629,6 @@ def score_model(args, rows, pool, adapters):
     jobs = plan_jobs(args, rows, pool, adapters)
     if any(job.missing(args.rollout_batch) for job in jobs):
         model, processor = common.load(args.model, args.bits, args.max_pixels)
-        find_adapters(args)                       # the files of a hub's model are here by now: are
-        jobs = plan_jobs(args, rows, pool, adapters)                # they those it was trained on?
         check_jobs(model, processor, jobs, args.max_new_tokens)
         mark_folder(args.out)
         ask_model(args, jobs, model, processor)
@@ -740,7 +656,6 @@ def write_tables(args, rows, pool):
     write_text(out / "report.html", page)
     print(f"\n{report.differing(summaries)}{report.markdown(tables[0])}\nmore in {out}/results.md "
           f"and {out}/report.html; every answer in {out}/<condition>/predictions.jsonl")
-    warn_without_gap(comparison["gaps"])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ In this file, in this order:
     messages, flags and files      what all scripts share and what needs no torch
     FrozenLake, Maze, MiniBehaviour                   the tasks, each beside its picture
     solve, execute, check                             solver and judge share `step`
-    last_place, parse, read_map, read_fact            who speaks for a response, and what it says
+    read_answer, read_map, read_fact                  what a response says
     PuzzleRow, OwnRow                                 rows: prompts, reference answers, verdicts
     split_of, sample_rows                             which puzzle is in which split
     load_rows, write_dataset, ensure                  the data folder
@@ -28,32 +28,27 @@ data. Coordinates are (row, column), counted from 0 at the top left. Rows of a u
 "prompt" in place of task, state and plan: see `OwnRow`.
 """
 import argparse
-import codecs
-import errno
+import contextlib
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import unicodedata
 import zlib
-from collections import deque
-from contextlib import nullcontext
+from collections import Counter, deque
 from dataclasses import asdict, dataclass
 from decimal import Decimal
-from functools import lru_cache, partial
-from itertools import combinations_with_replacement, count, islice
+from functools import lru_cache
+from itertools import combinations_with_replacement
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 # What each preset trains on; the three real backbones share it.
@@ -82,11 +77,7 @@ PRESETS = {
 }
 SPLITS = ("train", "val", "test")
 DIFFICULTIES = ("easy", "medium", "hard")
-UNFINISHED = "unfinished data"  # the kind of a data folder that is being written
 PARTS = ("map", "route", "answer")  # of a response
-MAX_PIXELS = 4096  # a picture's side; larger ones are refused before they are decoded
-MAX_RATIO = 200  # of its sides: what the image processor takes
-MAX_TEXT = 2**26  # bytes of text or colour profile in a PNG
 PATIENCE = 50_000  # random puzzles without a new one of a wanted difficulty, then fewer exist
 
 
@@ -99,6 +90,15 @@ def fail(message):
     raise SystemExit(2)
 
 
+@contextlib.contextmanager
+def in_one_line(what):
+    """While it lasts, what a library raises of a user's file ends the script with one line."""
+    try:
+        yield
+    except Exception as error:  # libraries raise whatever there is
+        fail(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser with errors of one line, without shortened flags, which tells defaults."""
 
@@ -106,10 +106,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def add_argument(self, *names, **options):
-        default, words = options.get("default"), options.get("help", "")
-        if default not in (None, []) and "default" not in words:
-            default = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
-            options["help"] = f"{words} (default: {default})"
+        text = options.get("help", "")
+        if options.get("default") not in (None, [], argparse.SUPPRESS) and "default" not in text:
+            options["help"] = f"{text} (default: %(default)s)"
         return super().add_argument(*names, **options)
 
     def error(self, message):
@@ -119,7 +118,7 @@ class Parser(argparse.ArgumentParser):
 def whole_number(low):
     """The `type=` of a flag: a whole number of at least `low`."""
     def read(text):
-        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text.strip()) or int(text) < low:
+        if not text.isdecimal() or int(text) < low:
             raise argparse.ArgumentTypeError(
                 f"got {text!r}, must be a whole number, at least {low}")
         return int(text)
@@ -128,17 +127,14 @@ def whole_number(low):
 
 def real_number(low=0.0, high=math.inf, above=False):
     """The `type=` of a flag: a finite number from `low` (above: not `low` itself) to `high`."""
-    def read(text):
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
+    def number(text):
+        value = float(text)
         if not (math.isfinite(value) and low <= value <= high) or (above and value == low):
             wanted = f"above {low:g}" if above else f"at least {low:g}"
             wanted += f", at most {high:g}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"got {text!r}, must be a number, {wanted}")
         return value
-    return read
+    return number
 
 
 def digest(*things):
@@ -152,31 +148,14 @@ def digest_file(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
-def flush(path):
-    """Make sure that a file or folder is on the disk; some systems cannot flush a folder."""
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    except OSError as error:  # network file systems: EINVAL for a folder
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)
-
-
 def write_bytes(path, content):
     """Write a file so that it is the old or the new one, whatever happens."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".partial")
-    try:
-        aside.write_bytes(content)
-        flush(aside)
-        aside.replace(path)
-    except OSError as error:  # a full disk does not say which file
-        error.filename = error.filename or str(path)
-        raise
+    aside = Path(f"{path}.partial")
+    with open(aside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut may leave the name without the content
+    aside.replace(path)
 
 
 def write_text(path, text):
@@ -188,7 +167,7 @@ def read_record(folder):
     """The args.json of a folder, a dict; an empty one where there is none that can be read."""
     try:
         record = json.loads(Path(folder, "args.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
 
@@ -212,8 +191,6 @@ def lock_file(path, what):
         lock.acquire(timeout=0)
     except Timeout:
         fail(f"another process is writing to {what}: wait for its end or choose another --out")
-    except NotImplementedError:
-        fail(f"the file system of {what} has no locks: choose an --out on another one")
     return lock
 
 
@@ -222,33 +199,18 @@ def lock_folder(folder):
     return lock_file(Path(folder) / ".lock", folder)
 
 
-# errno: what is wrong with the machine, not with the code
-CAUSES = {errno.ENOSPC: "the disk is full",
-          errno.EROFS: "the file system is read-only", errno.EACCES: "no permission",
-          errno.EPERM: "no permission", errno.ENOTDIR: "a part of the path is a file",
-          errno.EISDIR: "it is a folder", errno.EEXIST: "it is a file",
-          errno.ENAMETOOLONG: "the name is too long"}
-
-
 def run_script(parse_args, main):
-    """Run a script: what its user's machine lacks is one line, a fault in the code a traceback."""
+    """Run a script. Ctrl-C and a full memory are one line, a fault in the code is a traceback."""
     try:
         main(parse_args())
     except KeyboardInterrupt:
         tqdm.write("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    except OSError as error:
-        if error.errno not in CAUSES:
+    except RuntimeError as error:  # torch's, of a card; of a CPU "can't allocate memory"
+        if not re.search("out of memory|can't allocate memory", str(error)):
             raise
-        fail(f"{error.filename or 'while writing'}: {CAUSES[error.errno]}; mend that, and run the "
-             "same command again")
-    except (MemoryError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        if "out of memory" not in text and "can't allocate memory" not in text \
-                and not isinstance(error, MemoryError):
-            raise
-        fail(f"memory does not suffice ({text[:200]}): lower --micro_batch, --rollout_batch or "
-             "--chunk; the same command goes on from the latest checkpoint")
+        fail(f"memory does not suffice ({str(error)[:200]}): lower --micro_batch, --rollout_batch "
+             "or --chunk; the same command goes on from the latest checkpoint")
 
 
 # ---------------------------------------------------------------- helpers of the tasks
@@ -672,68 +634,6 @@ def check(puzzle, plan):
 
 # ---------------------------------------------------------------- reading responses
 
-WORDS = {"UP": "U", "DOWN": "D", "LEFT": "L", "RIGHT": "R",
-         "PICK UP": "PICK", "PICKUP": "PICK", "PUT DOWN": "DROP"}
-# Keys of a JSON object whose value is an answer; words of a label such as "Action plan:".
-KEYS = ("answer", "final_answer", "plan", "action_plan", "final_plan", "actions", "action_sequence",
-        "sequence", "moves", "path", "solution", "steps", "directions")
-BEFORE = "so|thus|therefore|hence|the|my|here is|here's|final|optimal|shortest|action|solution"
-AGAIN = "revised|corrected|updated|new|improved|better|fixed"  # it takes an earlier plan back
-NOUNS = r"(?:answer|plan|actions|sequence|solution|path)(?: of (?:actions|moves|steps))?"
-ITEM = r"(?:[-*•][ \t]|\(?[0-9]{1,3}[.):](?![0-9])|step [0-9]{1,3}\b)"  # of a list
-
-
-@lru_cache
-def place_forms(actions):
-    """Two expressions for `last_place`: of any place of an answer, and of the body of a label.
-
-    A label with a colon is a place whatever follows. With "is" or a line's end, and where it calls
-    the answer a path, a list of the actions must follow: "The plan is right" is prose, and "The
-    corrected plan is right" only takes back what stands before.
-    """
-    forms = {"tag": "<answer>(?:(?!<answer>).)*</answer>", "open": r"<answer>(?=\s*\S)"}
-    names = any_of(names_of(actions, WORDS)) or "(?!)"
-    if actions:
-        own = any_of(actions)
-        marked = r"[\s*_`'\"\[($]{0,9}(?:[0-9]{1,2}[.)] ?)?"
-        capitals = rf"(?-i:(?:{own})(?=[^A-Za-z\n]*(?:$|(?:{own}))))"
-        words = (rf"(?:go |move )?(?:{names})\b[^A-Za-z\n]{{0,9}}(?:[,;|>→+-]|\bthen\b|\band\b)"
-                 rf"[^A-Za-z\n]{{0,9}}(?:(?:then|and|go|move) ){{0,3}}(?:{names})\b")
-        listed = rf"(?={marked}(?:{capitals}|{words}|[↑↓←→⬆⬇⬅➡]))"
-        colon = r"(?: is)?[ *_]{0,4}(?:\([^()\n]{1,30}\)[ *_]{0,4})?[:=]"
-        verb = r"[ *_]{0,4}(?:[:=]|\bis\b:?|\n)"
-        line = rf"^[ \t>#*-]{{0,9}}(?:(?:{BEFORE}|{AGAIN})[ ,]{{1,2}}){{0,5}}"
-        again = rf"\b(?:{AGAIN}) (?:(?:{BEFORE}) ){{0,3}}{NOUNS}"
-        forms["box"] = r"\\boxed\{(?:[^{}]|\{[^{}]*\})*\}"
-        keys = "|".join(KEYS).replace("_", "[ _-]")
-        forms["json"] = (rf"\{{(?=[^{{}}]*[\"'](?:{keys})[\"']\s*:)"
-                         r"(?:[^{}]|\{[^{}]*\})*\}")
-        forms["label"] = (rf"{line}(?:{NOUNS}(?<!path){colon}|{NOUNS}{verb}{listed})"
-                          rf"|{again}(?:{colon}|{verb}{listed})"
-                          rf"|\b(?:revised|correct(?:ed|ion)){colon}")
-        forms["withdrawn"] = rf"{again}[ *_]{{0,4}}(?:\bis\b|\n)"  # and nothing in its place
-    begins = rf"(?:{ITEM}|[↑↓←→⬆⬇⬅➡]|(?:go |move )?(?:{names})\b)"
-    body = (r"[*_]{0,3}\s{0,9}(?:```[a-z]*\n)?(\[[^\[\]]*\](?=[ `*.]*$)"
-            rf"|{ITEM}[^\n]*(?:\n\s{{0,9}}{ITEM}[^\n]*)*"
-            rf"|[^\n]*(?:\n[ \t]*{begins}[^\n]*)*)")
-    joined = "|".join(f"(?P<{name}>{form})" for name, form in forms.items())
-    flags = re.IGNORECASE | re.MULTILINE
-    return re.compile(joined, flags | re.DOTALL), re.compile(body, flags)
-
-
-def parse(task, text, cut=False):
-    """The actions of the <answer>…</answer> that speaks for a response; None if there is none.
-
-    None too where it holds more. Actions are separated by commas, blanks or nothing ("UUR"), in
-    either case. What other models write is read by `tools.lenient.parse`. cut: see `last_place`.
-    """
-    actions = TASKS[task].actions
-    opening, body, closing = last_place(text, actions, cut) or ("", "", "")
-    if (opening, closing) != ("<answer>", "</answer>"):
-        return None
-    return read_actions(body, names_of(actions))
-
-
 def after_thinking(text):
     """The reply in a response: what follows the last </think>; "" where a <think> stays open.
 
@@ -743,39 +643,17 @@ def after_thinking(text):
     return "" if "<think>" in reply else reply
 
 
-def last_place(text, actions=(), cut=False):
-    """Who speaks for a response: (opening, body, closing) of a place, or None. For every reader.
+def read_answer(text, cut=False):
+    """What a response answers: what its last <answer> holds up to </answer>; None without one.
 
-    1. A response that was cut (no EOS within the limit) answers only if it ends with a closed
-       place: what it repeats of its prompt, or drafts, is no answer.
-    2. Thinking never answers (`after_thinking`).
-    3. The last explicit place speaks, also where it only takes an earlier plan back: a tag (one
-       without its closing at the end too), a \\boxed{}, a JSON object with a key of KEYS, a line
-       that begins with "Action plan:" or the like, "Corrected plan: " anywhere. Without `actions`
-       (own rows) only tags are places.
-    4. All of its body counts and nothing else: a reader takes it whole or not at all.
+    Thinking never answers. A response that was cut (no EOS within the limit) answers only if it
+    ends with the tag: what it repeats of its prompt, or drafts, is no answer.
     """
-    reply, (forms, label_body) = after_thinking(text), place_forms(actions)
-    last = deque(forms.finditer(reply), maxlen=1)
-    if not last:
+    opening, body = after_thinking(text).rpartition("<answer>")[1:]
+    body, closing, rest = body.rpartition("</answer>")
+    if not opening or not closing or (cut and rest.strip()):
         return None
-    found = last[0]
-    form, said, rest = found.lastgroup, found[0], reply[found.end():]
-    closed = {"tag": (8, 9), "box": (7, 1), "json": (0, 0)}  # how long its opening and closing are
-    if form not in closed:
-        body = {"open": rest, "withdrawn": ""}.get(form, label_body.match(rest)[1])
-        return None if cut else (said, body, "")
-    if cut and rest.strip(" \n\t`$*."):
-        return None
-    head, tail = closed[form]
-    end = len(said) - tail
-    return said[:head], said[head:end], said[end:]
-
-
-def names_of(actions, others=()):
-    """{name: action}: the actions' own names, and those of the dict `others` that mean one."""
-    names = {name: others[name] for name in others if others[name] in actions}
-    return names | {action: action for action in actions}
+    return body
 
 
 def any_of(names):
@@ -783,154 +661,87 @@ def any_of(names):
     return "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
 
 
-def read_actions(text, names):
+def read_actions(text, actions):
     """The actions of a text of their names, commas and blanks and nothing else; else None."""
-    text = re.sub(r"\s+", " ", text.upper())
-    found = re.findall(any_of(names), text)
-    if not found or re.sub("[ ,]", "", "".join(found)) != re.sub("[ ,]", "", text):
-        return None
-    return [names[name] for name in found]
+    text = text.upper().replace(",", " ")
+    found = re.findall(any_of(actions), text)
+    return found if found and "".join(found) == "".join(text.split()) else None
+
+
+def parse(task, text, cut=False):
+    """The actions that a response answers with, None if there are none or its answer holds more.
+
+    They are separated by commas, blanks or nothing ("UUR"), in either case. What other models write
+    is read by `tools.lenient.parse`. cut: see `read_answer`.
+    """
+    return read_actions(read_answer(text, cut) or "", TASKS[task].actions)
 
 
 def read_map(task, text):
-    """The puzzle that the first map in a text describes (see `listing`), or None."""
-    head = re.search(r"map\s*:\s*([0-9]{1,2})\s*x\s*([0-9]{1,2})\b", text, re.IGNORECASE)
+    """The puzzle of the first map in a text, where it stands as `listing` writes it; else None."""
+    head = re.search(r"^Map: ([0-9]{1,2})x", text, re.MULTILINE)
     if not head:
         return None
-    height, width = int(head[1]), int(head[2])
-    listed = text[head.end():].split("Route")[0]
-    rows = re.findall(r"^row ([0-9]{1,2}): ([^\n]{1,200})$", listed, re.IGNORECASE | re.MULTILINE)
-    rows = rows[:height]
-    cells = [row.upper().split() for _, row in rows]
-    numbers = [int(number) for number, _ in rows]
-    if not cells or numbers != list(range(height)) or any(len(row) != width for row in cells):
+    lines = text[head.start():].splitlines()[:int(head[1]) + 1]
+    cells = [line.partition(": ")[2].split() for line in lines[1:]]
+    if not cells or listing(cells) != "\n".join(lines):
         return None
     return TASKS[task].read(cells)
 
 
 def read_fact(name, text, actions):
-    """What a free-form answer to the question `name` says, in a form that can be compared, or None.
+    """What an answer to the question `name` says, in a form that can be compared; "" for nothing.
 
-    size -> (rows, columns); moves -> a set of actions; else a set of positions if there are any.
-    Sets may be in any order, everything that is mentioned counts, and only the word none (or no)
-    stands for the empty set. Any other answer is compared by its words, without case.
+    moves -> a set of actions; else a set of positions: in any order, and all that is mentioned
+    counts. Where there are none the answer's words, without case: "3x3", "none".
     """
-    if name == "size":
-        numbers = re.findall(r"[0-9]{1,4}", text)
-        return tuple(map(int, numbers)) if len(numbers) == 2 else None
     if name == "moves":
-        names = names_of(actions, WORDS)
-        found = {names[word] for word in re.findall(rf"\b(?:{any_of(names)})\b", text.upper())}
+        found = set(re.findall(rf"\b(?:{any_of(actions)})\b", text.upper()))
     else:
-        found = read_positions(text)
-    if found:
-        return found
-    if re.search(r"\b(none|no)\b", text, re.IGNORECASE):
-        return set()
-    words = " ".join(text.casefold().split()).rstrip(".")
-    return words if words else None
-
-
-def read_positions(text):
-    """{(row, column)} of all "(0,1)", "[0, 1]" or "row 0, column 1" in a text."""
-    found = set()
-    for pattern in (r"[(\[] ?([0-9]{1,4}) ?, ?([0-9]{1,4}) ?[)\]]",
-                    r"\brow ([0-9]{1,4}),? (?:and )?col(?:umn)? ([0-9]{1,4})\b"):
-        for row, column in re.findall(pattern, text, re.IGNORECASE):
-            found.add((int(row), int(column)))
-    return found
+        found = set(re.findall(r"\( ?([0-9]{1,4}) ?, ?([0-9]{1,4}) ?\)", text))
+    return found or plain(text)
 
 
 def split_answers(names, text):
-    """{name: its answer, "" without one} in a free-form answer to these questions.
+    """{name: its answer, "" without one} in an answer to these questions.
 
-    Several questions are told apart by their numbers ("1." or "1)" at the beginning of a line; the
-    last of equal numbers counts).
+    Several are told apart by their numbers ("1. " at the beginning of a line).
     """
-    answers = {1: text}
-    if len(names) > 1:
-        pieces = re.split(r"^[ *]{0,4}([0-9]{1,2})[.):]", text, flags=re.MULTILINE)
-        answers = {int(n): piece for n, piece in zip(pieces[1::2], pieces[2::2], strict=True)}
-    return {name: answers.get(i, "") for i, name in enumerate(names, 1)}
+    if len(names) == 1:
+        return {names[0]: text}
+    pieces = re.split(r"^([0-9]{1,2})\. ", text, flags=re.MULTILINE)
+    answers = dict(zip(pieces[1::2], pieces[2::2], strict=True))
+    return {name: answers.get(str(i), "") for i, name in enumerate(names, 1)}
 
 
-LABEL = re.compile(  # "**Answer:** ", "So the final answer is ", at a beginning or after a sentence
-    r"(?:^|[.!?:]\s{1,9})[>#*_\s]{0,9}(?:(?:so|thus|therefore|hence)[,\s]{1,2})?(?:(?:the|my)\s)?"
-    r"(?:(?:final|correct|right|best)\s)?answer(?:\s?[*_]{0,3}[:=]|\sis\b:?)[*_]{0,3}\s{0,9}",
-    re.IGNORECASE)
-WRAPPED = re.compile(
-    r"\\(?:boxed|text\w{0,4}|math\w{0,4})\{(.+)\}|\\\((.+)\\\)|\\\[(.+)\\\]"
-    r"|\*\*([^*]+)\*\*|__(.+)__|\*([^*]+)\*|`(.+)`|\$\$(.+)\$\$|\$(.+)\$|\((.+)\)|\[(.+)\]"
-    r"|\"(.+)\"", re.DOTALL)
-BOXED = re.compile(  # with braces in it, and braces in those
-    r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]{0,999}\}){0,999}\}){1,999})\}")
-NUMBER = re.compile(r"[+-]?(([0-9]{1,30}|[0-9]{1,3}(,[0-9]{3}){1,9}|[0-9]{1,3}( [0-9]{3}){1,9})"
-                    r"(\.[0-9]{1,30})?|\.[0-9]{1,30})(e[+-]?[0-9]{1,3})?", re.IGNORECASE)
-TYPOGRAPHY = str.maketrans(  # dashes, a minus, apostrophes
-    "\u2010\u2012\u2013\u2014\u2015\u2212\u2018\u2019\u201b\u02bc", "------''''")
-
-
-def one_form(text):
-    """The text in one form of Unicode (NFKC), with plain dashes and apostrophes, blanks collapsed.
-
-    A final full stop is set aside, where there is more than that.
-    """
-    text = " ".join(unicodedata.normalize("NFKC", text).translate(TYPOGRAPHY).split())
-    return text.removesuffix(".").rstrip() or text
-
-
-def readings(said):
-    """Yields an answer as it stands, then without what is around it: "The answer is", **, ()."""
-    for _ in range(6):
-        said = said.strip()
-        yield said
-        wrapped = WRAPPED.fullmatch(said) or WRAPPED.fullmatch(said.removesuffix(".").rstrip())
-        label = LABEL.search(said[:1000])
-        if wrapped:
-            said = wrapped[wrapped.lastindex]
-        elif label:
-            said = said[label.end():]
-        else:
-            return
+def plain(text):
+    """A text without case, without a final full stop, its blanks and accents in one form."""
+    return " ".join(unicodedata.normalize("NFC", text.casefold()).split()).removesuffix(".")
 
 
 def read_number(text):
-    """The number that a text is, with groups of three by commas or blanks, or None."""
-    if any(unicodedata.category(mark) == "No" for mark in text):  # 5\u00b2 is not 52
-        return None
-    text = one_form(text)
-    return Decimal(re.sub("[ ,]", "", text)) if NUMBER.fullmatch(text) else None
+    """The number that a text is ("-3", "1,200.5", "2e-3", "4."), or None."""
+    text = text.strip().removesuffix(".")
+    form = r"[+-]?([0-9]+|[0-9]{1,3}(,[0-9]{3})+)(\.[0-9]+)?(e[+-]?[0-9]{1,3})?"
+    return Decimal(text.replace(",", "")) if re.fullmatch(form, text, re.IGNORECASE) else None
 
 
 def same_words(said, wanted, tolerance):
-    """Equal but for case, the form of Unicode, the number of blanks and a final full stop."""
-    return any(one_form(one_form(text).casefold()) == one_form(one_form(wanted).casefold())
-               for text in readings(said))
+    return plain(said) == plain(wanted)
 
 
 def same_number(said, wanted, tolerance):
-    """Numbers, at most the tolerance apart."""
-    numbers = [read_number(text) for text in readings(said)]
-    return any(number is not None and abs(number - read_number(wanted)) <= Decimal(str(tolerance))
-               for number in numbers)
+    number = read_number(said)
+    return number is not None and abs(number - read_number(wanted)) <= Decimal(str(tolerance))
 
 
 def same_letters(said, wanted, tolerance):
-    """Equal letter for letter, but for blanks around them and composed accents (NFC)."""
-    said, wanted = (unicodedata.normalize("NFC", text).strip() for text in (said, wanted))
-    return said == wanted
+    return said.strip() == wanted.strip()
 
 
 # What a row's "compare" may be: {name: function(said, wanted, tolerance) -> is it right?} of two
-# texts, neither of them empty. A scorer of one's own is a function and a line here.
+# texts. A scorer of one's own is a function and a line here.
 COMPARE = {"words": same_words, "number": same_number, "exact": same_letters}
-
-
-def same_answer(said, wanted, compare="words", tolerance=0):
-    """Is an answer right? wanted: a text, a number, or a list of texts that are all right."""
-    wanted = wanted if isinstance(wanted, list) else [wanted]
-    return bool(said.strip()) and any(
-        COMPARE[compare](said, str(text), tolerance) for text in wanted)
 
 
 def part_of(pieces):
@@ -998,11 +809,6 @@ def example(task):
     return min(found, key=lambda pair: abs(len(pair[1]) - 3))
 
 
-def short(thing):
-    """A value as JSON, cut off, for a message."""
-    return json.dumps(thing)[:40]
-
-
 def numbered(lines):
     """One line as it is, several with their numbers."""
     if len(lines) == 1:
@@ -1053,16 +859,10 @@ class Row:
         return numbered([questions[name][1] for name in names or questions])
 
     def score(self, names, text):
-        """Read a free-form answer to `ask(names)`: {question: is it exactly right?}
-
-        What cannot be read is wrong; no text raises.
-        """
+        """Read an answer to `ask(names)`: {question: is it exactly right?}; no text raises."""
         questions = self.questions()
-        names = names or tuple(questions)
-        right = {}
-        for name, said in split_answers(names, after_thinking(text)).items():
-            right[name] = self.is_right(name, said, questions[name][1])
-        return right
+        said = split_answers(names or tuple(questions), after_thinking(text))
+        return {name: self.is_right(name, said[name], questions[name][1]) for name in said}
 
 
 class PuzzleRow(Row):
@@ -1075,10 +875,6 @@ class PuzzleRow(Row):
 
     def fault(self):
         """What is wrong with the row, or None: its plan is executed."""
-        if not isinstance(self.id, str):
-            return f'"id": wanted a text, got {short(self.id)}'
-        if not isinstance(self.level, int):
-            return f'"level": wanted a whole number, got {short(self.level)}'
         outcome = check(self.puzzle, self.plan)[0]
         if outcome != "success":
             return f"the plan of {self.id} does not solve its puzzle: {outcome}"
@@ -1135,15 +931,15 @@ class PuzzleRow(Row):
         """Does an answer to the question `name` say the same as the right one?"""
         if name == "map":
             return read_map(self.task, said) == self.puzzle
-        said = read_fact(name, said, self.puzzle.actions)  # None: nothing that could be right
-        return said is not None and said == read_fact(name, wanted, self.puzzle.actions)
+        actions = self.puzzle.actions
+        return read_fact(name, said, actions) == read_fact(name, wanted, actions)
 
-    def judge(self, text, parse=parse, tolerance=0, cut=False):
+    def judge(self, text, parse=parse, cut=False):
         """What a response is worth: its plan, how it ends, the map it describes and if it is right.
 
         optimal: it succeeds, and as many steps were executed as the shortest plan has. What is
         written after the goal was reached is not executed and does not count; overrun: there is
-        such. parse(task, text, cut): the reader. cut: was the response? tolerance: for own rows.
+        such. parse(task, text, cut): the reader. cut: was the response?
         """
         plan, read = parse(self.task, text, cut), read_map(self.task, after_thinking(text))
         outcome, executed = check(self.puzzle, plan)
@@ -1160,6 +956,7 @@ class OwnRow(Row):
         "hint"       what only the teacher may read, with "symbols+plan"
         "answer"     what a response is compared with: a text, a list of texts, a number
         "compare"    how, a name in COMPARE: "words", or "number" where the answer is one
+        "tolerance"  how far a number may be off
         "questions"  [{"question", "answer"}] of the cold start, else it asks for the symbols
         "group"      rows that are counted together
     Texts reach the model as they stand. task is the group.
@@ -1172,59 +969,36 @@ class OwnRow(Row):
         number = isinstance(data.get("answer"), (int, float))
         self.compare = data.get("compare", "number" if number else "words")
 
-    @staticmethod
-    def own_fields(line):
-        """The fields of a line that only an own row has."""
-        return [name for name in ("prompt", "symbols", "teacher_file_name")
-                if line.get(name) is not None]
-
     def answer_texts(self):
         """The answers that are right, as texts; none if the row has no answer."""
-        answer = self.data.get("answer", [])
-        return [str(text) for text in answer] if isinstance(answer, list) else [str(answer)]
-
-    def answer_fault(self):
-        """What is wrong with "answer" and "compare", or None."""
-        answer = self.data.get("answer", "")
-        if isinstance(answer, bool) or not isinstance(answer, (str, int, float, list)) \
-                or answer == [] or isinstance(answer, list) and not all(
-                    isinstance(text, str) for text in answer):
-            return f'"answer": wanted a text, a list of texts or a number, got {short(answer)}'
-        if self.compare not in COMPARE:
-            return f'"compare": wanted one of {", ".join(COMPARE)}, got {short(self.compare)}'
-        for text in self.answer_texts():
-            if self.compare == "number" and read_number(text) is None:
-                return f'"answer": wanted a number, as "compare" says, got {short(text)}'
+        answers = self.data.get("answer", [])
+        answers = answers if isinstance(answers, list) else [answers]
+        return [str(text) if isinstance(text, (int, float)) else text for text in answers]
 
     def fault(self):
         """What is wrong with the row, or None."""
-        row, asked = self.data, self.data.get("questions", [])
-        mixed = [name for name in ("task", "state", "plan") if name in row]
-        if mixed:
-            return (f"half an own example, half a puzzle: it has {self.own_fields(row)[0]} and "
-                    f"{mixed[0]}")
-        if not isinstance(asked, list) or not all(isinstance(q, dict) for q in asked):
-            return '"questions": wanted a list of {"question", "answer"}'
-        texts = [(name, row.get(name)) for name in ("id", "prompt")]
-        if "teacher_file_name" not in row or "symbols" in row:
-            texts.append(("symbols", row.get("symbols")))
-        if fault := self.answer_fault():
-            return fault
-        texts += [("answer", text) for text in self.answer_texts()]
-        texts += [(name, row[name]) for name in ("hint", "group", "teacher_file_name")
-                  if name in row]
-        for i, question in enumerate(asked, 1):
-            texts += [(f"{name} {i}", question.get(name)) for name in ("question", "answer")]
+        row, answers = self.data, self.answer_texts()
+        texts = [("id", self.id), ("prompt", row["prompt"]), ("group", self.task)]
+        texts += [(name, row[name]) for name in ("symbols", "hint") if name in row]
+        texts += [("answer", text) for text in answers]
+        for name, pair in self.questions().items():
+            texts += [(name, text) for text in pair]
         for name, text in texts:
             if not isinstance(text, str) or not text.strip():
-                return f'"{name}": wanted a text, got {short(text)}'
+                return f'"{name}": wanted a text, got {text!r}'
             if special := re.search(r"<\|\w+\|>", text):
                 return f'"{name}" holds {special[0]}, which the model would not read as text'
             text.encode()  # half a surrogate pair is no text either: ValueError
-        if self.task in TASKS or self.task == "macro":
+        if not self.symbols() and not self.teacher_path:
+            return 'neither "symbols" nor "teacher_file_name"'
+        if self.compare not in COMPARE:
+            return f'"compare": wanted one of {", ".join(COMPARE)}, got {self.compare!r}'
+        if "answer" in row and not answers:
+            return '"answer": wanted at least one'
+        if self.compare == "number" and None in map(read_number, answers):
+            return f'"answer": wanted a number, as "compare" says, got {row["answer"]!r}'
+        if self.task in (*TASKS, "macro"):
             return f'"group": {self.task} is the name of a task: choose another'
-        if not re.fullmatch(r"\w[\w .+-]{0,40}", self.task):
-            return f'"group": wanted a short name, got {self.task[:40]!r}'
 
     def key(self):
         """16 hex digits, the same for the same symbols (without: teacher's picture) and prompt."""
@@ -1256,29 +1030,21 @@ class OwnRow(Row):
 
     def is_right(self, name, said, wanted):
         """By words; letter for letter where the row's answer is compared so."""
-        return same_answer(said, wanted, "exact" if self.compare == "exact" else "words")
+        return COMPARE["exact" if self.compare == "exact" else "words"](said, wanted, 0)
 
-    def score(self, names, text):
-        """As of every row; but an answer may hold "1." too, so all of them are compared at once."""
-        right = super().score(names, text)
-        if self.is_right(None, after_thinking(text), self.answers(names)):
-            return dict.fromkeys(right, True)
-        return right
-
-    def judge(self, text, parse=None, tolerance=0, cut=False):
+    def judge(self, text, parse=None, cut=False):
         """"plan" is the answer given: that of the last <answer>, else, if the response is not cut,
-        the last \\boxed{} or the last line.
+        the last line.
         """
-        place, outcome, said = last_place(text, cut=cut), "not judged", ""
-        if place:
-            said = place[1]
-        elif not cut:
-            text = after_thinking(text)
-            said = (BOXED.findall(text) or [text.strip().rpartition("\n")[2]])[-1]
+        said = read_answer(text, cut)
+        if said is None:
+            said = "" if cut else after_thinking(text).strip().rpartition("\n")[2]
+        said, outcome = said.strip(), "not judged"
         if "answer" in self.data:
-            right = same_answer(said, self.data["answer"], self.compare, tolerance)
-            outcome = "success" if right else "wrong" if said.strip() else "no answer"
-        return {"plan": said.strip() or None, "outcome": outcome, "optimal": None,
+            same, tolerance = COMPARE[self.compare], self.data.get("tolerance", 0)
+            right = said and any(same(said, text, tolerance) for text in self.answer_texts())
+            outcome = "success" if right else "wrong" if said else "no answer"
+        return {"plan": said or None, "outcome": outcome, "optimal": None,
                 "overrun": False, "map": None, "map_right": None}
 
 
@@ -1312,12 +1078,11 @@ def thirds(task, level):
     rng = np.random.default_rng(0)
     plans = [solve(TASKS[task].sample(rng, level)) for _ in range(1000)]
     lengths = np.array([len(plan) for plan in plans if plan is not None])
-    best, least = None, math.inf
-    for a, b in combinations_with_replacement(sorted(set(lengths.tolist())), 2):
-        unevenness = np.var(np.histogram(lengths, (0, a + 0.5, b + 0.5, math.inf))[0])
-        if unevenness < least:
-            best, least = (a, b), unevenness
-    return best
+
+    def unevenness(borders):
+        edges = (0, borders[0] + 0.5, borders[1] + 0.5, math.inf)
+        return np.var(np.histogram(lengths, edges)[0])
+    return min(combinations_with_replacement(np.unique(lengths).tolist(), 2), key=unevenness)
 
 
 def bucket(length, borders):
@@ -1332,32 +1097,28 @@ def sample_rows(task, level, split, number, seed, exclude=()):
     """
     name = zlib.crc32(task.encode())  # a task draws the same whatever other tasks there are
     rng = np.random.default_rng([seed, name, level, SPLITS.index(split)])
-    borders, seen = thirds(task, level), set(exclude)
+    borders, seen, misses = thirds(task, level), set(exclude), 0
     wanted = dict(zip(DIFFICULTIES, map(len, np.array_split(range(number), 3)), strict=True))
-    found, latest = dict.fromkeys(wanted, 0), dict.fromkeys(wanted, 0)
-    for attempt in count():
-        short = [name for name in wanted if found[name] < wanted[name]]
-        if not short:
-            return
-        if attempt - min(latest[name] for name in short) > PATIENCE:
+    found = Counter()
+    while found != Counter(wanted):
+        misses += 1
+        if misses > PATIENCE:
+            had = 3 * min(found[name] for name in DIFFICULTIES)
             fail(f"{task}, board size {level}: {number} {split} rows wanted, a third of each "
-                 f"difficulty; only {3 * min(found.values())} distinct ones can be had: "
-                 f"lower --{split}")
+                 f"difficulty; only {had} distinct ones can be had: lower --{split}")
         puzzle = TASKS[task].sample(rng, level)
-        if split_of(task, puzzle) != split:
-            continue
         state = asdict(puzzle)
         key = digest(task, state)
-        if key in seen:
+        if split_of(task, puzzle) != split or key in seen:
             continue
         plan = solve(puzzle)
-        if not plan or bucket(len(plan), borders) not in short:
+        difficulty = plan and bucket(len(plan), borders)
+        if not plan or found[difficulty] == wanted[difficulty]:
             continue
+        row_id = f"{task}_{level}_{found.total():05d}"
         seen.add(key)
-        difficulty = bucket(len(plan), borders)
-        row_id = f"{task}_{level}_{sum(found.values()):05d}"
         found[difficulty] += 1
-        latest[difficulty] = attempt
+        misses = 0
         yield PuzzleRow({
             "file_name": f"{row_id}.png", "id": f"{split}_{row_id}", "task": task, "level": level,
             "seed": seed, "source": "gen_data.py", "bucket": difficulty, "state": state,
@@ -1369,48 +1130,21 @@ def sample_rows(task, level, split, number, seed, exclude=()):
 def open_picture(path):
     """The picture in a file as everything here sees it: upright, on white, RGB with 8 bits.
 
-    Of several frames the first. Fails, naming the file, if it is broken, too large to be decoded
-    safely or too long for the image processor.
+    Of several frames the first. Fails, naming the file, if it cannot be seen so.
     """
-    # Drawing tools write megabytes of text or colour profile, which Pillow takes for an attack.
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT
     try:
         with Image.open(path) as image:
-            size = f"{image.width}x{image.height} px"
-            if max(image.size) > MAX_PIXELS:
-                fail(f"{path}: {size}, wanted at most {MAX_PIXELS} a side")
-            if max(image.size) > MAX_RATIO * min(image.size):
-                fail(f"{path}: {size}, wanted one side at most {MAX_RATIO} times the other")
+            if max(image.size) > 200 * min(image.size):  # the image processors refuse it later
+                raise ValueError(f"{image.size} px, wanted at most 1:200")
+            if image.mode[0] in "IF":  # 16 bits, fractions: Pillow would clip them to white
+                raise ValueError(f"of mode {image.mode}, wanted 8 bits")
             ImageOps.exif_transpose(image, in_place=True)
-            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-                return grey_picture(image)
-            if image.getbands()[-1] in "Aa" or "transparency" in image.info:
+            if image.has_transparency_data:
                 clear = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
             return image.convert("RGB")
-    except MemoryError:
-        raise
     except Exception as error:  # decoders raise whatever there is
         fail(f"{path}: cannot be read as a picture ({type(error).__name__}: {str(error)[:200]})")
-
-
-def grey_picture(image):
-    """A grey picture of 16 or 32 bits or of fractions, scaled to 8 bits.
-
-    White is 65535; of fractions the first of 1, 255 and 65535 that no value exceeds. Where there
-    are values above or below 0, black is the lowest value and white the highest.
-    """
-    values = np.asarray(image).astype(float)
-    if not np.isfinite(values).all():
-        raise ValueError("it holds values that are not finite")
-    low, high = values.min(), values.max()
-    whites = [white for white in (1, 255, 65535) if white == 65535 or image.mode == "F"]
-    white = next((white for white in whites if 0 <= low and high <= white), None)
-    if white is None:
-        values, white = values - low, high - low or 1
-    elif "transparency" in image.info:  # the one value that is
-        values[values == image.info["transparency"]] = white
-    return Image.fromarray(np.rint(values / white * 255).astype(np.uint8)).convert("RGB")
 
 
 def decode_all(paths):
@@ -1421,121 +1155,56 @@ def decode_all(paths):
 
 def check_pictures(rows):
     """Decode the pictures of a user's own rows; what was generated here is only hashed."""
-    paths = [path for row in rows if isinstance(row, OwnRow) for path in row.pictures()]
-    if paths:
-        decode_all(paths)
+    decode_all(path for row in rows if isinstance(row, OwnRow) for path in row.pictures())
 
 
-def whole_text(thing):
-    """What json.loads returned, with U+FFFD for half a surrogate pair, which cannot be written."""
-    text = json.dumps(thing, ensure_ascii=False)
-    return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-
-
-def read_metadata(file):
-    """Yields ("file, line n", the line's object) of a metadata.jsonl. Fails at a broken line."""
-    content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:4]:
-        fail(f"{file}: it is UTF-16, wanted UTF-8 text")
-    for number, line in enumerate(content.splitlines(), 1):
+def read_jsonl(file):
+    """Yields ("file, line n", the line's object) of a JSONL file. Fails at a broken line."""
+    if not Path(file).is_file():
+        fail(f"{file}: no such file")
+    for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
         where = f"{file}, line {number}"
-        if not line.strip():
-            continue
         try:
-            yield where, json.loads(line)
+            if line.strip():
+                yield where, json.loads(line)
         except (ValueError, RecursionError) as error:
-            fail(f"{where}: not a row ({type(error).__name__}: {str(error)[:200]})")
+            fail(f"{where}: not JSON ({str(error)[:200]})")
 
 
-def split_folder(data, split):
-    """data/<split>; for val also data/validation, as the hub's folders call it."""
-    folder = Path(data, split)
-    if split == "val" and not folder.exists() and Path(data, "validation").is_dir():
-        return Path(data, "validation")
-    return folder
+def load_row(line, folder, where):
+    """The row of a line, its pictures in `folder`, checked. Fails with what is wrong with it."""
+    try:
+        kind = OwnRow if line.get("task") is None else PuzzleRow
+        row = kind(line, str(folder / line["file_name"]), where)
+        if row.data.get("teacher_file_name"):
+            row.teacher_path = str(folder / row.data["teacher_file_name"])
+        fault = row.fault()
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        fault = f"not a row ({type(error).__name__}: {error})"
+    if fault:
+        fail(f"{where}: {fault}")
+    for path in row.pictures():
+        if not os.path.isfile(path):
+            fail(f"{where}: there is no picture {path}")
+    return row
 
 
-def metadata_file(data, split):
-    """The metadata.jsonl of a split. Fails without one, with what is wanted."""
-    folder = split_folder(data, split)
-    file, table = folder / "metadata.jsonl", folder / "metadata.csv"
-    if file.is_file():
-        return file
-    if table.is_file():
-        fail(f"no {file}, only {table.name}: wanted a JSON object a line (pandas: "
-             'read_csv(…).to_json("metadata.jsonl", orient="records", lines=True))')
-    if is_data(data) and "source" in read_record(data):  # of a tool, by its own command
-        fail(f"no {file}: {data} was made without the split {split}")
-    if is_data(data) or not Path(data).is_dir():
-        fail(f"no {file}: `python gen_data.py --out {data}` makes puzzles there")
-    fail(f'no {file}: wanted a line {{"file_name", "id", "prompt", "symbols"}} for each of your '
-         "pictures (docs/your_own_task.md)")
+def load_rows(data, split):
+    """The rows of data/<split>, each checked: a puzzle's plan is executed.
 
-
-def find_picture(name, folder, data):
-    """(the file of the picture `name` of a split, None), or (None, what is wrong with it).
-
-    A link may lead to where its own tree keeps files: the data folder, a hub's cache, a repository
-    (of git-annex or DVC).
+    A row that is broken stops here, with its line. Its pictures lie beside the metadata.
     """
-    path, parts = folder / name, Path(name).parts
-    if not parts or Path(name).is_absolute() or ".." in parts:
-        return None, f"the picture {name!r} is not a file in {folder}"
-    target, trees = path.resolve(), [folder.resolve(), Path(data).resolve()]
-    for place in (trees[0], *trees[0].parents):
-        if (place / "blobs").is_dir() and (place / "snapshots").is_dir() \
-                or (place / ".dvc").is_dir() or (place / ".git").exists():
-            trees.append(place)
-            break
-    if not any(target.is_relative_to(tree) for tree in trees):
-        return None, f"the picture {name!r} is a link that leads out of {data}, to {target}"
-    if not path.is_file():
-        lost = f", where its link leads ({target})" if path.is_symlink() else ""
-        return None, f"there is no picture {path}{lost}"
-    return path, None
-
-
-def load_rows(data, split, ids=None):
-    """The rows of data/<split> (those of `ids`), each checked: a puzzle's plan is executed.
-
-    A row that is broken stops here, with its line. Its picture must lie beside the metadata.
-    """
-    file = metadata_file(data, split)
-    rows, lines = [], list(read_metadata(file))
-    for where, line in lines:
-        try:
-            if ids is not None and line["id"] not in ids:
-                continue
-            path, missing = find_picture(line["file_name"], file.parent, data)
-            row = (OwnRow if OwnRow.own_fields(line) else PuzzleRow)(line, str(path), where)
-            fault = row.fault() or missing
-            if not fault and "teacher_file_name" in row.data:
-                path, fault = find_picture(row.data["teacher_file_name"], file.parent, data)
-                row.teacher_path = str(path)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError,
-                RuntimeError) as error:
-            fail(f"{where}: not a row ({type(error).__name__}: {error})")
-        if fault:
-            fail(f"{where}: {fault}")
-        rows.append(row)
-    if not lines:
+    file, rows = Path(data, split, "metadata.jsonl"), {}
+    if not file.is_file():
+        fail(f"no {file}: `python gen_data.py --out {data}` makes puzzles there (your own "
+             "pictures: docs/your_own_task.md)")
+    for where, line in read_jsonl(file):
+        row = load_row(line, file.parent, where)
+        if rows.setdefault(row.id, row) is not row:
+            fail(f"{where}: the id {row.id!r} is that of {rows[row.id].where} too")
+    if not rows:
         fail(f"{file} is empty: wanted at least one row")
-    if any(isinstance(row, OwnRow) for row in rows):  # ids made by gen_data.py are distinct
-        check_ids(data, {file: lines})
-    return rows
-
-
-def check_ids(data, known):
-    """Fails where two rows of a folder, whatever their splits, have the same id.
-
-    known: {metadata.jsonl: what `read_metadata` gave}, the files that were read already.
-    """
-    first = {}
-    for file in sorted(Path(data).glob("*/metadata.jsonl")):
-        for where, line in known.get(file) or read_metadata(file):
-            row_id = line.get("id") if isinstance(line, dict) else None
-            if first.setdefault(str(row_id), where) != where:
-                fail(f"{where}: the id {row_id!r} is that of {first[str(row_id)]} too")
+    return list(rows.values())
 
 
 def digest_rows(rows):
@@ -1564,146 +1233,46 @@ def draw(data, folder, cell_size, image_size):
     image.save(target, compress_level=1)
 
 
-def write_dataset(out, splits, settings, cell_size, image_size, workers=1, total=None,
-                  overwrite=False):
+def write_dataset(out, splits, settings, cell_size, image_size, total=None):
     """Write a data folder: pictures and metadata.jsonl per split, `settings` as args.json.
 
-    splits: {split: iterator of lines, as `Row.data`, and with pictures as for `draw`}. One worker
-    draws in this process, more in others; the bytes do not depend on it. total: the number of rows,
-    for the progress bar. overwrite: as for `check_out`, which is asked again at the end. Everything
-    is written aside and renamed at the end: the folder is complete or not there.
+    splits: {split: lines, as `Row.data`, and with pictures as for `draw`}. total: the number of
+    rows, for the progress bar. Everything is written aside and renamed at the end: the folder is
+    complete or not there. What is there already is never replaced.
     """
-    place = Path(out).resolve()  # where `out` is a link, the link stays
-    aside = place.with_name(place.name + ".partial")
-    made = [folder for folder in place.parents if not folder.exists()]
-    if not aside.exists():
-        aside.mkdir(parents=True)
-        write_text(aside / "args.json", json.dumps({"kind": UNFINISHED}) + "\n")
-    if kind_of(aside) != UNFINISHED:  # somebody's own, perhaps complete data of that name
-        fail(f"{aside} is in the way: move it or choose another --out")
-    lock = lock_file(aside / ".lock", out)
-    try:
-        for split in SPLITS:  # what a killed run left
-            shutil.rmtree(aside / split, ignore_errors=True)
-        with drawing_pool(workers) as pool, tqdm(total=total, desc="rows", unit="row") as bar:
-            for split, lines in splits.items():
-                write_split(aside / split, lines, cell_size, image_size, pool, bar)
+    out = Path(out)
+    if out.exists():
+        fail(f"{out} exists: remove it, or choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as folder, \
+            tqdm(total=total, desc="rows", unit="row") as bar:
+        aside = Path(folder, "data")
+        for split, lines in splits.items():
+            (aside / split).mkdir(parents=True)
+            with open(aside / split / "metadata.jsonl", "w", newline="\n") as file:
+                for line in lines:
+                    draw(line, aside / split, cell_size, image_size)
+                    facts = {name: value for name, value in line.items()
+                             if name not in ("picture", "teacher_picture")}
+                    file.write(json.dumps(facts) + "\n")
+                    bar.update()
         record = {"kind": "data", **settings}
         write_text(aside / "args.json", json.dumps(record, indent=1) + "\n")
-        lock.release()
-        (aside / ".lock").unlink(missing_ok=True)
-        check_out(place, overwrite)
-        put_in_place(aside, place)
-    finally:
-        lock.release()
-        shutil.rmtree(aside, ignore_errors=True)
-        for folder in made:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        aside.rename(out)  # raises where something came there meanwhile
     print(f"{bar.n} rows in {out}")
 
 
-def drawing_pool(workers):
-    """Processes that draw, to be entered; None for one worker, which is this process.
-
-    They leave Ctrl-C to this process: one that ends while it holds the queue would block the rest.
-    """
-    if workers == 1:
-        return nullcontext()
-    context = multiprocessing.get_context("spawn")
-    return context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-
-
-def put_in_place(aside, out):
-    """Rename a complete folder to `out`; one that is there goes once the new one has its name."""
-    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as folder:
-        old = Path(folder, out.name)
-        try:
-            if out.exists():
-                out.rename(old)
-            aside.rename(out)
-        except BaseException:  # Ctrl-C too
-            if old.exists() and not out.exists():
-                old.rename(out)
-            raise
-
-
-def write_split(folder, lines, cell_size, image_size, pool, bar):
-    """Write one split of a data folder; pool: processes that draw, or None for this one."""
-    folder.mkdir()
-    job = partial(draw, folder=folder, cell_size=cell_size, image_size=image_size)
-    drawing = ()
-    with open(folder / "metadata.jsonl", "w", encoding="utf-8", newline="\n") as file:
-        while block := list(islice(lines, 256)):
-            for line in block:
-                facts = {key: value for key, value in line.items()
-                         if key not in ("picture", "teacher_picture")}
-                file.write(json.dumps(facts) + "\n")
-            # Processes begin at once; the next block is found while they draw.
-            drawn = drawing
-            drawing = pool.imap_unordered(job, block, 16) if pool else map(job, block)
-            bar.update(sum(1 for _ in drawn))
-        bar.update(sum(1 for _ in drawing))
-
-
-def is_data(folder):
-    """Does a folder's args.json say that this file (or a tool that writes data) made it?"""
-    record = read_record(folder)
-    older = "args" not in record and ("source" in record or "preset" in record
-                                      or "benchmark" in record)  # before there were kinds
-    return record.get("kind", "data" if older else None) == "data"
-
-
-def check_out(out, overwrite):
-    """Fails if there is something at `out` that may not be replaced."""
-    out = Path(out)
-    if not out.exists():
-        return
-    if not overwrite:
-        fail(f"{out} exists: choose another --out, or --overwrite to replace it")
-    if not is_data(out):
-        fail(f"{out} is no data folder (no args.json in it says so): it is not replaced; choose "
-             "another --out")
-    own = {out / "args.json"}
-    for folder in (out / split for split in SPLITS):
-        file = folder / "metadata.jsonl"
-        own |= {folder, file}
-        for where, line in read_metadata(file) if file.is_file() else ():
-            if not isinstance(line, dict) or not isinstance(line.get("file_name"), str):
-                fail(f"{where}: not a row of this script; {out} is not replaced")
-            own |= {folder / name for name in (line["file_name"], line.get("teacher_file_name"))
-                    if name}
-    foreign = sorted(path for path in out.rglob("*") if path not in own)
-    if foreign:
-        fail(f"{foreign[0]} is not part of the data in {out}, which are not replaced: move it, or "
-             "choose another --out")
-
-
 def ensure(data, preset, seed):
-    """The folder of the data: `data`, or for None the preset's own, which is made if need be.
-
-    Fails where a folder that was asked for is not there, and where what lies in the preset's own
-    folder was made for another preset.
-    """
+    """The folder of the data: `data`, or for None the preset's own, which is made if need be."""
     own = data is None
     data = PRESETS[preset]["out"] if own else data
     if own and not Path(data).exists():
         words = ["--preset", preset, "--seed", str(seed)]
         print(f"no {data}: making it with `python gen_data.py {' '.join(words)}`", flush=True)
-        code = subprocess.run([sys.executable, __file__, *words]).returncode  # without torch
-        if code:
-            raise SystemExit(code)
+        main(parse_args(words))
     elif not Path(data).is_dir():
         fail(f"--data {data}: no such folder; `python gen_data.py --preset {preset} --out {data}` "
              "makes puzzles there (your own pictures: docs/your_own_task.md)")
-    elif is_data(data):
-        made = read_record(data)
-        known = [f"{key} {made[key]}" for key in ("benchmark", "source", "preset", "seed")
-                 if key in made]
-        print(f"data: {data}, made with {', '.join(known)}")
-        if own and PRESETS.get(str(made.get("preset")), {}).get("out") != data:
-            fail(f"{data} was made with {', '.join(known)}, not for --preset {preset}: give --data "
-                 f"{data} to use it all the same, or move it")
     return data
 
 
@@ -1721,14 +1290,11 @@ def parse_tasks(words, groups=()):
         if name not in TASKS:
             fail(f"unknown task {name!r}, known: {', '.join([*TASKS, *groups])}")
         allowed = TASKS[name].levels
-        try:
-            low, _, high = levels.partition("-")
-            tasks[name] = tuple(range(int(low), int(high or low) + 1) if levels else allowed)
-        except ValueError:
-            fail(f"cannot read the board sizes in {word!r}, wanted for example "
-                 f"{name}:{allowed[0]}-{allowed[-1]}")
-        if not tasks[name] or not set(tasks[name]) <= set(allowed):
+        low, _, high = (levels or f"{allowed[0]}-{allowed[-1]}").partition("-")
+        high = high or low
+        if not {low, high} <= set(map(str, allowed)) or int(low) > int(high):
             fail(f"{word}: {name} has board sizes {allowed[0]} to {allowed[-1]}")
+        tasks[name] = tuple(range(int(low), int(high) + 1))
     return tasks
 
 
@@ -1743,11 +1309,7 @@ def choose_rows(rows, tasks, limit=None):
         if not tasks or row.level in levels.get(row.task, ()):
             chosen.setdefault((row.task, row.level), []).append(row)
     if not chosen:
-        words = f"--tasks {' '.join(tasks or TASKS)}"
-        if own:
-            fail(f"{words}: the data has no such row; it has the groups {', '.join(own)}")
-        fail(f"{words}: the data has no such row; choose others or make them: "
-             f"python gen_data.py {words} --out data/mine")
+        fail(f"--tasks {' '.join(tasks)}: the data has no such row: choose or make others")
     return [row for group in chosen.values() for row in group[:limit]]
 
 
@@ -1767,10 +1329,7 @@ def parse_args(argv=None):
     add("--exclude", nargs="+", default=[], metavar="DIR",
         help="data folders whose puzzles may not appear")
     add("--seed", type=whole_number(0), default=0, help="same seed, same bytes")
-    add("--workers", type=whole_number(1), default=os.cpu_count(),
-        help="processes that draw; the bytes do not depend on it")
-    add("--out", "--data", help="output folder")
-    add("--overwrite", action="store_true", help="replace the output folder")
+    add("--out", help="output folder")
     args = parser.parse_args(argv)
     args.tasks = parse_tasks(args.tasks) if args.tasks else None
     for name, value in PRESETS[args.preset].items():
@@ -1789,19 +1348,16 @@ def generated_lines(args, split, exclude):
 
 
 def main(args):
-    check_out(args.out, args.overwrite)
     exclude = set()
     for folder in args.exclude:
-        files = [split_folder(folder, split) / "metadata.jsonl" for split in SPLITS]
-        if not any(file.is_file() for file in files):
+        files = sorted(Path(folder).glob("*/metadata.jsonl"))
+        if not files:
             fail(f"--exclude {folder}: no data folder")
-        for split, file in zip(SPLITS, files, strict=True):
-            if file.is_file() and file.stat().st_size:
-                exclude |= {row.key() for row in load_rows(folder, split)}
+        exclude |= {row.key() for file in files if file.stat().st_size
+                    for row in load_rows(folder, file.parent.name)}
     splits = {split: generated_lines(args, split, exclude) for split in SPLITS}
     total = sum(map(len, args.tasks.values())) * (args.train + args.val + args.test)
-    write_dataset(args.out, splits, vars(args), args.cell_size, args.image_size, args.workers,
-                  total, args.overwrite)
+    write_dataset(args.out, splits, vars(args), args.cell_size, args.image_size, total)
 
 
 if __name__ == "__main__":

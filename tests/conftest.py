@@ -71,6 +71,6 @@ def student(tiny):
 def toy_data(tmp_path_factory):
     """A folder with a few rows of every task and board size of the preset tiny."""
     folder = tmp_path_factory.mktemp("toy") / "data"
-    words = ["--preset", "tiny", "--train", "12", "--val", "8", "--test", "4", "--workers", "1"]
+    words = ["--preset", "tiny", "--train", "12", "--val", "8", "--test", "4"]
     gen_data.main(gen_data.parse_args([*words, "--out", str(folder)]))
     return folder

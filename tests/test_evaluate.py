@@ -178,13 +178,13 @@ def test_comparisons_by_hand():
 
 def test_perception_by_hand():
     rights = {"a": (True, True), "b": (True, False), "c": (False, True)}
-    answers = [{"id": name, "task": "maze", "level": 3, "question": question, "right": right}
+    answers = [{"id": name, "task": "maze", "question": question, "right": right}
                for name, pair in rights.items()
              for question, right in zip(("size", "goal"), pair, strict=True)]
     table = evaluate.summarise_perception(answers)
-    found = {(line["level"], line["question"]): line["exact"] for line in table}
-    assert found == {(level, name): pytest.approx(share) for level in (None, 3) for name, share in
-                     (("size", 2 / 3), ("goal", 2 / 3), ("all", 1 / 3))}
+    assert {line["question"]: line["exact"] for line in table} == {
+        name: pytest.approx(share)
+        for name, share in (("size", 2 / 3), ("goal", 2 / 3), ("all", 1 / 3))}
 
 
 # ---------------------------------------------------------------- files and runs
@@ -195,7 +195,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval") / "data"
     gen_data.main(gen_data.parse_args([
         "--preset", "tiny", "--tasks", "frozenlake:3", "maze:3", "--train", "1", "--val", "1",
-        "--test", "4", "--workers", "1", "--out", str(folder)]))
+        "--test", "4", "--out", str(folder)]))
     return folder
 
 
@@ -240,15 +240,16 @@ def test_responses_from_elsewhere(data, tmp_path, capsys):
     assert len(lines_of(out / "short/predictions.jsonl")) == 2
     for broken, message in (
             (lines[:-1], f"no response for 1 rows, the first '{rows[-1].id}'"),
+            ([{"id": rows[0].id, "answer": "U"}], "line 1: wanted an object"),
             ([*lines, lines[0]], f"'{rows[0].id}' is a duplicate"),
             ([*lines, {"id": "x", "response": ""}], "'x' is not among"),
-            ([{"id": "x"}], "line 1: wanted an object"), ([[1]], "line 1: wanted an object")):
+            ([[1]], "line 1: wanted an object")):
         write(broken)
         with pytest.raises(SystemExit) as stop:
             run(*words)
         assert stop.value.code == 2 and message in capsys.readouterr().err
-    write(lines[:-1])
-    run(*words, "--allow_missing", "--name", "few", "--reference", "gpt")
+    write([*lines[:-1], {"id": rows[-1].id, "response": None}])
+    run(*words, "--name", "few", "--reference", "gpt")
     few = lines_of(out / "few/predictions.jsonl")
     assert len(few) == len(rows) and few[-1]["outcome"] == "no answer"
     text = (out / "results.md").read_text()
@@ -256,7 +257,7 @@ def test_responses_from_elsewhere(data, tmp_path, capsys):
     assert json.loads((out / "results.json").read_text())["reference"] == "gpt"
     (out / "few/answers").mkdir()                    # as if a model here had been asked for them
     assert "few holds answers that were asked for here" in stops(
-        capsys, run, *words, "--allow_missing", "--name", "few")
+        capsys, run, *words, "--name", "few")
 
 
 def test_a_plan_that_another_reader_read(data, tmp_path, capsys):
@@ -280,14 +281,10 @@ def test_a_plan_that_another_reader_read(data, tmp_path, capsys):
     run("--responses", read, "--data", data, "--out", tmp_path / "eval")
     verdicts = lines_of(tmp_path / "eval/read/predictions.jsonl")
     assert [v["outcome"] for v in verdicts] == ["edge"] + ["no answer"] * 7
-    read.write_text(json.dumps({**lines[0], "plan": "U"}) + "\n")
-    with pytest.raises(SystemExit):
-        run("--responses", read, "--data", data, "--out", tmp_path / "eval")
-    assert '"plan": wanted a list of actions or null' in capsys.readouterr().err
 
 
 def test_lines_are_read_by_what_they_mean(data, tmp_path):
-    """No error is null, "" or false; a response may be null; half a surrogate pair is no text."""
+    """No error is null, "" or false; a response may be null, or hold half a surrogate pair."""
     rows = gen_data.load_rows(data, "test")
     lines = [{"id": row.id, "response": row.response()} for row in rows]
     for line, error in zip(lines, (None, "", False, "HTTP 500"), strict=False):
@@ -304,8 +301,7 @@ def test_lines_are_read_by_what_they_mean(data, tmp_path):
     assert [v["outcome"] for v in verdicts] == [
         "success", "success", "success", "error", "no answer", "success", "no such action",
         "success"]
-    assert verdicts[5]["response"][0] == verdicts[5]["model"] == verdicts[6]["plan"][0] == "\ufffd"
-    assert "error" not in verdicts[1] and "lines" in (tmp_path / "eval/results.md").read_text()
+    assert "lines" in (tmp_path / "eval/results.md").read_text()
 
 
 def test_overruns_and_cut_plans():
@@ -420,10 +416,8 @@ def test_a_question_is_its_prompt_and_its_picture(tmp_path):
     (["--samples", "2"], "need a --temperature above 0"),
     (["--limit", "0"], "--limit: got '0', must be a whole number, at least 1"),
     (["--temperature", "nan"], "--temperature: got 'nan', must be a number, at least 0"),
-    (["--tolerance", "-1"], "--tolerance: got '-1'"),
     (["--name", "../up", "--responses", "x"], "it names a folder"),
-    (["--responses", "nowhere.jsonl"], "--responses nowhere.jsonl: no such file"),
-    (["--responses", "./-image.jsonl"], "no condition can be called '-image': give --name"),
+    (["--responses", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["--responses", "deep.jsonl"], "deep.jsonl, line 1: not JSON"),
     (["--adapter", "nowhere"], "--adapter nowhere: no adapter there"),
     (["--model", "mine", "--adapter", "base"], "mine is no checkpoint folder"),
@@ -435,9 +429,6 @@ def test_bad_flags(data, tmp_path, monkeypatch, words, message, capsys):
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("mine")
     Path("deep.jsonl").write_text("[" * 100_000)
-    Path("-image.jsonl").write_text("".join(
-        json.dumps({"id": row.id, "response": ""}) + "\n"
-        for row in gen_data.load_rows(data, "test")))
     before = files(tmp_path)
     assert message in stops(capsys, run, *words, "--data", data)
     lock = Path("out/tiny/eval/.lock")                    # all that a refused command may leave
@@ -650,7 +641,7 @@ def test_a_run_brings_its_model_and_every_condition_has_a_name(data, tmp_path, m
     Path("c/other/args.json").write_text(json.dumps(record))
     assert evaluate.parse_args(["--adapter", "a/run/"]).bits == 16
     for words, message in ((["--adapter", "a/run", "b/run"], "two runs are called 'run'"),
-                           (["--adapter", "a/run", "c/other"], "trained in 32 bits, not in 16"),
+                           (["--adapter", "a/run", "c/other"], "with --bits 32, not with 16"),
                            (["--adapter", "a/run", "--bits", 32], "the run in a/run has --bits 16"),
                            (["--adapter", "a/run", "--preset", "4b"], "has --preset tiny")):
         with pytest.raises(SystemExit):
@@ -682,7 +673,7 @@ def test_out_of_memory_is_one_line(data, tmp_path, monkeypatch, capsys):
     assert len(calls) == 3 and len(lines_of(tmp_path / "base-text/predictions.jsonl")) == 4
 
 
-def test_answers_that_are_there_are_never_written_again(tmp_path, capsys):
+def test_answers_that_are_there_are_never_written_again(tmp_path):
     """Half a line is cut off where it begins; no moment at which the others are not on the disk."""
     file = tmp_path / "answers.jsonl"
     whole = b'{"id": "a", "response": ""}\n{"id": "b", "response": "", "error": "x"}\n'
@@ -694,11 +685,6 @@ def test_answers_that_are_there_are_never_written_again(tmp_path, capsys):
         patch.setattr(Path, "write_bytes", None)
         evaluate.append_answers(file).close()
     assert file.read_bytes() == whole
-    for broken in (b"{\n", b"3\n", b"[]\n", b"{}\n", b"\xff\n", b"\0\0\n", b"[" * 100_000 + b"\n"):
-        file.write_bytes(whole + broken + whole)
-        message = stops(capsys, evaluate.read_answers, file)
-        assert "answers.jsonl, line 3: not an answer" in message and len(message) < 300
-        assert file.read_bytes() == whole + broken + whole
 
 
 def test_perception_answers_are_those_of_the_summary(data, tmp_path):
@@ -761,7 +747,7 @@ def test_a_hubs_model_that_is_not_here_yet(data, tmp_path, monkeypatch, capsys):
 
 
 def test_adapters_are_told_by_their_place(data, tmp_path, monkeypatch, capsys):
-    """A folder called as the bundled backbone is; one at the root; a run that is called base."""
+    """A folder called as the bundled backbone is; a run that is called base."""
     monkeypatch.chdir(tmp_path)
     adapted(common.load(common.TINY, 32)[0]).save_pretrained("tiny")
     shutil.copytree("tiny", "base/adapter")
@@ -770,23 +756,3 @@ def test_adapters_are_told_by_their_place(data, tmp_path, monkeypatch, capsys):
         "adapter_config.json", "adapter_model.safetensors"}
     args = evaluate.parse_args(["--adapter", "base", "./base"])
     assert "base is the model without adapters" in stops(capsys, evaluate.find_adapters, args)
-    args.adapter, real = ["/adapter"], Path.is_file
-    monkeypatch.setattr(Path, "is_file", lambda path: path.name.startswith("adapter_")
-                        or real(path))
-    assert list(evaluate.find_adapters(args)) == ["adapter"]
-
-
-@pytest.mark.parametrize("mean, ci, said", [
-    (0.0, None, "is +0% [+0%, +0%]"), (0.05, [-0.02, 0.11], "is +5% [-2%, +11%]"),
-    (-0.2, [-0.3, -0.1], "is -20%"), (0.05, [0.01, 0.1], ""), (1.0, None, "")])
-def test_a_base_without_a_gap_is_named(capsys, mean, ci, said):
-    """What it does not do better from symbols, its teacher has no use for."""
-    evaluate.warn_without_gap({"base-image": {"macro": {"mean": mean, "ci": ci}},
-                               "mine-image": {"macro": {"mean": 0.0, "ci": None}}})
-    err = capsys.readouterr().err
-    assert said in err and bool(err) == bool(said) and err.count("cannot be taught") == bool(said)
-
-
-def test_without_a_base_no_gap_is_named(capsys):
-    evaluate.warn_without_gap({"mine-image": {"macro": {"mean": 0.0, "ci": None}}})
-    assert not capsys.readouterr().err

@@ -12,7 +12,7 @@ def test_pictures_from_files(tmp_path, capsys):
     """A success, a violation, no answer; of each task the first puzzle of its largest size."""
     gen_data.main(gen_data.parse_args([
         "--preset", "tiny", "--tasks", "frozenlake:3", "maze:3-4", "--train", "1", "--val", "1",
-        "--test", "3", "--workers", "1", "--out", str(tmp_path / "data")]))
+        "--test", "3", "--out", str(tmp_path / "data")]))
     rows = gen_data.load_rows(tmp_path / "data", "test")
     texts = {"right": lambda row: row.response(), "wrong": lambda row: "<answer>U,U,U,U</answer>",
              "silent": lambda row: "the map is white"}
@@ -34,15 +34,13 @@ def test_pictures_from_files(tmp_path, capsys):
     words = ["--eval", str(tmp_path / "eval"), "--distill", str(tmp_path / "run"), "--data",
              str(tmp_path / "data"), "--out", str(tmp_path / "docs"), "--conditions", *texts]
     figures.main(figures.parse_args(words))
-    for name in ("method", "success", "answers", "training"):
+    for name in ("success", "answers", "training"):
         width, height = Image.open(tmp_path / f"docs/{name}.png").size
-        assert width > height / 2 > 100
+        assert width > height / 2 > 80
     chosen = figures.choose_puzzles(rows, {row.id for row in rows})
     assert [(row.task, row.level) for row in chosen] == [("frozenlake", 3), ("maze", 4)]
     assert chosen[1] is next(row for row in rows if row.level == 4)
-    named = figures.choose_puzzles(rows, {row.id for row in rows}, [rows[2].id])
-    assert named == [rows[2]]
-    for more, message in ((["--rows", "x"], "--rows x"), (["--conditions", "y"], "y/predictions"),
+    for more, message in ((["--conditions", "y"], "y/predictions"),
                           (["--distill", "z"], "z/metrics.jsonl")):
         with pytest.raises(SystemExit) as stop:
             figures.main(figures.parse_args([*words, *more]))

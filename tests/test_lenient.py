@@ -124,12 +124,12 @@ EXAMPLE = "Map: 2x2\nrow 0: S F\nrow 1: F G\nRoute: so.\n<answer>R,D</answer>"
     # 3. the last place, also where it takes an earlier one back
     ("<answer>U</answer> No: <answer>R</answer>", False, "R", "R"),
     ("<answer>U</answer> No: <answer>R", False, None, "R"),
-    ("<answer>U</answer>\nRevised plan: R, D", False, None, "R D"),
-    ("<answer>U</answer> Wait, that is wrong. Corrected: R", False, None, "R"),
+    ("<answer>U</answer>\nRevised plan: R, D", False, "U", "R D"),
+    ("<answer>U</answer> Wait, that is wrong. Corrected: R", False, "U", "R"),
     ("<answer>U</answer>\nThe corrected plan goes around the hole.", False, "U", "U"),
-    ("<answer>U</answer>\nThe corrected plan is to go around.", False, None, None),
-    ("<answer>U</answer>\n**Final answer:** none", False, None, None),
-    ("<answer>U</answer>\nSo the shortest path is R, D.", False, None, "R D"),
+    ("<answer>U</answer>\nThe corrected plan is to go around.", False, "U", None),
+    ("<answer>U</answer>\n**Final answer:** none", False, "U", None),
+    ("<answer>U</answer>\nSo the shortest path is R, D.", False, "U", "R D"),
     ("Plan: U\nNo, wait.\nUpdated plan: R", False, None, "R"),
     ("Plan: U\n\\boxed{R}", False, None, "R"), ("\\boxed{U}\nAnswer: R", False, None, "R"),
     ('{"plan": ["U"]}\n<answer>R</answer>', False, "R", "R"),
@@ -158,10 +158,9 @@ scraps = st.sampled_from([
 
 @settings(max_examples=1000, deadline=None)
 @given(text=st.lists(scraps, max_size=9).map("".join), task=st.sampled_from(list(TASKS)))
-def test_both_readers_agree(text, task):
-    """Lenient takes all that strict takes. A cut response has the same answer, or none."""
+def test_who_speaks_whatever_is_written(text, task):
+    """A cut response has the same answer, or none; what was thought does not count."""
     strict, loose = gen_data.parse(task, text), lenient.parse(task, text)
-    assert strict is None or strict == loose
     for parse, plan in ((gen_data.parse, strict), (lenient.parse, loose)):
         assert parse(task, text, cut=True) in (None, plan)
         assert parse(task, f"<answer>U</answer></think>{text.replace('</think>', '')}") \
@@ -181,4 +180,3 @@ def test_the_filter_reads_lines_by_what_they_mean(toy_data, tmp_path, capsys):
     assert "a plan was read in 2 of 4 answers" in capsys.readouterr().out
     read = [json.loads(line) for line in open(out)]
     assert [line["plan"] for line in read] == [["U"], None, ["U"], None]
-    assert read[2]["response"] == "\ufffd <answer>up</answer>"

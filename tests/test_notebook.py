@@ -11,7 +11,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient")  # of requirements-dev.txt
     import nbformat
     monkeypatch.setenv("NOTEBOOK_OUT", str(tmp_path / "out"))
-    monkeypatch.setenv("NOTEBOOK_ROWS", "--train 4 --val 2 --test 2 --workers 1")
+    monkeypatch.setenv("NOTEBOOK_ROWS", "--train 4 --val 2 --test 2")
     monkeypatch.setenv("NOTEBOOK_WORDS", "--steps 1 --batch 2 --micro_batch 2 --max_new_tokens 8")
     notebook = nbformat.read(ROOT / "docs/quickstart.ipynb", 4)
     assert len(notebook.cells) <= 8

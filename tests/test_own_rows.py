@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     """40 charts, and a puzzle in the same files of every split."""
     folder = tmp_path_factory.mktemp("own")
     make_charts(folder / "charts")
-    words = "--preset tiny --tasks frozenlake:3 --train 3 --val 3 --test 3 --workers 1".split()
+    words = "--preset tiny --tasks frozenlake:3 --train 3 --val 3 --test 3".split()
     gen_data.main(gen_data.parse_args([*words, "--out", str(folder / "puzzles")]))
     shutil.copytree(folder / "charts", folder / "mixed")
     for split in gen_data.SPLITS:
@@ -77,7 +77,7 @@ def run_all(data, out, model, steps):
         [*toy, "--max_new_tokens", "8", "--init", str(out / "coldstart"),
          "--out", str(out / "distill")]))
     evaluate.main(evaluate.parse_args(
-        [*shared, "--max_new_tokens", "8", "--adapter", str(out / "distill"), "--tolerance", "0.5",
+        [*shared, "--max_new_tokens", "8", "--adapter", str(out / "distill"),
          "--out", str(out / "eval")]))
     return (json.loads((out / "eval/results.json").read_text()),
             (out / "eval/report.html").read_text())
@@ -251,16 +251,10 @@ def test_a_clean_picture_teaches_a_degraded_one(tmp_path, capsys):
 
 @pytest.mark.parametrize("response, outcome", [
     ("so <answer> New  York.</answer>", "success"), ("Paris?\nnew york\n\n", "success"),
-    ("<answer>Paris</answer> no: <answer>NEW YORK</answer> <answer>", "success"),
+    ("<answer>Paris</answer> no: <answer>NEW YORK</answer>", "success"),
     ("new york\nI think", "wrong"), ("<answer>york</answer>\nNew York", "wrong"),
-    ("<answer>NewYork</answer>", "wrong"), ("The answer is New York.", "success"),
-    ("It lies east. So the final answer is **New York**", "success"), ("**New York**", "success"),
-    ("**Answer:** New York", "success"), ("**Answer:** **New York**", "success"),
-    ("**Answer: New York.**", "success"),
-    ("\\[\\boxed{\\text{New York}}\\]\nI am sure.", "success"), ("(New York)", "success"),
-    ("<answer>\\boxed{New York}</answer>", "success"), ("`New York`.", "success"),
-    ("I doubt that the answer is New York", "wrong"), ("The answer is not New York", "wrong"),
-    ("The answer isn't New York", "wrong"), ("**New York** or Paris", "wrong"),
+    ("<answer>NewYork</answer>", "wrong"), ("The answer is New York.", "wrong"),
+    ("**New York** or Paris", "wrong"), ("<answer>New York", "wrong"),
     (" \n", "no answer"), ("<answer></answer>", "no answer")])
 def test_answers_in_words(response, outcome):
     verdict = OwnRow({**ROW, "answer": "New York"}).judge(response)
@@ -272,7 +266,7 @@ def test_answers_in_words(response, outcome):
     ("Paris? <answer>Paris</answer></think>\n<answer>New York</answer>", False, "success"),
     ("Paris?</think>\nNew York", False, "success"), ("<think>New York", False, "no answer"),
     ("<answer>New York</answer>", True, "success"), ("<answer>New York", True, "no answer"),
-    ("<answer>New York", False, "success"), ("It is\nNew York", True, "no answer"),
+    ("It is\nNew York", True, "no answer"),
     ("<answer>New York</answer> or", True, "no answer")])
 def test_who_speaks_for_a_response(response, cut, outcome):
     verdict = OwnRow({**ROW, "answer": "New York"}).judge(response, cut=cut)
@@ -280,43 +274,35 @@ def test_who_speaks_for_a_response(response, cut, outcome):
 
 
 @pytest.mark.parametrize("wanted, said, tolerance, outcome", [
-    (12, "12.0", 0, "success"), (0.5, "The answer is 0.50.", 0, "success"),
-    (-3, "-3", 0, "success"),
-    (4, "**4**", 0, "success"), (4, "4 .", 0, "success"), (4, "four", 0, "wrong"),
+    (12, "12.0", 0, "success"), (0.5, " 0.50.", 0, "success"), (-3, "-3", 0, "success"),
+    (4, "4 .", 0, "wrong"), (4, "four", 0, "wrong"), (4, "**4**", 0, "wrong"),
     (1e-7, "0.0000001", 0, "success"), (2e22, "2e22", 0, "success"), (52, "5²", 0, "wrong"),
-    (12, "\uff11\uff12", 0, "success"), (1234, "1 234", 0, "success"), (1234, "12 34", 0, "wrong"),
-    (100200, "100,200", 0, "success"), (1234567, "1\u202f234\u202f567", 0, "success"),
+    (1234, "12 34", 0, "wrong"), (100200, "100,200", 0, "success"), (15, "1,5", 0, "wrong"),
     ("12", "12.0", 0, "success"), ("12", "1 2", 0, "wrong"), ("12", "13", 0, "wrong"),
     ("1.0", "1.1", 0.1, "success"), ("1.0", "1.11", 0.1, "wrong"), ("-3", "3", 5.9, "wrong"),
     ("7", "nan", 1e9, "wrong"), ("7", "9" * 5000, 1e9, "wrong"), ("7", "٧", 0, "wrong"),
     ("7", "seven", 0, "wrong"), ("+7.", "7", 0, "success"), ("1200", "1,200.0", 0, "success"),
-    ("1,200", "1200", 0, "success"), ("1200", "1,20,0", 0, "wrong"), ("0.5", ".5", 0, "success"),
-    ("-5", "\u22125", 0, "success"), ("7", "+", 9, "wrong"), ("7", "", 9, "no answer")])
+    ("1,200", "1200", 0, "success"), ("1200", "1,20,0", 0, "wrong"), ("7", "1_0", 9, "wrong"),
+    ("7", "1e999999999", 9, "wrong"), ("7", "+", 9, "wrong"), ("7", "", 9, "no answer")])
 def test_answers_that_are_numbers(wanted, said, tolerance, outcome):
     """A JSON number, or a text where the row says so."""
     more = {"compare": "number"} if isinstance(wanted, str) else {}
-    row = OwnRow({**ROW, "answer": wanted, **more})
+    row = OwnRow({**ROW, "answer": wanted, "tolerance": tolerance, **more})
     assert row.fault() is None
-    verdict = row.judge(f"<answer>{said}</answer>", None, tolerance)
-    assert verdict["outcome"] == outcome
+    assert row.judge(f"<answer>{said}</answer>")["outcome"] == outcome
 
 
 @pytest.mark.parametrize("compare, wanted, said, right", [
-    (None, "1234", "12 34", False), (None, "12 34", "1234", False), (None, "4", "4 .", True),
-    (None, "100200", "100,200", False), (None, "100,200", "100200", False),
-    (None, "4", "4.0", False),
+    (None, "1234", "12 34", False), (None, "12 34", "1234", False),
+    (None, "100200", "100,200", False), (None, "4", "4.0", False), (None, "52", "5²", False),
     (None, "caf\u00e9", "cafe\u0301", True), (None, "Stra\u00dfe", "STRASSE", True),
-    (None, "7", "\uff17", True), (None, "1-2", "1\u20132", True), (None, "it's", "It\u2019s", True),
     (None, ".", "", False), (None, ".", " \n", False), (None, ".", ".", True),
-    (None, "a", ".", False),
-    (None, "C", "(C)", True), (None, "(C)", "(C).", True), (None, "(0,1)", "[0,1]", False),
+    (None, "a", ".", False), (None, "C", "(C)", False), (None, "(0,1)", "[0,1]", False),
     (None, ["NYC", "New York"], "new york", True),
     (None, ["NYC", "New York"], "NYC New York", False),
     ("words", "c1ccccc1", "C1CCCCC1", True), ("exact", "c1ccccc1", "C1CCCCC1", False),
     ("exact", "c1ccccc1", " c1ccccc1\n", True), ("exact", "a  b", "a b", False),
-    ("exact", "x.", "x", False), ("exact", "C", "(C)", False),
-    ("exact", "caf\u00e9", "cafe\u0301", True),
-    ("exact", "x", "\uff58", False), ("exact", ["a", "A"], "A", True),
+    ("exact", "x.", "x", False), ("exact", ["a", "A"], "A", True),
     ("number", ["1", "2"], "2.0", True)])
 def test_what_counts_as_equal(compare, wanted, said, right):
     row = OwnRow({**ROW, "answer": wanted, "compare": compare})
@@ -326,15 +312,6 @@ def test_what_counts_as_equal(compare, wanted, said, right):
     assert row.judge(first)["outcome"] == "success"
     asked = OwnRow({**ROW, "compare": compare, "questions": [{"question": "?", "answer": "c1C"}]})
     assert asked.score(None, "c1c")["question 1"] == (compare != "exact")
-
-
-def test_a_response_in_latex():
-    row = OwnRow({**ROW, "answer": "\\frac{1}{\\sqrt{2}}", "compare": "exact"})
-    assert row.judge("So $\\boxed{\\frac{1}{\\sqrt{2}}}$.\nThat is all.")["outcome"] == "success"
-    assert row.judge("<answer>\\frac{1}{\\sqrt{2}}</answer>")["outcome"] == "success"
-    boxed = "$\\boxed{\\frac{1}{\\sqrt{2}}}$"
-    assert row.judge(boxed, cut=True)["outcome"] == "no answer"
-    assert row.judge(f"<think>{boxed}</think>\nNone.")["outcome"] == "wrong"
 
 
 def same_set(said, wanted, tolerance):
@@ -379,32 +356,26 @@ def test_without_answers_nothing_is_judged(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"prompt": None}, '"prompt": wanted a text, got null'), ({"symbols": ""}, '"symbols": wanted'),
+    ({"prompt": None}, "KeyError: 'prompt'"), ({"symbols": ""}, '"symbols": wanted a text'),
     ({"prompt": "  "}, '"prompt": wanted a text'), ({"answer": ""}, '"answer": wanted a text'),
-    ({"answer": True}, '"answer": wanted a text, a list of texts or a number, got true'),
-    ({"answer": []}, '"answer": wanted a text, a list'),
-    ({"answer": [1]}, '"answer": wanted a text'),
-    ({"answer": ["a", " "]}, '"answer": wanted a text'),
-    ({"answer": {}}, '"answer": wanted a text'),
+    ({"answer": True}, '"answer": wanted a number'), ({"answer": []}, '"answer": wanted at least'),
+    ({"answer": ["a", " "]}, '"answer": wanted a text'), ({"answer": {}}, '"answer": wanted'),
     ({"answer": float("nan")}, '"answer": wanted a number'),
     ({"compare": "set"}, '"compare": wanted'),
     ({"answer": "five", "compare": "number"}, '"answer": wanted a number, as "compare" says'),
-    ({"file_name": "sub/../a.png"}, "is not a file in"), ({"file_name": "."}, "is not a file in"),
-    ({"file_name": "a\0.png"}, "line 2"), ({"group": "a/b"}, '"group": wanted a short name'),
+    ({"file_name": "."}, "there is no picture"), ({"file_name": "a\0.png"}, "no picture"),
     ({"group": "macro"}, '"group": macro is the name of a task'),
     ({"hint": ["x"]}, '"hint": wanted a text'), ({"id": 3}, '"id": wanted a text'),
-    ({"questions": "x"}, '"questions": wanted a list'), ({"questions": ["x"]}, "wanted a list"),
-    ({"questions": [{"question": "x"}]}, '"answer 1": wanted a text, got null'),
-    ({"task": "maze"}, "half an own example, half a puzzle: it has prompt and task"),
-    ({"plan": ["U"]}, "half an own example, half a puzzle: it has prompt and plan"),
-    ({"teacher_file_name": 3}, '"teacher_file_name": wanted a text, got 3'),
+    ({"questions": "x"}, "not a row (TypeError"), ({"questions": ["x"]}, "not a row (TypeError"),
+    ({"questions": [{"question": "x"}]}, "not a row (KeyError: 'answer')"),
+    ({"task": "maze"}, "not a row (KeyError"), ({"task": "vqa"}, "not a row (KeyError"),
+    ({"teacher_file_name": 3}, "not a row (TypeError"),
     ({"teacher_file_name": "a.png", "symbols": " "}, '"symbols": wanted a text'),
     ({"teacher_file_name": "b.png", "symbols": None}, "there is no picture"),
-    ({"teacher_file_name": "../test/a.png"}, "is not a file in"),
-    ({"group": "maze"}, '"group": maze is the name'), ({"group": "a|b"}, '"group": wanted'),
+    ({"group": "maze"}, '"group": maze is the name'),
     ({"symbols": "<|image_pad|>"}, '"symbols" holds <|image_pad|>'),
     ({"prompt": "\ud800"}, "UnicodeEncodeError"), ({"file_name": "b.png"}, "there is no picture"),
-    ({"file_name": "../test/a.png"}, "is not a file in"), ({"id": "first"}, "the id 'first' is")])
+    ({"id": "first"}, "the id 'first' is")])
 def test_bad_rows(tmp_path, capsys, change, message):
     data = write(tmp_path, test=[{**ROW, "id": "first"}, {**ROW, **change}])
     line = stops(capsys, gen_data.load_rows, data, "test")
@@ -412,7 +383,7 @@ def test_bad_rows(tmp_path, capsys, change, message):
 
 
 def test_forms_of_the_metadata(tmp_path, capsys):
-    """Blank lines, nulls, ./, subfolders, validation/ are read; else a line says what is wanted."""
+    """Blank lines, nulls, ./, subfolders, a byte order mark, \\r\\n are read."""
     data = Path(write(tmp_path / "mine", test=[ROW]))
     file, nulls = data / "test/metadata.jsonl", dict.fromkeys([
         "hint", "answer", "questions", "group", "compare", "task", "level", "state", "plan"])
@@ -429,53 +400,9 @@ def test_forms_of_the_metadata(tmp_path, capsys):
     assert rows[0].key() == OwnRow(ROW).key() and rows[0].task == "own"
     assert rows[0].teacher_prompt("symbols+plan") == OwnRow(ROW).teacher_prompt("symbols+plan")
     assert rows[0].judge("x")["outcome"] == "not judged" and list(rows[0].questions()) == ["map"]
-    shutil.copytree(data / "test", data / "validation")
-    (data / "test").rename(tmp_path / "away")
-    assert len(gen_data.load_rows(data, "val")) == 3
-    line = stops(capsys, gen_data.load_rows, data, "test")
-    assert "gen_data.py" not in line and "docs/your_own_task.md" in line and '"symbols"' in line
-    (data / "test").mkdir()
-    (data / "test/metadata.csv").write_text("file_name,id\n")
-    line = stops(capsys, gen_data.load_rows, data, "test")
-    assert "only metadata.csv: wanted a JSON object a line" in line
-    for form in ("utf-16", "utf-16-le", "utf-16-be"):
-        file.write_text(lines, encoding=form)
-        assert f"{file}: it is UTF-16" in stops(capsys, gen_data.load_rows, data, "test")
-
-
-def test_pictures_that_are_links(tmp_path, capsys):
-    """As a hub's cache and DVC lay them down; a link to anywhere else is called one."""
-    hub = tmp_path / "datasets--me--mine"
-    data = Path(write(hub / "snapshots/abc", test=[ROW]))
-    picture, blob = data / "test/a.png", hub / "blobs/0123"
-    blob.parent.mkdir()
-    picture.rename(blob)
-    picture.symlink_to("../../../blobs/0123")
-    assert gen_data.open_picture(gen_data.load_rows(data, "test")[0].path).size == (64, 64)
-    data = Path(write(tmp_path / "repository/data", test=[ROW]))
-    cache = tmp_path / "repository/.dvc/cache/01"
-    cache.parent.mkdir(parents=True)
-    picture = data / "test/a.png"
-    picture.rename(cache)
-    picture.symlink_to(cache)
-    assert len(gen_data.load_rows(data, "test")) == 1
-    cache.unlink()
-    assert f"where its link leads ({cache})" in stops(capsys, gen_data.load_rows, data, "test")
-    picture.unlink()
-    picture.symlink_to(blob)
-    line = stops(capsys, gen_data.load_rows, data, "test")
-    assert f"'a.png' is a link that leads out of {data}, to {blob}" in line
-    (data / "test/sub").symlink_to(blob.parent)
-    (data / "test/metadata.jsonl").write_text(json.dumps({**ROW, "file_name": "sub/0123"}))
-    assert "is a link that leads out" in stops(capsys, gen_data.load_rows, data, "test")
-    shutil.rmtree(tmp_path / "repository/.dvc")
-    inside = data / "pictures"
-    inside.mkdir()
-    shutil.copy(blob, inside / "a.png")
-    picture.unlink()
-    picture.symlink_to(inside / "a.png")
-    (data / "test/metadata.jsonl").write_text(json.dumps(ROW))
-    assert len(gen_data.load_rows(data, "test")) == 1
+    assert "docs/your_own_task.md" in stops(capsys, gen_data.load_rows, data, "val")
+    file.write_text(lines, encoding="utf-16")
+    assert ": not JSON" in stops(capsys, gen_data.load_rows, data, "test")
 
 
 def test_groups_are_chosen_by_name(folder, capsys):
@@ -491,7 +418,7 @@ def test_groups_are_chosen_by_name(folder, capsys):
         capsys, gen_data.choose_rows, rows, ["x"])
     own = [row for row in rows if row.level is None]
     line = stops(capsys, gen_data.choose_rows, own, ["maze"])
-    assert "gen_data.py" not in line and "it has the groups" in line and name in line
+    assert "--tasks maze: the data has no such row" in line
 
 
 def test_a_group_called_like_a_task_beside_puzzles(folder, tmp_path, capsys):
@@ -504,25 +431,14 @@ def test_a_group_called_like_a_task_beside_puzzles(folder, tmp_path, capsys):
     assert '"group": frozenlake is the name of a task: choose another' in line
 
 
-def test_missing_fields_and_duplicate_ids(tmp_path, capsys):
-    for name in ("prompt", "symbols"):
-        row = {key: ROW[key] for key in ROW if key != name}
-        line = stops(capsys, gen_data.load_rows, write(tmp_path, test=[row]), "test")
-        assert f'line 1: "{name}": wanted a text, got null' in line
-    data = write(tmp_path, train=[ROW], test=[ROW])
-    line = stops(capsys, gen_data.load_rows, data, "train")
-    assert f"train/metadata.jsonl, line 1: the id 'a' is that of {data}/test" in line
-
-
-def test_every_file_is_read_once(tmp_path, monkeypatch):
-    data, files, read = write(tmp_path, train=[ROW], test=[{**ROW, "id": "b"}]), [], Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: files.append(path) or read(path))
-    gen_data.load_rows(data, "test")
-    assert len(files) == len(set(files)) == 2
+def test_a_teacher_that_would_read_nothing(tmp_path, capsys):
+    row = {name: ROW[name] for name in ROW if name != "symbols"}
+    line = stops(capsys, gen_data.load_rows, write(tmp_path, test=[row]), "test")
+    assert 'line 1: neither "symbols" nor "teacher_file_name"' in line
 
 
 def test_only_what_was_judged_alike_stands_in_one_table(tmp_path):
-    """Other answers are other rows; a tolerance is named; a failed request is no verdict."""
+    """Other answers, or another tolerance, are other rows; a failed request is no verdict."""
     def score(row, name, *words, **line):
         data, answers = write(tmp_path, test=[row]), tmp_path / "answers.jsonl"
         answers.write_text(json.dumps({"id": row["id"], "response": "3", **line}) + "\n")
@@ -535,11 +451,10 @@ def test_only_what_was_judged_alike_stands_in_one_table(tmp_path):
 
     assert score({**ROW, "answer": "3"}, "first")[1] == ["first"]
     line, names, text = score({**ROW, "answer": 4}, "second")
-    assert names == ["second"] and line["outcome"] == "wrong" and "--tolerance" not in text
+    assert names == ["second"] and line["outcome"] == "wrong"
     assert line["level"] is None and "()" not in text
-    line, names, text = score({**ROW, "answer": 4}, "third", "--tolerance", "1")
-    assert names == ["second", "third"] and line["outcome"] == "success"
-    assert "(--tolerance): third 1." in text
+    line, names, text = score({**ROW, "answer": 4, "tolerance": 1}, "third")
+    assert names == ["third"] and line["outcome"] == "success"
     assert score(ROW, "fourth", error="time-out")[0]["outcome"] == "not judged"
 
 

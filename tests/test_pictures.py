@@ -64,8 +64,7 @@ def wordy(**more):
     *[(f"exif{i}.png", lambda path, i=i: turned(i)[0].save(path, exif=turned(i)[1]))
       for i in UPRIGHT],
     ("frames.gif", lambda path: PLAIN.save(path, save_all=True, append_images=[clear()])),
-    ("text.png", lambda path: path.write_bytes(wordy())),
-    ("profile.png", lambda path: path.write_bytes(wordy(icc_profile=bytes(2 * 10**6))))])
+    ("text.png", lambda path: path.write_bytes(wordy()))])
 def test_the_same_picture_whatever_the_form(tmp_path, name, save):
     save(tmp_path / name)
     seen = open_picture(tmp_path / name)
@@ -77,33 +76,21 @@ def test_half_transparent_is_half_white(tmp_path):
     assert open_picture(tmp_path / "a.png").getpixel((0, 0)) == (204, 204, 255)  # 51 is a fifth
 
 
-@pytest.mark.parametrize("name, values, wanted", [
-    ("a.png", GREY.astype(np.uint16) * 257, GREY), ("a.tiff", GREY.astype(np.uint16) * 257, GREY),
-    ("a.png", GREY.astype(np.uint16), np.rint(GREY / 257)), ("a.pgm", GREY, GREY),
-    ("a.tiff", GREY.astype(np.float32) / 255, GREY), ("a.tiff", GREY.astype(np.float32), GREY),
-    ("a.tiff", GREY.astype(np.float32) * 257, GREY), ("a.tiff", GREY.astype(np.int32) * 257, GREY),
-    ("a.tiff", GREY / np.float32(100) - 1, np.rint((GREY - 29.) / 226 * 255)),
-    ("a.tiff", np.full((9, 9), -3, np.float32), np.zeros((9, 9)))])
-def test_grey_of_more_bits(tmp_path, name, values, wanted):
-    """White is 65535; of fractions 1, 255 or 65535; below 0 or above: lowest to highest."""
+@pytest.mark.parametrize("name, values", [
+    ("a.png", GREY.astype(np.uint16) * 257), ("a.tiff", GREY.astype(np.float32) / 255),
+    ("a.tiff", GREY.astype(np.int32) * 257)])
+def test_more_bits_are_refused(tmp_path, capsys, name, values):
+    """Pillow would clip them to white."""
     Image.fromarray(values).save(tmp_path / name)
-    seen = np.asarray(open_picture(tmp_path / name))
-    assert seen.shape == (*values.shape, 3) and (seen == np.asarray(wanted)[..., None]).all()
-
-
-def test_the_transparent_value_of_16_bits(tmp_path):
-    """A PNG of grey names one value that is transparent: it is shown white."""
-    Image.fromarray(GREY.astype(np.uint16) * 257).save(tmp_path / "a.png", transparency=29 * 257)
-    seen = np.asarray(open_picture(tmp_path / "a.png"))[..., 0]
-    assert (seen == np.where(GREY == 29, 255, GREY)).all()
+    assert "wanted 8 bits" in stops(capsys, open_picture, tmp_path / name)
 
 
 def test_what_cannot_be_seen(tmp_path, capsys):
     whole = io.BytesIO()
     PLAIN.save(whole, "PNG")
-    broken = {"long.png": (png(3000, 10), "3000x10 px, wanted one side at most 200 times the"),
-              "tall.png": (png(10, 2001), "10x2001 px, wanted"),
-              "bomb.png": (png(4097, 100), "4097x100 px, wanted at most 4096 a side"),
+    broken = {"long.png": (png(3000, 10), "(3000, 10) px, wanted at most 1:200"),
+              "tall.png": (png(10, 2001), "(10, 2001) px, wanted"),
+              "bomb.png": (png(40_000, 40_000), "DecompressionBombError"),
               "cut.png": (whole.getvalue()[:-40], "OSError"),
               "text.png": (wordy().replace(b"IDAT", b"IDAT\0", 1), "cannot be read as a picture"),
               "drawing.svg": (b"<svg/>", "UnidentifiedImageError")}
@@ -113,8 +100,6 @@ def test_what_cannot_be_seen(tmp_path, capsys):
         assert name in line and message in line
     (tmp_path / "edge.png").write_bytes(png(2000, 10))
     assert open_picture(tmp_path / "edge.png").size == (2000, 10)
-    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "nan.tiff")
-    assert "nan.tiff: cannot be" in stops(capsys, open_picture, tmp_path / "nan.tiff")
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyError, ZeroDivisionError, EOFError, TypeError,
@@ -145,20 +130,17 @@ def test_own_pictures_are_decoded_before_the_first_step(tmp_path, capsys, stage)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name, save, own", [
-    ("a.png", PLAIN.save, "png"), ("jpeg.png", lambda path: PLAIN.save(path, "JPEG"), "jpeg"),
-    ("a.webp", lambda path: PLAIN.save(path, lossless=True), "webp"), ("a.bmp", PLAIN.save, None),
-    ("a.png", clear().save, None), ("a.png", PLAIN.convert("L").save, None),
-    ("a.png", lambda path: turned(6)[0].save(path, exif=turned(6)[1]), None),
-    ("a.jpg", lambda path: turned(3)[0].save(path, exif=turned(3)[1]), None),
-    ("a.png", lambda path: PLAIN.save(path, transparency=(255, 0, 0)), None),
-    ("a.png", lambda path: PLAIN.save(path, save_all=True, append_images=[clear()]), None)])
-def test_a_server_sees_what_the_stages_see(tmp_path, name, save, own):
-    """The file's own bytes where any reader of them sees that, else a PNG of it."""
+@pytest.mark.parametrize("name, save", [
+    ("a.png", PLAIN.save), ("jpeg.png", lambda path: PLAIN.save(path, "JPEG")),
+    ("a.webp", lambda path: PLAIN.save(path, lossless=True)), ("a.bmp", PLAIN.save),
+    ("a.png", clear().save), ("a.png", PLAIN.convert("L").save),
+    ("a.png", lambda path: turned(6)[0].save(path, exif=turned(6)[1])),
+    ("a.jpg", lambda path: turned(3)[0].save(path, exif=turned(3)[1])),
+    ("a.png", lambda path: PLAIN.save(path, transparency=(255, 0, 0))),
+    ("a.png", lambda path: PLAIN.save(path, save_all=True, append_images=[clear()]))])
+def test_a_server_sees_what_the_stages_see(tmp_path, name, save):
     save(tmp_path / name)
     head, _, code = ask.data_url(tmp_path / name).partition(",")
-    sent = base64.b64decode(code)
-    assert head == f"data:image/{own or 'png'};base64"
-    assert (sent == (tmp_path / name).read_bytes()) == bool(own)
-    with Image.open(io.BytesIO(sent)) as image:
+    assert head == "data:image/png;base64"
+    with Image.open(io.BytesIO(base64.b64decode(code))) as image:
         assert image.mode == "RGB" and image.tobytes() == open_picture(tmp_path / name).tobytes()

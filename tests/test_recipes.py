@@ -176,7 +176,7 @@ def prepare(place, root, name):
 
 
 def make_data(place, root, name, *words):
-    done = processes.run(place, "gen_data", "--train", 12, "--val", 3, "--test", 3, "--workers", 1,
+    done = processes.run(place, "gen_data", "--train", 12, "--val", 3, "--test", 3,
                          "--out", f"data/{name}", "--tasks", *words, root=root)
     assert done.code == 0, done.err
 

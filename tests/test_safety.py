@@ -134,11 +134,6 @@ def no_data(here):
     shutil.rmtree(here / "data")
 
 
-def data_of_another_preset(here):
-    record = json.loads((here / "data/tiny/args.json").read_text())
-    (here / "data/tiny/args.json").write_text(json.dumps({**record, "preset": "4b"}))
-
-
 def a_file(here):
     (here / "file").write_text("mine")
 
@@ -156,11 +151,9 @@ REFUSED = [
     ("coldstart", foreign_folder, ["--out", "other"], "other holds checkpoint-500 and no run"),
     ("coldstart", foreign_folder, ["--out", "other", "--restart"], "holds checkpoint-500"),
     ("coldstart", only_an_adapter, ["--out", "other"], "other holds adapter and no run"),
-    ("coldstart", a_file, ["--out", "file"], "file: it is a file"),
-    ("coldstart", a_file, ["--out", "file/run"], "a part of the path is a file"),
-    ("gen_data", nothing, ["--out", "run", "--overwrite"], "run is no data folder"),
-    ("gen_data", foreign_folder, ["--out", "other", "--overwrite"], "other is no data folder"),
-    ("gen_data", nothing, ["--out", "data/tiny"], "exists: choose another --out"),
+    ("gen_data", foreign_folder, ["--out", "other"], "other exists: remove it"),
+    ("gen_data", a_file, ["--out", "file"], "file exists: remove it"),
+    ("gen_data", nothing, ["--out", "data/tiny"], "exists: remove it"),
     ("evaluate", nothing, ["--out", "run"], "not the folder of an evaluation"),
     ("evaluate", foreign_folder, ["--out", "other"], "other holds checkpoint-500"),
     # a run that is no longer whole
@@ -183,7 +176,6 @@ REFUSED = [
     ("evaluate", nothing, ["--data", "typo"], "--data typo: no such folder"),
     ("coldstart", empty_split, ["--out", "new"], "data/tiny/val/metadata.jsonl is empty"),
     ("coldstart", no_split, ["--out", "new"], "no data/tiny/val/metadata.jsonl"),
-    ("coldstart", data_of_another_preset, [], "made with preset 4b, seed 0, not for --preset tiny"),
     ("distill", nothing, ["--preset", "4b", "--tasks", "chess", "--init", "none"], "unknown task"),
     ("distill", nothing, ["--preset", "4b"], "--init out/4b/coldstart: no adapter there"),
     *[(script, no_data, ["--model", "typo/"], "--model typo/: no such folder")

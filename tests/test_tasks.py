@@ -96,7 +96,7 @@ def four_tasks(monkeypatch):
 def data(tmp_path):
     gen_data.main(gen_data.parse_args([
         "--preset", "tiny", "--tasks", "lamps:6-7", "--train", "12", "--val", "3", "--test", "6",
-        "--workers", "1", "--cell_size", "32", "--image_size", "0",
+        "--cell_size", "32", "--image_size", "0",
         "--out", str(tmp_path / "data")]))
     return tmp_path / "data"
 
@@ -125,7 +125,7 @@ def test_plans_verdicts_and_answers():
 
 def test_maps_are_read_back():
     assert listing(PUZZLE.cells()) == "Map: 1x6\nrow 0: 1* 0 0 0 1 1"
-    assert gen_data.read_map("lamps", "So. map: 1 x 3\nROW 0: 0 1* 1\nRoute") == Lamps("011", 1)
+    assert gen_data.read_map("lamps", "So.\nMap: 1x3\nrow 0: 0 1* 1\nRoute") == Lamps("011", 1)
     for text in ("Map: 1x3\nrow 0: 0 1 1", "Map: 1x3\nrow 0: 0* 1* 1", "Map: 1x3\nrow 0: 0* 1",
                  "Map: 2x2\nrow 0: 0* 1\nrow 1: 0 1", "Map: 1x2\nrow 0: X* 1"):
         assert gen_data.read_map("lamps", text) is None
@@ -176,7 +176,7 @@ def test_it_is_checked_and_looked_at(data, tmp_path, capsys):
     check_tool.main(check_tool.parse_args([str(data), "--html", str(tmp_path / "page.html")]))
     assert "| test | lamps 6 |" in capsys.readouterr().out
     page = (tmp_path / "page.html").read_text()
-    assert 'style="aspect-ratio: 6 / 1"' in page and "PRESS" in page
+    assert "PRESS" in page
 
 
 def test_an_evaluation_and_its_report(data, tmp_path, monkeypatch, capsys):

@@ -41,13 +41,6 @@ MARKS = {"frozenlake": "SGHF", "maze": "SG.", "minibehaviour": "APT."}  # what a
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|image_pad|>", "<|video_pad|>"]
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if message.content is string %}{{ message.content }}{% else %}"
-    "{% for part in message.content %}{% if part.type == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 # ---------------------------------------------------------------- pictures
 
@@ -277,7 +270,7 @@ def build_tokenizer(seed=0):
                     row.picture_and_legend(), row.ask_plan()}
     corpus.append(" ".join(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES))
     corpus += [generic_picture(rng)[2] for _ in range(2000)]
-    for phrase in phrases:
+    for phrase in sorted(phrases):
         corpus = [text.replace(phrase, "") for text in corpus]
     pieces = (r"\nrow \d+:|\nRoute: from|Map: |\.\n<answer>|</?answer>| ?\(\d+,\d+\)"
               r"| [.SG](?=[UDLR])|,(?:PICK|DROP|[UDLR])|[UDLR]+(?=[\s,<]|$)"
@@ -299,38 +292,28 @@ def build_tokenizer(seed=0):
 
 
 def build_checkpoint(folder):
-    """Write config, tokenizer, chat template, processor and random weights into `folder`."""
+    """Write tokenizer and random weights into `folder`; all shapes are those of config.json here"""
     from transformers import (
-        Qwen2VLImageProcessor,
+        AutoProcessor,
         Qwen3VLConfig,
         Qwen3VLForConditionalGeneration,
         Qwen3VLProcessor,
-        Qwen3VLVideoProcessor,
     )
+    here, config = AutoProcessor.from_pretrained(HERE), Qwen3VLConfig.from_pretrained(HERE)
     tokenizer = build_tokenizer()
-    vision = dict(size={"shortest_edge": 32 * 32, "longest_edge": 512 * 512}, patch_size=16,
-                  temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    processor = Qwen3VLProcessor(Qwen2VLImageProcessor(**vision), tokenizer,
-                                 Qwen3VLVideoProcessor(**vision), chat_template=CHAT_TEMPLATE)
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
-    config = Qwen3VLConfig(
-        text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=5,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-            max_position_embeddings=4096, tie_word_embeddings=True,
-            rope_parameters=dict(rope_type="default", rope_theta=10000.0,
-                                 mrope_section=[6, 5, 5], mrope_interleaved=True),
-            pad_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"]),
-        vision_config=dict(
-            depth=3, hidden_size=64, intermediate_size=192, num_heads=2, patch_size=16,
-            out_hidden_size=128, num_position_embeddings=256, deepstack_visual_indexes=[0, 1]),
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True)
+    processor = Qwen3VLProcessor(here.image_processor, tokenizer, here.video_processor,
+                                 chat_template=here.chat_template)
+    text, ids = config.text_config, dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL),
+                                             strict=True))
+    text.vocab_size = len(tokenizer)
+    text.pad_token_id, text.eos_token_id = ids["<|endoftext|>"], ids["<|im_end|>"]
+    config.image_token_id, config.video_token_id = ids["<|image_pad|>"], ids["<|video_pad|>"]
+    config.vision_start_token_id = ids["<|vision_start|>"]
+    config.vision_end_token_id = ids["<|vision_end|>"]
     torch.manual_seed(0)
     model = Qwen3VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id = ids["<|im_end|>"]
-    model.generation_config.pad_token_id = ids["<|endoftext|>"]
+    model.generation_config.eos_token_id = text.eos_token_id
+    model.generation_config.pad_token_id = text.pad_token_id
     processor.save_pretrained(folder)
     model.save_pretrained(folder)
     return model, processor

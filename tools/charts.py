@@ -10,7 +10,7 @@ import tempfile
 import numpy as np
 from matplotlib.figure import Figure
 
-from gen_data import SPLITS, Parser, check_out, run_script, whole_number, write_dataset
+from gen_data import SPLITS, Parser, run_script, whole_number, write_dataset
 
 LABELS = {"bar": "Ada Ben Cleo Dan Eve Finn".split(), "line": "Mon Tue Wed Thu Fri Sat".split()}
 AS_CSV = "Write the table of this chart as CSV: a line of names, then a line per label."
@@ -68,16 +68,13 @@ def parse_args(argv=None):
     for split, number in zip(SPLITS, (200, 20, 50), strict=True):
         add(f"--{split}", type=whole_number(0), default=number, help="rows")
     add("--seed", type=whole_number(0), default=0)
-    add("--overwrite", action="store_true", help="replace the output folder")
     return parser.parse_args(argv)
 
 
 def main(args):
-    check_out(args.out, args.overwrite)
     with tempfile.TemporaryDirectory() as folder:
         splits = {name: chart_rows(name, vars(args)[name], args.seed, folder) for name in SPLITS}
-        write_dataset(args.out, splits, {**vars(args), "source": "tools/charts.py"}, 0, 0,
-                      overwrite=args.overwrite)
+        write_dataset(args.out, splits, {**vars(args), "source": "tools/charts.py"}, 0, 0)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 Every row is read and every picture opened as the stages do it, and every text is counted in the
 backbone's tokens, for which its tokenizer is loaded and no weights. What a stage would refuse is an
 error, and the exit code is 2; what only deserves a look is a warning. The page shows, of every task
-or group, rows with their picture, prompt, what the teacher reads, and answer; of a puzzle the
-shortest plan too.
+or group, rows with their pictures, prompt, what the teacher reads, answer and questions; those with
+findings first.
 """
 import contextlib
 import hashlib
@@ -18,9 +18,10 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-from PIL import ExifTags, Image
+import pandas as pd
 from tqdm import tqdm
+from transformers import AutoConfig
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 import common
 import distill
@@ -31,11 +32,22 @@ from tools import report
 EXAMPLES = 5  # places that a warning names
 STRETCHED = 1.25  # how far a picture's sides may change their ratio
 # What looks like LaTeX, code or SMILES, where a letter's case, a blank or a bracket has a meaning.
-LATEX = re.compile(r"\\[A-Za-z]+|[_^]\{|^\$.+\$$")
-CODE = re.compile(r";\s*$|\{\s*$|^\s*\}|\w\(.*\)\s*[:;]?\s*$|[=!<>]=|\bSELECT\b.*\bFROM\b",
-                  re.MULTILINE)
-SMILES = re.compile(r"(?=.*([=#\[\]@]|[bcnops][0-9]|[A-Z]\(|[A-Z][0-9].*[A-Z][0-9]))"
-                    r"(Cl|Br|[BCNOPSFIHbcnops]|\[[^\]\s]+\]|[-=#$:/\\.()%@+]|[0-9]){5,}")
+LETTERS = re.compile(r"[\\^;#]|\$.*\$|==|\w\(|\[\w|[a-z]\d[a-z]")
+NUMBERS = ["rows", "with answer", "width", "height", "image", "prompt", "teacher's", "response"]
+ALIKE = ["id", "symbols and prompt", "picture and prompt", "picture", "symbols"]
+STYLE = """
+body { margin: 1.5rem; font: 16px/1.5 system-ui, sans-serif; color: #1c2330; }
+p, article { overflow-wrap: anywhere; }
+article { border-top: 1px solid #dde2ea; padding: .5rem 0 1rem; }
+article div { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
+table { display: block; overflow-x: auto; }
+th, td { padding: .1rem .7rem; text-align: left; }
+img { max-width: 100%; max-height: 20rem; }
+h4 { margin: 0; color: #5b6575; }
+pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 20rem;
+  overflow: auto; }
+"""
 
 
 def parse_args(argv=None):
@@ -54,11 +66,9 @@ def parse_args(argv=None):
     add("--limit", type=whole_number(1), default=8,
         help="rows on the page per split, task and board size")
     args = parser.parse_args(argv)
-    backbone = common.BACKBONES[args.preset]
-    args.model = args.model or backbone["model"]
-    args.max_pixels = args.max_pixels or backbone["max_pixels"]
-    limit = distill.SETTINGS[args.preset]["max_new_tokens"]
-    args.max_new_tokens = args.max_new_tokens or limit
+    defaults = {**common.BACKBONES[args.preset], **distill.SETTINGS[args.preset]}
+    for name in ("model", "max_pixels", "max_new_tokens"):
+        setattr(args, name, getattr(args, name) or defaults[name])
     return args
 
 
@@ -68,183 +78,151 @@ class Findings:
     def __init__(self):
         self.errors, self.warnings, self.of_row = [], {}, {}
 
-    def refused(self, function, *words, where=None):
-        """Call what the stages call. Returns (its value, was it refused?)."""
+    def refused(self, where, function, *words):
+        """Call what the stages call: its value, None where it refuses."""
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said):
-                return function(*words), False
+                return function(*words)
         except SystemExit:
             text = said.getvalue().strip().removeprefix("error: ")
         if text not in self.errors:
             self.errors.append(text)
         self.of_row.setdefault(where, []).append(text)
-        return None, True
 
-    def warn(self, kind, place, rows=()):
-        """place: the `where` of a row, or what names several `rows`, or no row."""
-        self.warnings.setdefault(kind, []).append(place)
-        for where in rows or [place]:
+    def warn(self, kind, *places):
+        """places: the `where` of a row, of several that are alike, or the name of a group."""
+        more = [f"{len(places) - EXAMPLES} more"] if len(places) > EXAMPLES else []
+        self.warnings.setdefault(kind, []).append(" = ".join([*places[:EXAMPLES], *more]))
+        for where in places:
             self.of_row.setdefault(where, []).append(kind)
 
     def lines(self, every):
-        """Yields ("error" or "warning", text)."""
-        for text in self.errors:
-            yield "error", text
+        """The lines that tell it; every: all places of a warning."""
+        lines = [f"error: {text}" for text in self.errors]
         for kind, places in self.warnings.items():
             shown = places if every else places[:EXAMPLES]
             more = f" and {len(places) - len(shown)} more" if len(shown) < len(places) else ""
-            yield "warning", f"{kind}: {'; '.join(shown)}{more}"
+            lines.append(f"warning: {kind}: {'; '.join(shown)}{more}")
+        return lines
 
 
-# ---------------------------------------------------------------- pictures
-
-def traits(path):
-    """What a file has that other programs may show otherwise (see gen_data.open_picture)."""
-    with Image.open(path) as image:
-        if image.getbands()[-1] in "Aa" or "transparency" in image.info:
-            yield "transparent picture, seen on white"
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            yield "picture of more than 8 bits, scaled to 8"
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            yield "picture seen turned, as its EXIF says"
-        if getattr(image, "n_frames", 1) > 1:
-            yield "picture of several frames, of which the first is seen"
+def label(row):
+    return row.task if row.level is None else f"{row.task} {row.level}"
 
 
-def seen_size(processor, size, cache):
-    """((width, height) in px, tokens) of what the network sees of a picture of this size."""
-    if size not in cache:
-        images = processor.image_processor
-        grid = images([Image.new("RGB", size)], return_tensors="pt")["image_grid_thw"][0].tolist()
-        cache[size] = ((grid[2] * images.patch_size, grid[1] * images.patch_size),
-                       grid[1] * grid[2] // images.merge_size ** 2)
-    return cache[size]
+# ---------------------------------------------------------------- one row
+# Each yields what deserves a look.
 
-
-def check_picture(row, processor, limit, found, cache):
-    """Opens the pictures of a row. Returns facts about the student's, {} if one cannot be read."""
-    for path in reversed(row.pictures()):                               # the student's is the last
-        image, refused = found.refused(gen_data.open_picture, path, where=row.where)
-        if refused:
-            return {}
-        for trait in traits(path):
-            found.warn(trait, row.where)
-        if all(low == high for low, high in image.getextrema()):
-            found.warn("picture of one colour", row.where)
-    (width, height), tokens = seen_size(processor, image.size, cache)
-    pixels, ratio = image.width * image.height, image.width / image.height
+def check_picture(image, processor, limit):
+    if all(low == high for low, high in image.getextrema()):
+        yield "picture of one colour"
+    width, height = seen_size(image, processor)
+    ratio = image.width / image.height
     name = f"{image.width}x{image.height} px is seen as {width}x{height}"
-    if pixels > limit:
-        found.warn(f"picture of {name}: {100 * width * height / pixels:.0f}% of its pixels remain "
-                   f"under --max_pixels {limit}", row.where)
+    if image.width * image.height > limit:
+        share = width * height / (image.width * image.height)
+        yield f"picture of {name}: {share:.0%} of its pixels remain under --max_pixels {limit}"
     elif max(ratio * height / width, width / height / ratio) > STRETCHED:
-        found.warn(f"picture of {name}: stretched", row.where)
-    return {"size": image.size, "ratio": max(ratio, 1 / ratio), "image tokens": tokens,
-            "pixels": hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()}
+        yield f"picture of {name}: stretched"
 
 
-# ---------------------------------------------------------------- texts and answers
-
-def check_texts(rows, model, processor, limit, found):
-    """Texts that leave no room in the context are errors, as in the stages."""
-    for row in rows:
-        for text, new_tokens in ((f"{row.ask()}\n{row.answers()}", 0),      # cold start
-                                 (row.teacher_prompt("symbols+plan"), limit)):  # distillation
-            refused = found.refused(common.check_lengths, model, processor, {row.where: text},
-                                    new_tokens, where=row.where)[1]
-            if refused:
-                break
+def seen_size(image, processor):
+    """(width, height) in px of what the network sees of a picture."""
+    images = processor.image_processor
+    return smart_resize(image.height, image.width, images.patch_size * images.merge_size,
+                        images.size["shortest_edge"], images.size["longest_edge"])[::-1]
 
 
-def check_answers(row, tokens, limit, found):
+def check_answers(row, tokens, limit):
     """Is what the row calls right accepted by the row's own scorer? tokens: of its response."""
     responses = [row.response()]
     if isinstance(row, OwnRow):
         responses = [f"<answer>{text}</answer>" for text in row.answer_texts()]
-    for text in responses:
-        if row.judge(text)["outcome"] != "success":
-            found.warn(f"the answer is never right, as {getattr(row, 'compare', 'plans')} are "
-                       "compared", row.where)
-    wrong = [name for name, right in row.score(None, row.answers()).items() if not right]
-    if wrong:
-        found.warn(f"the answer to {wrong[0]} is never right", row.where)
+    if any(row.judge(text)["outcome"] != "success" for text in responses):
+        yield f"the answer is never right, as {getattr(row, 'compare', 'plans')} are compared"
+    for name, right in row.score(None, row.answers()).items():
+        if not right:
+            yield f"the answer to {name} is never right"
     if responses and tokens > limit:
-        found.warn(f"the right response has more tokens than --max_new_tokens {limit}: it is "
-                   "always cut", row.where)
+        yield f"the right response has more tokens than --max_new_tokens {limit}: always cut"
 
 
-def check_own(row, found):
-    """What only deserves a look in a row of one's own."""
-    texts, prompt = row.answer_texts(), row.student_prompt()
-    if not row.symbols():
-        found.warn("no symbols: distill.py --teacher_reads picture is needed"
-                   + ("" if row.questions() else ", and there is no cold start"), row.where)
-    if row.symbols() and row.symbols() in prompt:
-        found.warn("the prompt holds the symbols: the student reads what the teacher reads",
-                   row.where)
+def check_own(row):
+    """For rows of one's own."""
+    texts, prompt, symbols = row.answer_texts(), row.student_prompt(), row.symbols()
+    if not symbols:
+        yield ("no symbols: distill.py --teacher_reads picture is needed"
+               + ("" if row.questions() else ", and there is no cold start"))
+    elif symbols in prompt:
+        yield "the prompt holds the symbols: the student reads what the teacher reads"
     if not texts:
-        found.warn("no answer: the evaluation judges nothing", row.where)
+        yield "no answer: the evaluation judges nothing"
     elif "<answer>" not in prompt:
-        found.warn("the prompt does not ask for <answer></answer>: the last line counts",
-                   row.where)
-    if row.compare != "words":
-        return
-    for kind, looks in (("LaTeX", LATEX.search), ("SMILES", SMILES.fullmatch),
-                        ("code", CODE.search)):
-        if any(looks(text[:500]) for text in texts):
-            found.warn(f'the answer looks like {kind}, compared by words, without case: "compare": '
-                       '"exact" compares letters', row.where)
-            return
-    if any(gen_data.read_number(text) is not None for text in texts):
-        found.warn('the answer is a number, compared by words, so that 4.0 is not 4: a JSON number '
-                   'or "compare": "number" compares values', row.where)
+        yield "the prompt does not ask for <answer></answer>: the last line counts"
+    if row.compare == "words" and any(map(LETTERS.search, texts)):
+        yield ('the answer looks like LaTeX, SMILES or code, compared by words, without case: '
+               '"compare": "exact" compares letters')
+    if row.compare == "words" and any(gen_data.read_number(text) is not None for text in texts):
+        yield ('the answer is a number, compared by words, so that 4.0 is not 4: a JSON number or '
+               '"compare": "number" compares values')
 
 
-# ---------------------------------------------------------------- duplicates, groups
+def check_row(row, split, model, processor, args, found):
+    """All of one row. Returns its facts: numbers of the table, and what it may share with others"""
+    own = isinstance(row, OwnRow)
+    prompt, teacher, response = (
+        row.student_prompt(), row.teacher_prompt("symbols+plan"), row.response())
+    facts = {"where": row.where, "split": split, "task or group": label(row), "rows": 1,
+             "with answer": int(not own or "answer" in row.data), "id": row.id,
+             "symbols and prompt": row.key(), "symbols": row.symbols(),
+             "answers": str(row.data.get("answer", row.symbols()))}
+    for name, text in (("prompt", prompt), ("teacher's", teacher), ("response", response)):
+        facts[name] = len(processor.tokenizer.tokenize(text, verbose=False))
+    for text, new_tokens in ((f"{row.ask()}\n{row.answers()}", 0), (teacher, args.max_new_tokens)):
+        if row.where not in found.of_row:
+            found.refused(row.where, common.check_lengths, model, processor, {row.where: text},
+                          new_tokens)
+    kinds = [*check_answers(row, facts["response"], args.max_new_tokens),
+             *(check_own(row) if own else ())]
+    for path in reversed(row.pictures()):                               # the student's is the last
+        image = found.refused(row.where, gen_data.open_picture, path)
+        if not image:
+            break
+        kinds += check_picture(image, processor, args.max_pixels)
+    else:
+        width, height = seen_size(image, processor)
+        images = processor.image_processor
+        pixels = f"{image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
+        facts |= {"width": image.width, "height": image.height, "picture": pixels,
+                  "image": width * height // (images.patch_size * images.merge_size) ** 2,
+                  "picture and prompt": pixels + prompt}
+    for kind in kinds:
+        found.warn(kind, row.where)
+    return facts
 
-def split_name(row):
-    return Path(row.where.partition(", line ")[0]).parent.name
 
+# ---------------------------------------------------------------- rows beside each other
 
-def check_duplicates(rows, facts, found):
-    """The same row, or picture, or symbols, within a split and in several."""
-    names, ids = ("symbols and prompt", "state"), Counter(row.id for row in rows)
-    for row in rows:
-        if ids[row.id] > 1:
-            found.warn(f"{ids[row.id]} rows have the id {row.id}", row.where)
-    alike = {}                                       # (what, value): rows
-    for row in rows:
-        what = names[0] if isinstance(row, OwnRow) else names[1]
-        alike.setdefault((what, row.key()), []).append(row)
-        if pixels := facts[row.where].get("pixels"):
-            alike.setdefault(("picture", pixels), []).append(row)
-            alike.setdefault(("picture and prompt", pixels, row.student_prompt()), []).append(row)
-        if isinstance(row, OwnRow) and row.symbols():
-            alike.setdefault(("symbols", row.symbols()), []).append(row)
+def check_duplicates(facts, found):
+    """What several splits hold, and rows that one split holds twice."""
     told = set()                                     # rows that a stronger likeness was told of
-    for (what, *_), some in alike.items():
-        places, splits = [row.where for row in some], sorted({split_name(row) for row in some})
-        kind = None
-        if len(some) == 1 or tuple(places) in told:
-            continue
-        if len(splits) > 1 and what != "picture and prompt":
-            kind = f"the same {what} in {' and '.join(splits)}"
-        elif what in names:
-            answers = {str(row.data.get("answer")) for row in some}
-            kind = f"the same {what} more than once"
-            kind += ", with other answers" if len(answers) > 1 else ""
-        elif what == "picture and prompt":
-            kind = "the same picture and prompt more than once, with other symbols"
-        if kind:
-            more = f" = {len(some) - EXAMPLES} more" if len(some) > EXAMPLES else ""
-            found.warn(kind, " = ".join(places[:EXAMPLES]) + more, places)
-            told.add(tuple(places))
+    for what in ALIKE:
+        for _, some in facts.groupby(what, sort=False):
+            places, splits = tuple(some["where"]), sorted(some["split"].unique())
+            if len(some) == 1 or places in told:
+                continue
+            if len(splits) > 1:
+                found.warn(f"the same {what} in {' and '.join(splits)}", *places)
+            elif what not in ("picture", "symbols"):  # several questions about one are fine
+                more = ", with other answers" if some["answers"].nunique() > 1 else ""
+                found.warn(f"the same {what} more than once{more}", *places)
+            told.add(places)
 
 
 def check_groups(splits, found):
     """Groups and sizes of the test that no stage trains on, or too few rows for the control."""
-    kinds = {name: Counter(label(row) for row in rows) for name, rows in splits.items()}
+    kinds = {name: Counter(map(label, rows)) for name, rows in splits.items()}
     for name, number in kinds.get("test", {}).items():
         if "train" in kinds and name not in kinds["train"]:
             found.warn("in test and not in train", name)
@@ -252,210 +230,88 @@ def check_groups(splits, found):
             found.warn("a single row in test, so that evaluate.py --input swapped is refused", name)
 
 
-def label(row):
-    return row.task if row.level is None else f"{row.task} {row.level}"
-
-
-# ---------------------------------------------------------------- the table
-
-def span(values, form="{:.0f}"):
-    """[3, 5] -> "3 to 5"; "" for none."""
-    low, high = (form.format(value) for value in (min(values), max(values))) if values else ("", "")
-    return low if low == high else f"{low} to {high}"
-
-
-def make_table(splits, facts):
-    """A line per split and task, group or board size; the last four columns are in tokens."""
-    lines = []
-    for split, rows in splits.items():
-        for name in dict.fromkeys(map(label, rows)):
-            some = [row for row in rows if label(row) == name]
-            known = [facts[row.where] for row in some if "size" in facts[row.where]]
-            sizes = sorted({fact["size"] for fact in known}, key=np.prod)
-            size = " to ".join(f"{w}x{h}" for w, h in dict.fromkeys(sizes[:1] + sizes[-1:]))
-            judged = sum(not isinstance(row, OwnRow) or "answer" in row.data for row in some)
-            lines.append([
-                split, name, len(some), judged, size, span([f["ratio"] for f in known], "{:.1f}"),
-                span([fact["image tokens"] for fact in known]),
-                *(span([facts[row.where][text] for row in some])
-                  for text in ("student", "teacher", "response"))])
-    return {"lines": lines,
-            "head": ["split", "task or group", "rows", "with answer", "picture, px", "sides, 1:",
-                     "image", "prompt", "teacher's", "response"]}
-
-
-def lengths(args, model):
-    """What stands above the table."""
-    context = model.config.text_config.max_position_embeddings
-    return (f"Pictures as they are; then the tokens of {args.model}: of the picture, the student's "
-            "prompt, the teacher's with the hint or plan, and the right response. The context has "
-            f"{context}.")
-
-
-def count_tokens(rows, processor, facts):
-    """Adds the lengths of a row's texts to its facts."""
-    for name, texts in (("student", [row.student_prompt() for row in rows]),
-                        ("teacher", [row.teacher_prompt("symbols+plan") for row in rows]),
-                        ("response", [row.response() for row in rows])):
-        tokens = processor.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        for row, ids in zip(rows, tokens, strict=True):
-            facts[row.where][name] = len(ids)
+def make_table(facts):
+    """A line per split and task, group or board size: numbers of rows, the largest of all else."""
+    how = dict.fromkeys(NUMBERS[:2], "sum") | dict.fromkeys(NUMBERS[2:], "max")
+    table = facts.groupby(["split", "task or group"], sort=False).agg(how)
+    return table.reset_index().convert_dtypes()
 
 
 # ---------------------------------------------------------------- the page
 
-def drawn_plan(row):
-    """SVG of the shortest plan over the picture, in units of cells; rings where it does not move"""
-    cells = row.puzzle.cells()
-    height, width = len(cells), len(cells[0])
-    dots = [(c + 0.5, r + 0.5) for r, c in report.walk(row, row.plan)[0]]
-    unit, line = max(height, width) / 100, " ".join(f"{x:g},{y:g}" for x, y in dots)
-    shapes = ""
-    for stroke, thick, radius in (("#fff", 5, 5), ("#d6009a", 2.6, 3.8)):
-        shapes += (f'<polyline points="{line}" fill="none" stroke="{stroke}" '
-                   f'stroke-width="{thick * unit:g}" stroke-linejoin="round"/>')
-        for before, (x, y) in zip(dots, dots[1:], strict=False):
-            if before == (x, y):
-                shapes += f'<circle cx="{x:g}" cy="{y:g}" r="{radius * unit:g}" fill="{stroke}"/>'
-    return f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none">{shapes}</svg>'
-
-
-def text_box(title, text, closed=False):
-    title, text = html.escape(title), f"<pre>{html.escape(text)}</pre>"
-    if closed:
-        return f"<details><summary>{title}</summary>{text}</details>"
-    return f"<div><h4>{title}</h4>{text}</div>"
-
-
-def card(row, split, found, readable):
-    """A row: picture, prompt, what the teacher reads, answer; the longer texts open at a click."""
-    own, picture = isinstance(row, OwnRow), "<p>cannot be read</p>"
-    if readable:
-        source = report.small_picture(row.path)
-        picture = f'<img class="picture" src="{source}" alt="{html.escape(label(row))}">'
-        if row.teacher_path:
-            source = report.small_picture(row.teacher_path)
-            picture += f'<img class="picture" src="{source}" alt="the picture of the teacher">'
-        if not own:
-            cells = row.puzzle.cells()
-            picture = (f'<div class="board" style="aspect-ratio: {len(cells[0])} / {len(cells)}">'
-                       f'<img src="{source}" alt="{label(row)}">{drawn_plan(row)}</div>')
-    teacher = row.teacher_prompt("symbols+plan")
-    if own:
-        answer = " or ".join(row.answer_texts()) or "none: not judged"
-        texts = [text_box("prompt", row.student_prompt()),
-                 text_box("what the teacher reads", teacher),
-                 text_box(f"answer, by {row.compare}", answer)]
-    else:
-        texts = [text_box("symbols", row.symbols()),
-                 text_box("shortest plan, drawn", ",".join(row.plan)),
-                 text_box("prompt", row.student_prompt(), True),
-                 text_box("what the teacher reads, with the plan", teacher, True),
-                 text_box("response", row.response(), True)]
+def card(row, split, found):
+    """A row: its pictures, and every text that a model reads or writes."""
+    notes, pictures = found.of_row.get(row.where, []), ""
+    for path in row.pictures():
+        source = found.refused(None, report.small_picture, path)
+        pictures += f'<img alt="" src="{source}"> ' if source else "cannot be read"
+    answer = " or ".join(row.answer_texts()) if isinstance(row, OwnRow) else row.response()
     asked = [f"{row.ask((name,))}\n→ {row.answers((name,))}" for name in row.questions()]
-    texts.append(text_box("questions of the cold start", "\n\n".join(asked), True))
-    notes = "".join(f'<span class="badge">{html.escape(note)}</span>'
-                    for note in found.of_row.get(row.where, ()))
-    about = " ".join(filter(None, (split, label(row), row.bucket)))
-    return (f'<article class="card"><header><b>{html.escape(row.id)}</b>'
-            f"<span>{html.escape(about)}</span>{notes}</header>"
-            f'<div class="body">{picture}<div class="texts">{"".join(texts)}</div></div></article>')
+    texts = {"prompt": row.student_prompt(),
+             "what the teacher reads": row.teacher_prompt("symbols+plan"),
+             "answer": answer or "none: not judged",
+             "questions of the cold start": "\n\n".join(asked)}
+    boxes = "".join(f"<section><h4>{name}</h4><pre>{html.escape(text)}</pre></section>"
+                    for name, text in texts.items())
+    about = html.escape(" ".join(filter(None, (split, label(row), row.bucket, row.id))))
+    return (f"<article><p><b>{about}</b> {html.escape('; '.join(notes))}</p>"
+            f"<div><section>{pictures}</section>{boxes}</div></article>")
 
 
-def make_page(args, splits, facts, about, table, found):
-    """One file without scripts, in the style of the evaluation's page. Rows with findings first."""
-    template = Path(report.__file__).with_name("report.html").read_text(encoding="utf-8")
-    style = re.search(r"<style>(.*?)</style>", template, re.DOTALL)[1]
-    cells = "".join(f"<tr>{''.join(f'<{tag}>{html.escape(str(cell))}</{tag}>' for cell in line)}"
-                    "</tr>" for tag, lines in (("th", [table["head"]]), ("td", table["lines"]))
-                    for line in lines)
-    notes = "".join(f"<p><b>{kind}</b> {html.escape(text)}</p>"
-                    for kind, text in found.lines(args.all)) or "<p>Nothing to remark.</p>"
+def make_page(args, splits, about, table, found):
+    """One file without scripts. Rows with findings first."""
+    notes = "".join(f"<p>{html.escape(line)}</p>" for line in found.lines(args.all))
     body = ""
     for split, rows in splits.items():
         ordered = sorted(rows, key=lambda row: row.where not in found.of_row)
         shown = gen_data.choose_rows(ordered, None, args.limit)
-        cards = "".join(card(row, split, found, "size" in facts[row.where])
-                        for row in tqdm(shown, desc=f"page, {split}", unit="row", leave=False))
-        body += (f"<h2>{split}</h2><p>{len(shown)} of {len(rows)} rows, those with findings first."
-                 f'</p><div class="cards">{cards}</div>')
+        body += f"<h2>{split}: {len(shown)} of {len(rows)} rows</h2>" + "".join(
+            card(row, split, found)
+            for row in tqdm(shown, desc=f"page, {split}", unit="row", leave=False))
     name = html.escape(str(args.data))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
-      style-src 'unsafe-inline'">
-<title>{name}</title>
-<style>{style}
-  p {{ overflow-wrap: anywhere; }}
-  .badge {{ border-radius: .4rem; overflow-wrap: anywhere; }}
-  .picture {{ max-height: 20rem; object-fit: contain; }}
-  .texts {{ flex: 1 1 12rem; min-width: 0; display: grid; gap: .5rem; align-content: start; }}
-  .texts h4, summary {{ margin: 0; font-size: .75rem; color: var(--soft); font-weight: 600; }}
-  .texts pre {{ max-height: 14rem; overflow: auto; }}
-</style>
-</head>
-<body>
-<h1>{name}</h1>
-<p>{html.escape(about)}</p>
-<div class="wide"><table>{cells}</table></div>
-<h2>Findings</h2>
-{notes}
-{body}
-</body>
-</html>
-"""
+    return (f'<!doctype html><meta charset="utf-8"><meta name="viewport" '
+            f'content="width=device-width"><title>{name}</title><style>{STYLE}</style>'
+            f"<h1>{name}</h1><p>{html.escape(about)}</p>{table.to_html(index=False, border=0)}"
+            f"<h2>Findings</h2>{notes or '<p>Nothing to remark.</p>'}{body}\n")
 
 
 # ---------------------------------------------------------------- main
 
 def load_tokens(args):
     """(what `common.check_lengths` reads of a model, the processor), without the weights."""
-    from transformers import AutoConfig
     processor = common.load_processor(args.model, args.max_pixels)
-    folder = common.checkpoint_folder(args.model)
-    try:
-        config = AutoConfig.from_pretrained(folder or args.model)
-    except (OSError, ValueError) as error:
-        fail(f"cannot load --model {args.model}: {' '.join(str(error).split())[:300]}")
+    with common.in_one_line(f"--model {args.model} cannot be loaded"):
+        config = AutoConfig.from_pretrained(common.fetch(args.model))
     return SimpleNamespace(config=config), processor
 
 
 def main(args):
-    found, splits, facts, sizes = Findings(), {}, {}, {}
+    found, splits, facts = Findings(), {}, []
     if not Path(args.data).is_dir():
         fail(f"{args.data}: no such folder")
     model, processor = load_tokens(args)
     for split in args.splits:
-        rows, refused = found.refused(gen_data.load_rows, args.data, split)
-        if not refused:
+        if rows := found.refused(None, gen_data.load_rows, args.data, split):
             splits[split] = rows
-    rows = [row for some in splits.values() for row in some]
-    for row in tqdm(rows, desc="pictures", unit="picture", leave=False):
-        facts[row.where] = check_picture(row, processor, args.max_pixels, found, sizes)
-    for some in splits.values():
-        count_tokens(some, processor, facts)
-    check_texts(tqdm(rows, desc="texts", unit="row", leave=False), model, processor,
-                args.max_new_tokens, found)
-    for row in tqdm(rows, desc="answers", unit="row", leave=False):
-        check_answers(row, facts[row.where]["response"], args.max_new_tokens, found)
-        if isinstance(row, OwnRow):
-            check_own(row, found)
-    check_duplicates(rows, facts, found)
+            for row in tqdm(rows, desc=split, unit="row", leave=False):
+                facts.append(check_row(row, split, model, processor, args, found))
+    columns = ["where", "split", "task or group", "answers", *ALIKE, *NUMBERS]
+    facts = pd.DataFrame(facts, columns=columns)
+    check_duplicates(facts, found)
     check_groups(splits, found)
-    table, about = make_table(splits, facts), lengths(args, model)
-    print(f"{about}\n\n{report.markdown(table)}")
-    for kind, text in found.lines(args.all):
-        print(f"{kind}: {text}")
+    table, context = make_table(facts), model.config.text_config.max_position_embeddings
+    about = ("The largest picture, px; then the most tokens: of the picture, the student's prompt, "
+             f"the teacher's with the hint or plan, and the right response. The context of "
+             f"{args.model} has {context}.")
+    print("\n".join([about, "", report.markdown({"head": table.columns, "lines": table.to_numpy()}),
+                     *found.lines(args.all)]))
     if args.html:
         Path(args.html).parent.mkdir(parents=True, exist_ok=True)
-        write_text(args.html, make_page(args, splits, facts, about, table, found))
+        write_text(args.html, make_page(args, splits, about, table, found))
         print(f"the page is {args.html}")
     if found.errors:
         fail(f"{args.data}: a stage would refuse it; errors above: {len(found.errors)}")
-    print(f"{args.data}: {len(rows)} rows that the stages take; warnings: {len(found.warnings)}")
+    print(f"{args.data}: {len(facts)} rows that the stages take; warnings: {len(found.warnings)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from PIL import Image, ImageFilter
 from gen_data import (
     SPLITS,
     Parser,
-    check_out,
     choose_rows,
     fail,
     load_rows,
@@ -70,18 +69,16 @@ def parse_args(argv=None):
     add("--out", default="data/degraded", help="output folder")
     add("--limit", type=whole_number(1), help="rows per task and board size (default: all)")
     add("--seed", type=whole_number(0), default=0)
-    add("--overwrite", action="store_true", help="replace the output folder")
     return parser.parse_args(argv)
 
 
 def main(args):
-    check_out(args.out, args.overwrite)
     rows = {split: choose_rows(load_rows(args.data, split), None, args.limit) for split in SPLITS}
     with tempfile.TemporaryDirectory() as folder:
         splits = {split: degraded_rows(some, split, args.seed, folder)
                   for split, some in rows.items()}
         write_dataset(args.out, splits, {**vars(args), "source": "tools/degraded.py"}, 0, 0,
-                      total=sum(map(len, rows.values())), overwrite=args.overwrite)
+                      total=sum(map(len, rows.values())))
 
 
 if __name__ == "__main__":

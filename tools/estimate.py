@@ -101,9 +101,12 @@ def parse_args(argv=None):
 def configuration(path):
     """The Qwen3VLConfig of a folder, of the hub's cache, or of the table above."""
     from transformers import Qwen3VLConfig
-    folder = common.checkpoint_folder(path)
-    if folder and (folder / "config.json").is_file():
-        kind = Qwen3VLConfig.get_config_dict(folder)[0].get("model_type")
+    folder = common.TINY if path == "tiny" else path
+    try:
+        kind = Qwen3VLConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
+    except OSError:  # neither a folder nor in the hub's cache
+        kind = None
+    if kind:
         if kind != Qwen3VLConfig.model_type:
             fail(f"--model {path} is a {kind}: the arithmetic is that of a qwen3_vl")
         return Qwen3VLConfig.from_pretrained(folder)

@@ -4,9 +4,9 @@
     python evaluate.py --responses read.jsonl
 
 A filter: each line of answers gets a "plan", a list of actions or null, which evaluate.py takes in
-place of its own reading (`gen_data.parse`, which reads the one form that is asked for). Who speaks
-for a response is the same for both, `gen_data.last_place`; here any place may, and what it holds is
-read by a grammar (the tables below):
+place of its own reading (`gen_data.parse`, which reads the one form that is asked for). Here any
+place of a response may speak (`last_place`), and what it holds is read by a grammar (the tables
+below):
 
     plan    = [number] phrase, separated by commas, dashes, bars, line ends, blanks, "then", ...
     phrase  = [verb] [count] action [count] ["(" the same action ")"]
@@ -16,28 +16,34 @@ What holds anything else is no plan: nothing is made of coordinates or of prose.
 """
 import json
 import re
+from collections import deque
 from functools import lru_cache
 from pathlib import Path
 
 import gen_data
 from gen_data import (
-    KEYS,
     TASKS,
-    WORDS,
     Parser,
     after_thinking,
     any_of,
     fail,
-    last_place,
-    names_of,
     read_actions,
     run_script,
     write_text,
 )
 
+WORDS = {"UP": "U", "DOWN": "D", "LEFT": "L", "RIGHT": "R",
+         "PICK UP": "PICK", "PICKUP": "PICK", "PUT DOWN": "DROP"}
+# Keys of a JSON object whose value is an answer; words of a label such as "Action plan:".
+KEYS = ("answer", "final_answer", "plan", "action_plan", "final_plan", "actions", "action_sequence",
+        "sequence", "moves", "path", "solution", "steps", "directions")
+LEADS = "so|thus|therefore|hence|the|my|here is|here's|final|optimal|shortest|action|solution"
+AGAIN = "revised|corrected|updated|new|improved|better|fixed"  # it takes an earlier plan back
+NOUNS = r"(?:answer|plan|actions|sequence|solution|path)(?: of (?:actions|moves|steps))?"
+ITEM = r"(?:[-*•][ \t]|\(?[0-9]{1,3}[.):](?![0-9])|step [0-9]{1,3}\b)"  # of a list
 ARROWS = {"↑": "U", "↓": "D", "←": "L", "→": "R", "⬆": "U", "⬇": "D", "⬅": "L", "➡": "R"}
 OBJECT = r"(?: (?:THE )?PRINTER| IT)"
-SPELLINGS = {  # of an action, beside its name and gen_data.WORDS
+SPELLINGS = {  # of an action, beside its name and WORDS
     "U": "UPWARDS?", "D": "DOWNWARDS?", "L": "LEFTWARDS?", "R": "RIGHTWARDS?",
     "PICK": rf"(?:PICK|TAKE|GRAB|LIFT|COLLECT)(?:[ -]?UP)?{OBJECT}(?: UP)?|PICK[ -]UP",
     "DROP": (rf"(?:DROP|PUT|PLACE|SET|LAY)(?:[ -]?DOWN)?{OBJECT}(?: DOWN)?(?: ON(?:TO| TO)? "
@@ -72,6 +78,77 @@ BARE = re.compile(r"^```[a-z+#]*\n((?:(?!```).)*)```|^[ \t>#-]{0,9}\*\*([^*\n]+)
                   r"|\*\*([A-Z]+)\*\*", re.MULTILINE | re.DOTALL)
 
 
+def names_of(actions, others=()):
+    """{name: action}: the actions' own names, and those of the dict `others` that mean one."""
+    names = {name: others[name] for name in others if others[name] in actions}
+    return names | {action: action for action in actions}
+
+
+def last_place(text, actions, cut=False):
+    """Who speaks for a response: (opening, body, closing) of a place, or None.
+
+    1. A response that was cut (no EOS within the limit) answers only if it ends with a closed
+       place: what it repeats of its prompt, or drafts, is no answer.
+    2. Thinking never answers (`after_thinking`).
+    3. The last explicit place speaks, also where it only takes an earlier plan back: a tag (one
+       without its closing at the end too), a \\boxed{}, a JSON object with a key of KEYS, a line
+       that begins with "Action plan:" or the like, "Corrected plan: " anywhere.
+    4. All of its body counts and nothing else: a reader takes it whole or not at all.
+    """
+    reply, (forms, label_body) = after_thinking(text), place_forms(actions)
+    last = deque(forms.finditer(reply), maxlen=1)
+    if not last:
+        return None
+    found = last[0]
+    form, said, rest = found.lastgroup, found[0], reply[found.end():]
+    closed = {"tag": (8, 9), "box": (7, 1), "json": (0, 0)}  # how long its opening and closing are
+    if form not in closed:
+        body = {"open": rest, "withdrawn": ""}.get(form, label_body.match(rest)[1])
+        return None if cut else (said, body, "")
+    if cut and rest.strip(" \n\t`$*."):
+        return None
+    head, tail = closed[form]
+    end = len(said) - tail
+    return said[:head], said[head:end], said[end:]
+
+
+@lru_cache
+def place_forms(actions):
+    """Two expressions for `last_place`: of any place of an answer, and of the body of a label.
+
+    A label with a colon is a place whatever follows. With "is" or a line's end, and where it calls
+    the answer a path, a list of the actions must follow: "The plan is right" is prose, and "The
+    corrected plan is right" only takes back what stands before.
+    """
+    forms = {"tag": "<answer>(?:(?!<answer>).)*</answer>", "open": r"<answer>(?=\s*\S)"}
+    names = any_of(names_of(actions, WORDS))
+    own = any_of(actions)
+    marked = r"[\s*_`'\"\[($]{0,9}(?:[0-9]{1,2}[.)] ?)?"
+    capitals = rf"(?-i:(?:{own})(?=[^A-Za-z\n]*(?:$|(?:{own}))))"
+    words = (rf"(?:go |move )?(?:{names})\b[^A-Za-z\n]{{0,9}}(?:[,;|>→+-]|\bthen\b|\band\b)"
+             rf"[^A-Za-z\n]{{0,9}}(?:(?:then|and|go|move) ){{0,3}}(?:{names})\b")
+    listed = rf"(?={marked}(?:{capitals}|{words}|[↑↓←→⬆⬇⬅➡]))"
+    colon = r"(?: is)?[ *_]{0,4}(?:\([^()\n]{1,30}\)[ *_]{0,4})?[:=]"
+    verb = r"[ *_]{0,4}(?:[:=]|\bis\b:?|\n)"
+    line = rf"^[ \t>#*-]{{0,9}}(?:(?:{LEADS}|{AGAIN})[ ,]{{1,2}}){{0,5}}"
+    again = rf"\b(?:{AGAIN}) (?:(?:{LEADS}) ){{0,3}}{NOUNS}"
+    forms["box"] = r"\\boxed\{(?:[^{}]|\{[^{}]*\})*\}"
+    keys = "|".join(KEYS).replace("_", "[ _-]")
+    forms["json"] = (rf"\{{(?=[^{{}}]*[\"'](?:{keys})[\"']\s*:)"
+                     r"(?:[^{}]|\{[^{}]*\})*\}")
+    forms["label"] = (rf"{line}(?:{NOUNS}(?<!path){colon}|{NOUNS}{verb}{listed})"
+                      rf"|{again}(?:{colon}|{verb}{listed})"
+                      rf"|\b(?:revised|correct(?:ed|ion)){colon}")
+    forms["withdrawn"] = rf"{again}[ *_]{{0,4}}(?:\bis\b|\n)"  # and nothing in its place
+    begins = rf"(?:{ITEM}|[↑↓←→⬆⬇⬅➡]|(?:go |move )?(?:{names})\b)"
+    body = (r"[*_]{0,3}\s{0,9}(?:```[a-z]*\n)?(\[[^\[\]]*\](?=[ `*.]*$)"
+            rf"|{ITEM}[^\n]*(?:\n\s{{0,9}}{ITEM}[^\n]*)*"
+            rf"|[^\n]*(?:\n[ \t]*{begins}[^\n]*)*)")
+    joined = "|".join(f"(?P<{name}>{form})" for name, form in forms.items())
+    flags = re.IGNORECASE | re.MULTILINE
+    return re.compile(joined, flags | re.DOTALL), re.compile(body, flags)
+
+
 def parse(task, text, cut=False):
     """The actions that a response answers with, or None: all of its place, see `last_place`.
 
@@ -103,13 +180,13 @@ def last_lines(text, actions):
     while lines and read_plan(lines[-1], actions, PLAIN):
         found.append(lines.pop())
     introduced = lines and lines[-1].rstrip(" *_").endswith(":")
-    listed = any(re.match(rf"\s*{gen_data.ITEM}", line, re.IGNORECASE) for line in found)
+    listed = any(re.match(rf"\s*{ITEM}", line, re.IGNORECASE) for line in found)
     return "" if introduced or listed else "\n".join(found[::-1])
 
 
 def read_plan(text, actions, tokens=TOKENS):
     """All of a text by the grammar: its actions, or None."""
-    strict = read_actions(text, names_of(actions))
+    strict = read_actions(text, actions)
     if tokens is PLAIN:  # "Dull." is a word
         words = {*" ".join(names_of(actions, WORDS)).split()}
         for word in set(re.findall("[A-Za-z]+", text)):
@@ -240,12 +317,9 @@ def parse_args(argv=None):
 def main(args):
     tasks = {row.id: row.task for row in gen_data.load_rows(args.data, args.split)}
     lines, read = [], 0
-    if not Path(args.answers).is_file():
-        fail(f"{args.answers}: no such file")
     if Path(args.out).exists():
         fail(f"{args.out} exists: choose another --out")
-    for where, line in gen_data.read_metadata(Path(args.answers)):
-        line = gen_data.whole_text(line)
+    for where, line in gen_data.read_jsonl(args.answers):
         if not isinstance(line, dict) or not isinstance(line.get("id"), str) \
                 or not isinstance(line.get("response", 0), str | None):
             fail(f'{where}: wanted an object with "id" and "response"')

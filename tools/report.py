@@ -10,6 +10,9 @@ import json
 import math
 from pathlib import Path
 
+import pandas as pd
+from matplotlib.figure import Figure
+
 import gen_data
 
 GALLERY = 500  # rows the page shows at most
@@ -126,12 +129,9 @@ def macro_table(summaries):
     about = [inputs_of(summaries)] + [f"{word}: {text}" for word, text in words.items()
                                       if word in table["head"]]
     weights = f"the {'tasks' if puzzles else 'groups'} weigh the same and every row counts"
-    near = [f"{name} {summary['args']['tolerance']:g}" for name, summary in summaries.items()
-            if summary["args"].get("tolerance")]
     return {
         "title": "All tasks" if puzzles else "All rows",
         "about": f"In % with 95% intervals; {weights}. {'; '.join(filter(None, about))}."
-                 + (f" Numbers could be off (--tolerance): {', '.join(near)}." if near else "")
                  + (f" {differing(summaries)}".rstrip().replace("\n", ". ")),
         **table}
 
@@ -140,7 +140,7 @@ def table_rows(summaries):
     """(task, level, difficulty, n) and the cells of all conditions, for every line of the table."""
     for cells in zip(*(summary["table"] for summary in summaries.values()), strict=True):
         first = cells[0]
-        level = first["level"] or ("" if first["bucket"] else "all")
+        level = first["level"] or ("" if first["bucket"] or not has_puzzles(summaries) else "all")
         yield [first["task"], level, first["bucket"] or "", first["n"]], cells
 
 
@@ -162,9 +162,8 @@ def level_table(summaries):
 
 def by_task_columns(summaries, lines):
     """Head and lines of a table with task, size, difficulty, n and a column per condition."""
-    if has_puzzles(summaries):
-        return filled(["task", "size", "difficulty", "n", *summaries], lines)
-    return {"head": ["group", "n", *summaries], "lines": [[line[0], *line[3:]] for line in lines]}
+    task = "task" if has_puzzles(summaries) else "group"
+    return filled([task, "size", "difficulty", "n", *summaries], lines)
 
 
 def trained_table(summaries):
@@ -227,8 +226,8 @@ def difference_table(comparison):
 
 def perception_table(summaries):
     """Perception questions, a line per task and question."""
-    asked = {name: [cell for cell in summary["perception"] if cell["level"] is None]
-             for name, summary in summaries.items() if summary["perception"]}
+    asked = {name: summary["perception"] for name, summary in summaries.items()
+             if summary["perception"]}
     lines = []
     for cells in zip(*asked.values(), strict=True):
         exact = [with_interval(cell["exact"], cell["exact_ci"]) for cell in cells]
@@ -253,29 +252,30 @@ def read_lines(file):
         return [json.loads(line, parse_constant=lambda _: None) for line in lines]
 
 
+def as_url(save):
+    """A data URL of the PNG that save(file, format="png") writes."""
+    file = io.BytesIO()
+    save(file, format="png")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
 def small_picture(path):
     """A picture as a small data URL, for looking at."""
-    image, file = gen_data.open_picture(path), io.BytesIO()
+    image = gen_data.open_picture(path)
     image.thumbnail((PICTURE, PICTURE))
-    image.quantize(64).save(file, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return as_url(image.quantize(64).save)
 
 
 def walk(row, plan):
     """A plan as it is drawn: ([(row, column)] from the start, the point of its violation or None).
 
-    The point is the cell that should not have been entered, or half a step towards it.
+    The point is half a step towards what must not be entered.
     """
-    puzzle, plan = row.puzzle, plan or []
-    path, _ = gen_data.execute(puzzle, plan)
-    here, executed, violation_at = path[-1], len(path) - 1, None
-    if executed < len(plan) and not puzzle.done(here):
-        action = plan[executed]
-        down, right = gen_data.MOVES.get(action, (0, 0))
+    path, violation = gen_data.execute(row.puzzle, plan or [])
+    here, violation_at = path[-1], None
+    if violation:
+        down, right = gen_data.MOVES.get(plan[len(path) - 1], (0, 0))
         violation_at = (here[0] + down / 2, here[1] + right / 2)
-        there = puzzle.step(here, action)[0] if action in puzzle.actions else here
-        if there[:2] != here[:2]:
-            violation_at = there[:2]
     return [tuple(pos[:2]) for pos in path], violation_at
 
 
@@ -314,8 +314,7 @@ def rollouts_on_the_page(run):
     data = json.loads((run / "args.json").read_text(encoding="utf-8"))["args"]["data"]
     if not Path(data, "train/metadata.jsonl").is_file():
         return lines
-    ids = {line["id"] for line in lines}
-    rows = {row.id: row for row in gen_data.load_rows(data, "train", ids) if row.key() in known}
+    rows = {row.id: row for row in gen_data.load_rows(data, "train") if row.key() in known}
     for line in lines:
         if line["id"] in rows:
             row = rows[line["id"]]
@@ -324,15 +323,31 @@ def rollouts_on_the_page(run):
     return lines
 
 
-def level_points(summaries):
-    """{task: {condition: [[level, success, low, high]]}}"""
-    points = {}
-    for name, summary in summaries.items():
-        for cell in summary["table"]:
-            if cell["level"] is not None:
-                series = points.setdefault(cell["task"], {}).setdefault(name, [])
-                series.append([cell["level"], cell["success"], *(cell["success_ci"] or ())])
-    return points
+CURVES = {
+    "KL, nats per token": ("kl", "kl_map", "kl_route", "kl_answer", "val_kl"),
+    "rollouts": ("success", "optimal"), "length of a rollout, tokens": ("length",),
+    "loss": ("loss", "val_loss"),
+    "held-out answers right": ("val_map", "val_questions", "val_success", "val_teacher")}
+
+
+def draw_training(lines):
+    """The curves of a metrics.jsonl, those that there are."""
+    log, shown = pd.DataFrame(lines).set_index("step").dropna(axis=1, how="all"), {}
+    for title, keys in CURVES.items():
+        if known := [key for key in keys if key in log]:
+            shown[title] = known
+    figure = Figure(figsize=(3.4 * len(shown), 2.8), layout="constrained")
+    for axes, (title, keys) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(),
+                                   strict=True):
+        for key in keys:  # a validation has a value now and then
+            curve = log[key].dropna()
+            axes.plot(curve.index, curve, "." if len(curve) == 1 else "-", label=key)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel("step", fontsize=9)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+    return figure
 
 
 def make_page(rows, pool, tables, summaries, verdicts, runs):
@@ -351,11 +366,12 @@ def make_page(rows, pool, tables, summaries, verdicts, runs):
         answers[name] = [on_the_page(row, first[row.id]) for row in shown]
     used = {answer["picture"] for some in answers.values() for answer in some} - {None}
     curves = {run.name: read_lines(run / "metrics.jsonl") for run in runs}
-    data = {"tables": tables, "levels": level_points(summaries), "total": len(rows),
+    data = {"tables": tables, "total": len(rows),
             "conditions": list(summaries), "answers": answers,
             "rows": [row_on_the_page(row) for row in shown],
             "pictures": {name: small_picture(paths[name]) for name in paths if name in used},
-            "curves": {name: lines for name, lines in curves.items() if lines},
+            "curves": {name: as_url(draw_training(lines).savefig)
+                       for name, lines in curves.items() if lines},
             "rollouts": {run.name: rollouts_on_the_page(run) for run in runs},
             "parts": gen_data.PARTS, "puzzles": list(gen_data.TASKS)}
     page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")

@@ -78,7 +78,7 @@ def parse_args(argv=None):
 def make_data(args, name, flags):
     """Makes a data folder where it is not there."""
     folder = f"{args.out}/data/{name}"
-    return f"(test -d {folder} || python gen_data.py --workers 1 {flags} --out {folder})"
+    return f"(test -d {folder} || python gen_data.py {flags} --out {folder})"
 
 
 def train(args, variant, rows, seed, lr=None):

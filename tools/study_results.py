@@ -10,7 +10,7 @@ interval is too narrow rather than too wide.
 import json
 import os
 import re
-from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "Agg"  # no window, whatever a notebook has set
@@ -20,8 +20,8 @@ import numpy as np
 import pandas as pd
 
 from evaluate import answer_frame
-from gen_data import write_text
-from tools.report import markdown
+from gen_data import TASKS, write_text
+from tools.report import markdown, read_lines
 
 REFERENCE = "mgsd"
 # measure: (folder of the evaluation, what was read, column); heads of the table's columns
@@ -60,9 +60,8 @@ CLAIMS = (
     ("j", "symbols", ("mgsd", "symbols"), ("sft_foreign", "symbols")),
     ("k", "its own samples are worth it", ("mgsd", "success"), ("off_policy", "success")),
 )
-TASK_COLUMNS = ("frozenlake", "maze", "minibehaviour")  # success of each, beside the mean
 PLAIN = ("tokens", "seconds")                           # not in %
-COLOURS = ("#0072b2", "#d55e00", "#cc79a7", "#009e73", "#e69f00", "#56b4e9")
+UNPLOTTED = ("base", "sft_foreign")                     # so far below that the others lie on a line
 
 
 def name_of(variant, rows, seed, lr=None):
@@ -70,10 +69,6 @@ def name_of(variant, rows, seed, lr=None):
     if variant == "base":
         return variant
     return f"{variant}-{rows}-{seed}" + (f"-lr{lr:g}" if lr else "")
-
-
-def read_lines(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8")]
 
 
 def values_of(out, run, measure):
@@ -166,18 +161,13 @@ def find_measures(values, runs):
     values: of `read_values`; runs: [(variant, rows, seed, lr)], one lr of each. The base answers
     alike for every seed.
     """
-    found = {}
+    found, seeds = {}, sorted({run[2] for run in runs})
     for variant, rows, seed, lr in runs:
-        for measure, by_task in values.get(name_of(variant, rows, seed, lr), {}).items():
-            parts = {measure: by_task}
-            if measure == "success":
-                parts |= {task: {task: by_task[task]} for task in TASK_COLUMNS if task in by_task}
-            for name, part in parts.items():
-                found.setdefault((variant, rows, name), {})[seed] = series(part)
-    seeds = sorted({seed for by_seed in found.values() for seed in by_seed})
-    for (variant, *_), by_seed in found.items():
-        if variant == "base":
-            by_seed |= dict.fromkeys(seeds, next(iter(by_seed.values())))
+        measured = values.get(name_of(variant, rows, seed, lr), {})
+        tasks = {task: {task: some} for task, some in measured.get("success", {}).items()}
+        for measure, by_task in {**measured, **tasks}.items():
+            by_seed = found.setdefault((variant, rows, measure), {})
+            by_seed |= dict.fromkeys(seeds if variant == "base" else [seed], series(by_task))
     return found
 
 
@@ -188,21 +178,32 @@ def subtract(one, other):
     return {seed: (one[seed] - other[seed]).dropna() for seed in seeds}
 
 
-def collect(found):
-    """[{variant, rows, measure, n, seeds, mean, ci, difference, difference_ci}] of what is there.
+def frame_of(found, reference=None):
+    """A line per variant, data size and measure: the mean, its interval, and both as a text.
 
-    found: of `find_measures`. The difference is to MGSD's runs of the same data size.
+    found: of `find_measures`. reference: a variant; then of the differences to it, by row and seed.
     """
     lines = []
     for (variant, rows, measure), values in found.items():
-        mean, ci = estimate(values)
-        line = {"variant": variant, "rows": rows, "measure": measure, "seeds": sorted(values),
-                "n": len(next(iter(values.values()))), "mean": mean, "ci": ci}
-        paired = subtract(values, found.get((REFERENCE, rows, measure), {}))
-        if paired and variant != REFERENCE and measure != "seconds":
-            line["difference"], line["difference_ci"] = estimate(paired)
-        lines.append(line)
-    return lines
+        if reference:
+            compared = measure != "seconds" and variant != reference
+            values = subtract(values, found.get((reference, rows, measure), {}) if compared else {})
+        if values:
+            mean, (low, high) = estimate(values)
+            lines.append([variant, rows, measure, len(values), mean, low, high,
+                          show(measure, mean, (low, high))])
+    return pd.DataFrame(lines, columns=["variant", "rows", "measure", "seeds", "mean", "low",
+                                        "high", "text"])
+
+
+def frame_of_rates(values, runs):
+    """`frame_of` every learning rate, of the variants that were trained at several."""
+    frames = []
+    for rate in sorted({lr or 0 for *_, lr in runs}):
+        found = find_measures(values, [run for run in runs if (run[3] or 0) == rate])
+        frames.append(frame_of(found).assign(rate=rate))
+    frame = pd.concat(frames)
+    return frame[frame.groupby("variant")["rate"].transform("nunique") > 1]
 
 
 # ---------------------------------------------------------------- tables and plots
@@ -215,32 +216,29 @@ def show(measure, mean, ci):
     return f"{texts[0]} [{texts[1]}, {texts[2]}]"
 
 
-def cells_of(lines, key="mean"):
-    """{(measure, variant): text}. key: "mean" or "difference"."""
-    ci = "ci" if key == "mean" else "difference_ci"
-    return {(line["measure"], line["variant"]): show(line["measure"], line[key], line[ci])
-            for line in lines if key in line}
+def spread(frame, index, value="text"):
+    """Variants (and rates) down, in the study's order; measures across."""
+    table = frame.pivot(index=index, columns="measure", values=value)
+    table.insert(0, "seeds", frame.groupby(index)["seeds"].max())
+    return table.reindex(frame["variant"].unique(), level=0 if len(index) > 1 else None)
 
 
-def make_table(lines, key="mean"):
-    """Measures down, variants across, of lines of one data size. key: "mean" or "difference"."""
-    cells = cells_of(lines, key)
-    variants = list(dict.fromkeys(variant for _, variant in cells))
-    seeds = {line["variant"]: len(line["seeds"]) for line in lines}
-    rows = [["seeds", *[seeds[variant] for variant in variants]]]
-    for measure in ("success", *TASK_COLUMNS, *list(MEASURES)[1:], "seconds"):
-        texts = [cells.get((measure, variant), "") for variant in variants]
-        if any(texts):
-            rows.append([measure, *texts])
-    return markdown({"head": ["", *variants], "lines": rows})
+def as_markdown(table, *corner):
+    """A frame with its index, whose columns are called `corner`."""
+    return markdown({"head": [*corner, *table.columns],
+                     "lines": table.fillna("").reset_index().to_numpy().tolist()})
 
 
-def make_summary(lines, measures=SUMMARY):
-    """Variants down, a few measures across, of lines of one data size."""
-    cells, seeds = cells_of(lines), {line["variant"]: len(line["seeds"]) for line in lines}
-    rows = [[variant, seeds[variant], *[cells.get((measure, variant), "") for measure in measures]]
-            for variant in dict.fromkeys(variant for _, variant in cells)]
-    return markdown({"head": ["variant", "seeds", *measures], "lines": rows})
+def make_summary(frame):
+    """Variants down, a few measures across, of one data size."""
+    return as_markdown(spread(frame, ["variant"]).reindex(columns=["seeds", *SUMMARY]), "variant")
+
+
+def make_table(frame):
+    """All measures down, variants across, of one data size."""
+    names = ["seeds", "success", *TASKS, *list(MEASURES)[1:], "seconds"]
+    table = spread(frame, ["variant"]).reindex(columns=names).dropna(axis=1, how="all")
+    return as_markdown(table.T, "")
 
 
 def make_claims(found, rows, whole=True):
@@ -263,103 +261,44 @@ def make_claims(found, rows, whole=True):
     return markdown({"head": ["", "claim", "points of percent", "result"], "lines": lines})
 
 
-def collect_rates(values, runs, rows):
-    """{(variant, lr): {measure: (mean, ci, seeds)}} at one data size, over the seeds there are.
-
-    Of the variants that were trained at several rates.
-    """
-    found = {}
-    for variant, size, seed, lr in runs:
-        measured = values.get(name_of(variant, size, seed, lr), {})
-        if lr and size == rows and measured:
-            for measure in RATE_COLUMNS:
-                if measure in measured:
-                    by_seed = found.setdefault((variant, lr), {}).setdefault(measure, {})
-                    by_seed[seed] = series(measured[measure])
-    tried, rates = Counter(variant for variant, _ in found), {}
-    for (variant, lr), measures in found.items():
-        if tried[variant] > 1:
-            rates[variant, lr] = {measure: (*estimate(by_seed), len(by_seed))
-                                  for measure, by_seed in measures.items()}
-    return rates
+def make_rate_table(frame):
+    """What every learning rate was worth, and what it kept. frame: of `frame_of_rates`."""
+    table = spread(frame, ["variant", "rate"]).reindex(columns=["seeds", *RATE_COLUMNS])
+    return as_markdown(table.rename("{:g}".format, level="rate"), "variant", "rate")
 
 
-def make_rate_table(rates):
-    """What every learning rate was worth, and what it kept. rates: of `collect_rates`."""
-    rows = []
-    for (variant, lr), measured in rates.items():
-        texts = [show(name, *measured[name][:2]) if name in measured else ""
-                 for name in RATE_COLUMNS]
-        rows.append([variant, f"{lr:g}", measured["success"][2], *texts])
-    return markdown({"head": ["variant", "rate", "seeds", *RATE_COLUMNS], "lines": rows})
-
-
-def far_below(successes):
-    """The variants that never have half of the highest success. successes: [(variant, success)]."""
-    best = {}
-    for variant, success in successes:
-        best[variant] = max(success, best.get(variant, 0))
-    return [variant for variant, success in best.items() if success < max(best.values()) / 2]
-
-
-def name_left_out(figure, variants):
-    if variants:
-        figure.suptitle(f"not shown, below half of the best: {', '.join(variants)}", fontsize=8)
-
-
-def plot_sizes(lines, path):
-    """Success from pictures against training rows, of the variants with several sizes.
-
-    Those far below are left out, and named.
-    """
+def plot_sizes(frame, path):
+    """Success from pictures against training rows, of the variants with several sizes."""
     figure, axes = plt.subplots(figsize=(6.5, 3.5), layout="constrained")
-    points = {}                                              # variant: [(rows, mean, low, high)]
-    for line in lines:
-        if line["measure"] == "success" and line["variant"] != "base":
-            points.setdefault(line["variant"], []).append((line["rows"], line["mean"], *line["ci"]))
-    points = {variant: sorted(some) for variant, some in points.items() if len(some) > 1}
-    left_out = far_below([(name, point[1]) for name, some in points.items() for point in some])
-    shift, ticks = 0.88, {point[0] for some in points.values() for point in some}
-    for variant, some in points.items():
-        if variant not in left_out:
-            rows, mean, low, high = np.array(some).T
-            errors = 100 * np.maximum([mean - low, high - mean], 0)
-            axes.errorbar(rows * shift, 100 * mean, errors, label=variant, marker="o", capsize=3)
+    frame, shift = frame[(frame["measure"] == "success") & ~frame["variant"].isin(UNPLOTTED)], 0.88
+    for variant, some in frame.groupby("variant", sort=False):
+        if len(some) > 1:
+            ends = np.maximum([some["mean"] - some["low"], some["high"] - some["mean"]], 0)
+            axes.errorbar(some["rows"] * shift, 100 * some["mean"], 100 * ends, label=variant,
+                          marker="o", capsize=3)
             shift *= 1.06                                   # side by side, not on top of each other
+    ticks = sorted(frame["rows"].unique())
     axes.set(xscale="log", xlabel="training rows per task and board size", ylabel="success, %")
-    axes.set_xticks(sorted(ticks), map(str, sorted(ticks)))
+    axes.set_xticks(ticks, map(str, ticks))
     axes.minorticks_off()
-    name_left_out(figure, left_out)
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside right", fontsize=8)
+    figure.legend(loc="outside right", fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def plot_rates(rates, path, kept=("questions", "symbols")):
-    """What is kept against success from pictures: a line a variant, a point a learning rate.
-
-    Variants far below are left out, and named.
-    """
+def plot_rates(frame, path, kept=("questions", "symbols")):
+    """What is kept against success from pictures: a line a variant, a point a learning rate."""
     figure, panels = plt.subplots(1, len(kept), figsize=(9.5, 3.8), layout="constrained")
-    lines = {}
-    for (variant, lr), measured in rates.items():
-        lines.setdefault(variant, []).append((lr, measured))
-    left_out = far_below([(name, measured["success"][0]) for (name, _), measured in rates.items()])
+    frame = frame[~frame["variant"].isin(UNPLOTTED)]
+    means = 100 * spread(frame, ["variant", "rate"], "mean")
     for axes, measure in zip(panels, kept, strict=True):
-        for k, (variant, points) in enumerate(lines.items()):
-            points = [(100 * measured["success"][0], 100 * measured[measure][0], lr)
-                      for lr, measured in points if measure in measured]
-            if variant in left_out or not points:
-                continue
-            x, y, _ = zip(*points, strict=True)
-            axes.plot(x, y, "o-", color=COLOURS[k], label=variant)
-            for x, y, lr in points:
-                axes.annotate(f"{lr:g}", (x, y), (5, 4 if k % 2 else -9), fontsize=7,
-                              textcoords="offset points", color=COLOURS[k])
+        for variant, some in means.reindex(columns=["success", measure]).groupby(level=0):
+            line, = axes.plot(some["success"], some[measure], "o-", label=variant)
+            for (_, lr), point in some.iterrows():
+                axes.annotate(f"{lr:g}", point, (5, 4), textcoords="offset points", fontsize=7,
+                              color=line.get_color())
         axes.margins(0.2)
         axes.set(xlabel="success from pictures, %", ylabel=f"{measure}, %")
-    name_left_out(figure, left_out)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -367,21 +306,23 @@ def plot_rates(rates, path, kept=("questions", "symbols")):
 
 def write(args, runs):
     """values.json, results.md and two plots in args.out, of what is there."""
-    values, smallest = read_values(args.out, runs), args.rows[0]
+    values, smallest, out = read_values(args.out, runs), args.rows[0], Path(args.out)
     found = find_measures(values, [run for run in runs if run[3] in (None, args.lr)])
-    lines, rates = collect(found), collect_rates(values, runs, smallest)
-    small = [line for line in lines if line["rows"] == smallest]
-    parts = [f"# {smallest} rows per task and board size: mean over seeds [95% interval], %",
-             make_summary(small), "# Claims", make_claims(found, smallest), "# All measures",
-             make_table(small), "# Differences to mgsd, paired", make_table(small, "difference")]
-    for rows in args.rows[1:]:
-        some = [line for line in lines if line["rows"] == rows]
-        if some:
-            parts += [f"# {rows} rows", make_summary(some), make_claims(found, rows, whole=False),
-                      make_table(some), make_table(some, "difference")]
+    rates = frame_of_rates(values, [run for run in runs if run[1] == smallest])
+    whole, differences = frame_of(found), frame_of(found, REFERENCE)
+    parts = []
+    for rows in args.rows:
+        frame, paired = (some[some["rows"] == rows] for some in (whole, differences))
+        tables = [make_summary(frame), make_claims(found, rows, rows == smallest),
+                  make_table(frame), make_table(paired)]
+        if rows == smallest:
+            title = f"# {rows} rows per task and board size: mean over seeds [95% interval], %"
+            heads = ["# Claims", "# All measures", "# Differences to mgsd, paired"]
+            parts = [title, tables[0], *chain(*zip(heads, tables[1:], strict=True))]
+        elif len(frame):
+            parts += [f"# {rows} rows", *tables]
     parts += ["# Learning rates", make_rate_table(rates)]
-    out = Path(args.out)
-    plot_sizes(lines, out / "success_by_rows.png")
+    plot_sizes(whole, out / "success_by_rows.png")
     plot_rates(rates, out / "rates.png")
     write_text(out / "results.md", "\n\n".join(part.strip() for part in parts) + "\n")
     print(f"{parts[0]}\n\n{parts[1]}more in {out}/results.md")
