@@ -32,7 +32,7 @@ QWEN = {
     "steps": 1000,
     "lr": 1e-4,
     "batch": 64,
-    "micro_batch": 4,
+    "micro_batch": 8,
     "rollout_batch": 32,
     "max_new_tokens": 512,  # the longest map, of a maze of size 6, has 115
 }
@@ -47,7 +47,7 @@ SETTINGS = {
     },
     "2b": QWEN,
     "4b": QWEN,
-    "8b": {**QWEN, "micro_batch": 2},
+    "8b": {**QWEN, "micro_batch": 4},
 }
 
 

@@ -41,7 +41,7 @@ import psutil
 import torch
 from PIL import Image
 from torch import distributed
-from torch.nn.functional import linear
+from torch.nn.functional import linear, rms_norm
 from tqdm import tqdm
 
 # What needs no torch stands in gen_data.py, which must not load it: messages, flags and files.
@@ -212,6 +212,14 @@ def embed_patches(conv, patches):
     return out[..., None, None, None]
 
 
+NORMS = ("Qwen3VLTextRMSNorm", "Qwen2_5_VLRMSNorm")  # Qwen3.5's has another formula
+
+
+def normalise(norm, x):
+    """What such a module writes out in eight operations, as torch's: one kernel on CUDA."""
+    return rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
 def load(path, bits, max_pixels=MAX_PIXELS):
     """(model, processor) of a checkpoint in SERVED: frozen, in eval mode, on the GPU if there is.
 
@@ -243,6 +251,9 @@ def load(path, bits, max_pixels=MAX_PIXELS):
         fail(f"--model {path}: its weights are stored in a form that is not --bits {bits}")
     conv = model.model.visual.patch_embed.proj
     conv.forward = partial(embed_patches, conv)
+    for module in model.modules():
+        if type(module).__name__ in NORMS:
+            module.forward = partial(normalise, module)
     # As it was given, into adapters' files, but for where it lies on this machine's disk.
     name = Path(path).name if Path(path).is_absolute() else path
     model.name_or_path = model.config.name_or_path = name
@@ -255,8 +266,11 @@ def load(path, bits, max_pixels=MAX_PIXELS):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if bits == 4:
         from bitsandbytes.nn import Linear4bit
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, Linear4bit):
+                if ".language_model." not in name:
+                    fail(f"--model {path}: {name} is stored in 4 bits: wanted the vision tower and "
+                         "lm_head in 16")
                 # Else a forward pass in eval mode on the CPU would repack the weights for a kernel
                 # that has no backward: later gradients would be wrong.
                 module.support_avx512bf16_for_cpu = False
@@ -295,8 +309,8 @@ def add_lora(model, rank=None, vision=False, path=None):
     wrong = missing + [name for name, weight in model.named_parameters()
                        if weight.requires_grad and ("lora_" not in name or "lm_head" in name)]
     if wrong:
-        fail(f"the adapter in {path} does not fit {model.config.name_or_path}: {len(wrong)} "
-             f"weights are missing, unknown or no LoRA of a layer, first {wrong[0]}")
+        fail(f"the adapter of {path or 'a fresh start'} does not fit {model.config.name_or_path}: "
+             f"{len(wrong)} weights are missing, unknown or no LoRA of a layer, first {wrong[0]}")
     with model.disable_adapter():
         check_base(model)
     # PEFT shortens names to endings, which elsewhere fit more than is meant, and servers refuse a

@@ -44,7 +44,7 @@ QWEN = {
     "steps": 300,  # what others found for steps and rate: docs/differences.md
     "lr": 1e-4,
     "batch": 32,
-    "micro_batch": 4,
+    "micro_batch": 8,
     "rollout_batch": 32,
     "max_new_tokens": 512,  # the longest reference response, on a maze of size 6, has 333
     "chunk": 64,
@@ -61,7 +61,7 @@ SETTINGS = {
     },
     "2b": QWEN,
     "4b": QWEN,
-    "8b": {**QWEN, "micro_batch": 2},
+    "8b": {**QWEN, "micro_batch": 4},
 }
 
 
