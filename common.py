@@ -487,7 +487,9 @@ def response_hidden(model, prompt, ids, mask):
 
 
 def draw_token(logits, uniform, temperature=1.0):
-    """One token per row of logits [B, vocabulary] and of numbers in [0, 1) [B], float64 -> [B].
+    """One token per row of logits [B, vocabulary] and of numbers in [0, 1), float64 [B].
+
+    Returns the tokens and their log-probabilities, [B] each.
 
     By inverting the cumulative distribution: one random number per row (torch.multinomial draws
     one per token of the vocabulary, and spends most of its time on that), and exact: in float64 the
