@@ -266,17 +266,19 @@ def rollout_means(lines, on_policy):
     return means
 
 
-def check_step(args, step, loss, grad_norm, means, factors, gap_is_right):
+def check_step(args, step, loss, grad_norm, means, factors, gap_was_right):
     """Ends the run, or warns, where a step shows that something is wrong.
 
-    Returns if a sampling gap was right by now: in the first step on policy a wrong one ends the
-    run; later it is a warning, since hours must not hang on one odd row.
+    gap_was_right: was the sampling gap right when it was compared last? None: it never was, since
+    the start. Then a wrong one ends the run; later it is one warning, since hours must not hang on
+    one odd row. Returns the same of this step.
     """
     gap = means["sampling_gap"]
-    if gap is not None and gap > MAX_GAP:
+    gap_is_right = gap_was_right if gap is None else not gap > MAX_GAP  # nan: see `is_finite`
+    if gap_is_right is False and gap_was_right is not False:
         text = (f"step {step + 1}: the tokens of a response are {gap:.2g} nats (mean) from the "
                 "log-probability they were drawn with: what is sampled is not what is trained")
-        if not gap_is_right:
+        if gap_was_right is None:
             fail(text)
         common.warn(text)
     if step == 0 and grad_norm == 0 and factors.any():
@@ -290,7 +292,7 @@ def check_step(args, step, loss, grad_norm, means, factors, gap_is_right):
     if means["cut"] == 1:
         common.warn(f"step {step + 1}: every response hit --max_new_tokens {args.max_new_tokens}; "
                     "raise it, or the student never learns to stop")
-    return gap_is_right or gap is not None
+    return gap_is_right
 
 
 def show(run, lines):
@@ -371,7 +373,7 @@ def main(args):
             "live": as_student,
             "ema": partial(common.exchanged, model, weights, ema),
         }[args.teacher_weights]
-        gap_is_right = False
+        gap_is_right = None  # the sampling gap's, not compared yet
 
         for step in run.steps():                # saved when it is due, and however the loop ends
             rng = np.random.default_rng([args.seed, step])  # nothing random is ever stored
