@@ -821,7 +821,7 @@ def check_backbone(run, args):
         before["model"] = record["inputs"]["model"]
         now["model"] = digest(digest_folder(fetch(args.model)))
     for name, value in now.items():
-        if value != before[name]:
+        if before[name] is not None and value != before[name]:  # None: it does not say
             was = "other files" if name == "model" else before[name]
             fail(f"--{name} {getattr(args, name)}: {run} was trained with {was}")
 
