@@ -577,7 +577,7 @@ def split_answers(names, text):
 PLACE = re.compile(  # where an answer begins; of \boxed{\text{B}} all of it
     r"\\boxed\{(?:\\(?:text|math)\w*\{)?(?P<boxed>(?:[^{}]|\{[^{}]*\})*)\}"
     r"|\banswer(?: is\b|[\"'*_ ]*:)[*_:\s]*", re.IGNORECASE)
-NUMBER = (r"[-+−]?(?=\.?[0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?"
+NUMBER = (r"[-–−+]?(?=\.?[0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?"
           r"(?:[eE][-+]?[0-9]{1,3})?")
 FULL_WIDTH = {0x3000: " "} | {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
 
@@ -608,14 +608,14 @@ def is_around(mark):
 def alone(form, text):
     """The first match of an expression, if a text has nothing but punctuation around it; or None.
 
-    A sign or a point right before it belongs to it: -3 is not 3.
+    A sign or a point right before it belongs to it: -3 and .3 are not 3.
     """
     found = re.search(form, text)
     if not found:
         return None
     before, after = text[:found.start()], text[found.end():]
     attached = re.split(r"\s", before)[-1]
-    if "-" in attached or "." in attached or not all(map(is_around, before + after)):
+    if set("-–.") & set(attached) or not all(map(is_around, before + after)):
         return None
     return found[0]
 
@@ -629,7 +629,7 @@ def plain(text):
 def read_number(text):
     """The number that a text is ("-3", "1,200.5", "2e-3", "**4**."), or None."""
     number = alone(NUMBER, text)
-    return number and Decimal(number.replace(",", "").replace("−", "-"))
+    return number and Decimal(re.sub("[–−]", "-", number.replace(",", "")))
 
 
 def same_words(said, wanted, tolerance):

@@ -334,8 +334,8 @@ def main(args):
         lines.append(json.dumps(line) + "\n")
     write_text(args.out, "".join(lines))
     words = ["evaluate.py", "--responses", args.out, "--data", args.data, "--split", args.split]
-    print(f"{args.out}: a plan was read in {read} of {asked} answers; next: python "
-          f"{shlex.join(words)}")
+    print(f"{args.out}: a plan was read in {read} of {asked} answers to puzzles; next: "
+          f"python {shlex.join(words)}")
 
 
 if __name__ == "__main__":
