@@ -12,13 +12,15 @@ for all of them stands below the classes.
     python -m tools.benchmarks --help                 # public benchmarks as rows of the split test
 
 In this file, in this order:
-    messages, flags and files      what all scripts share and what needs no torch
     FrozenLake, Maze, MiniBehaviour                   the tasks, each beside its picture
     solve, execute, check                             solver and judge share `step`
-    read_answer, read_map, read_fact                  what a response says
+    read_answer, read_map, read_facts                 what a response says
+    COMPARE                                           when an answer of one's own rows is right
     PuzzleRow, OwnRow                                 rows: prompts, reference answers, verdicts
     split_of, sample_rows                             which puzzle is in which split
     load_rows, write_dataset, ensure                  the data folder
+    PRESETS, main                                     the command above
+    fail, Parser, write_text, ...                     what all scripts share and needs no torch
 Rows go to data/<name>/<split>/metadata.jsonl beside their PNGs (the "imagefolder" layout of
 `datasets`):
     {"file_name", "id", "task", "level", "seed", "source", "bucket", "state", "plan"}
@@ -29,6 +31,8 @@ data. Coordinates are (row, column), counted from 0 at the top left. Rows of a u
 """
 import argparse
 import contextlib
+import difflib
+import errno
 import hashlib
 import json
 import math
@@ -51,216 +55,6 @@ from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-# What each preset trains on; the three real backbones share it.
-QWEN = {
-    "out": "data/qwen",
-    "tasks": {"frozenlake": (3, 4, 5, 6, 7, 8), "maze": (3, 4, 5, 6), "minibehaviour": (5, 6)},
-    "train": 1000,  # rows per task and board size
-    "val": 40,
-    "test": 100,
-    "cell_size": 64,  # px a cell is drawn at
-    "image_size": 256,  # px of the square it is resized to: the paper's; 0: as drawn
-}
-PRESETS = {
-    "tiny": {
-        "out": "data/tiny",
-        "tasks": {"frozenlake": (3, 4), "maze": (3, 4), "minibehaviour": (5,)},
-        "train": 2000,
-        "val": 40,
-        "test": 100,
-        "cell_size": 32,  # one cell is exactly one image token of the tiny backbone
-        "image_size": 0,
-    },
-    "2b": QWEN,
-    "4b": QWEN,
-    "8b": QWEN,
-}
-SPLITS = ("train", "val", "test")
-DIFFICULTIES = ("easy", "medium", "hard")
-PARTS = ("map", "route", "answer")  # of a response
-PATIENCE = 50_000  # random puzzles without a new one of a wanted difficulty, then fewer exist
-
-
-# ---------------------------------------------------------------- messages, flags and files
-# For all five scripts: this one must not load torch, and the others build on it.
-
-def fail(message):
-    """Bad input: one line on stderr, exit code 2."""
-    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, below a progress bar
-    raise SystemExit(2)
-
-
-@contextlib.contextmanager
-def in_one_line(what):
-    """While it lasts, what a library raises of a user's file ends the script with one line."""
-    try:
-        yield
-    except Exception as error:  # libraries raise whatever there is
-        fail(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser with errors of one line, without shortened flags, which tells defaults."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
-    def add_argument(self, *names, **options):
-        text = options.get("help", "")
-        if options.get("default") not in (None, [], argparse.SUPPRESS) and "default" not in text:
-            options["help"] = f"{text} (default: %(default)s)"
-        return super().add_argument(*names, **options)
-
-    def error(self, message):
-        fail(f"{message} (python {self.prog} --help lists the flags)")
-
-
-def whole_number(low):
-    """The `type=` of a flag: a whole number of at least `low`."""
-    def read(text):
-        if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(
-                f"got {text!r}, must be a whole number, at least {low}")
-        return int(text)
-    return read
-
-
-def real_number(low=0.0, high=math.inf, above=False):
-    """The `type=` of a flag: a finite number from `low` (above: not `low` itself) to `high`."""
-    def number(text):
-        value = float(text)
-        if not (math.isfinite(value) and low <= value <= high) or (above and value == low):
-            wanted = f"above {low:g}" if above else f"at least {low:g}"
-            wanted += f", at most {high:g}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"got {text!r}, must be a number, {wanted}")
-        return value
-    return number
-
-
-def digest(*things):
-    """16 hex digits, the same for the same JSON-serialisable things."""
-    text = json.dumps(things, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def digest_file(path):
-    """16 hex digits, the same for the same bytes."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
-def write_bytes(path, content):
-    """Write a file so that it is the old or the new one, whatever happens."""
-    aside = Path(f"{path}.partial")
-    with open(aside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())  # else a power cut may leave the name without the content
-    aside.replace(path)
-
-
-def write_text(path, text):
-    """`write_bytes` of a text: UTF-8 with \\n on every system."""
-    write_bytes(path, text.encode())
-
-
-def read_record(folder):
-    """The args.json of a folder, a dict; an empty one where there is none that can be read."""
-    try:
-        record = json.loads(Path(folder, "args.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def kind_of(folder):
-    """What the args.json of a folder says it is: "data", "run", "evaluation"; None without one."""
-    return read_record(folder).get("kind")
-
-
-def foreign_name(folder, kind):
-    """The first thing in a folder of another kind; None in one of this kind or an empty one."""
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    found = [name for name in names if name not in (".lock", "args.json.partial")]
-    return found[0] if found and kind_of(folder) != kind else None
-
-
-def lock_file(path, what):
-    """A lock, held until `.release()` or the end of the process. what: the thing written to."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        fail(f"another process is writing to {what}: wait for its end or choose another --out")
-    return lock
-
-
-def lock_folder(folder):
-    """The lock of a folder that is there."""
-    return lock_file(Path(folder) / ".lock", folder)
-
-
-def run_script(parse_args, main):
-    """Run a script. Ctrl-C and a full memory are one line, a fault in the code is a traceback."""
-    try:
-        main(parse_args())
-    except KeyboardInterrupt:
-        tqdm.write("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except RuntimeError as error:  # torch's, of a card; of a CPU "can't allocate memory"
-        if not re.search("out of memory|can't allocate memory", str(error)):
-            raise
-        fail(f"memory does not suffice ({str(error)[:200]}): lower --micro_batch, --rollout_batch "
-             "or --chunk; the same command goes on from the latest checkpoint")
-
-
-# ---------------------------------------------------------------- helpers of the tasks
-
-MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
-ASK_SIZE = "How many rows and columns does the map have?"
-
-
-def neighbour(pos, action):
-    """The cell one move away; it may be off the board."""
-    return pos[0] + MOVES[action][0], pos[1] + MOVES[action][1]
-
-
-def at(grid, pos):
-    """The cell at `pos`, or None off the board."""
-    r, c = pos[:2]
-    return grid[r][c] if 0 <= r < len(grid) and 0 <= c < len(grid[0]) else None
-
-
-def find(grid, mark):
-    """All positions of `mark`, row by row."""
-    return [(r, c) for r, row in enumerate(grid) for c, cell in enumerate(row) if cell == mark]
-
-
-def touches(grid, pos, mark):
-    """Is a cell with `mark` beside `pos`?"""
-    return any(at(grid, neighbour(pos, action)) == mark for action in MOVES)
-
-
-def places(positions):
-    """[(0, 1), (2, 2)] -> "(0,1), (2,2)"; "none" for no position."""
-    return ", ".join(f"({pos[0]},{pos[1]})" for pos in positions) or "none"
-
-
-def is_board(cells, once, others):
-    """Is this a square of the marks `once`, each there exactly once, and `others`?"""
-    marks = [mark for row in cells for mark in row]
-    return (all(len(row) == len(cells) for row in cells) and set(marks) <= set(once + others)
-            and all(marks.count(mark) == 1 for mark in once))
-
-
-def assemble(cells, tile, cell_size):
-    """The picture of a board. tile(cell, cell_size) -> Image [cell_size, cell_size]"""
-    picture = Image.new("RGB", (len(cells[0]) * cell_size, len(cells) * cell_size))
-    for r, row in enumerate(cells):
-        for c, cell in enumerate(row):
-            picture.paste(tile(cell, cell_size), (c * cell_size, r * cell_size))
-    return picture
-
-
 # ---------------------------------------------------------------- the tasks
 # A task is a dataclass with the names below, in TASKS; no other line knows it. Its fields are the
 # state as it stands in a row, so they hold what JSON can; what is no field has no annotation.
@@ -275,8 +69,12 @@ def assemble(cells, tile, cell_size):
 #   step(pos, action) -> (pos, violation or None);  done(pos) -> bool
 #   render(cell_size) -> PIL.Image
 #   cells() -> [[text]]             the board as the symbols say it: upper case, without blanks
-#   facts() -> {name: answer}       to `questions`; see read_fact for how answers are compared
+#   facts() -> {name: answer}       to `questions`; see read_facts for how answers are compared
 #   layout()                        what a split goes by
+
+MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
+ASK_SIZE = "How many rows and columns does the map have?"
+
 
 @dataclass
 class FrozenLake:
@@ -580,6 +378,50 @@ def office_tile(cell, size):
 TASKS = {"frozenlake": FrozenLake, "maze": Maze, "minibehaviour": MiniBehaviour}
 
 
+# ---------------------------------------------------------------- helpers of the tasks
+
+def neighbour(pos, action):
+    """The cell one move away; it may be off the board."""
+    return pos[0] + MOVES[action][0], pos[1] + MOVES[action][1]
+
+
+def at(grid, pos):
+    """The cell at `pos`, or None off the board."""
+    r, c = pos[:2]
+    return grid[r][c] if 0 <= r < len(grid) and 0 <= c < len(grid[0]) else None
+
+
+def find(grid, mark):
+    """All positions of `mark`, row by row."""
+    return [(r, c) for r, row in enumerate(grid) for c, cell in enumerate(row) if cell == mark]
+
+
+def touches(grid, pos, mark):
+    """Is a cell with `mark` beside `pos`?"""
+    return any(at(grid, neighbour(pos, action)) == mark for action in MOVES)
+
+
+def places(positions):
+    """[(0, 1), (2, 2)] -> "(0,1), (2,2)"; "none" for no position."""
+    return ", ".join(f"({pos[0]},{pos[1]})" for pos in positions) or "none"
+
+
+def is_board(cells, once, others):
+    """Is this a square of the marks `once`, each there exactly once, and `others`?"""
+    marks = [mark for row in cells for mark in row]
+    return (all(len(row) == len(cells) for row in cells) and set(marks) <= set(once + others)
+            and all(marks.count(mark) == 1 for mark in once))
+
+
+def assemble(cells, tile, cell_size):
+    """The picture of a board. tile(cell, cell_size) -> Image [cell_size, cell_size]"""
+    picture = Image.new("RGB", (len(cells[0]) * cell_size, len(cells) * cell_size))
+    for r, row in enumerate(cells):
+        for c, cell in enumerate(row):
+            picture.paste(tile(cell, cell_size), (c * cell_size, r * cell_size))
+    return picture
+
+
 # ---------------------------------------------------------------- solver and judge, for all tasks
 
 def solve(puzzle):
@@ -634,13 +476,23 @@ def check(puzzle, plan):
 
 # ---------------------------------------------------------------- reading responses
 
+# What servers and saved files leave at the end of a response: <|im_end|>, </s>, ...
+SPECIAL_TOKEN = re.compile(r"(<[|｜][^<>|｜\s]+[|｜]>|</s>|<eos>|<end_of_turn>)")
+
+
 def after_thinking(text):
     """The reply in a response: what follows the last </think>; "" where a <think> stays open.
 
     The opening mark need not be there: templates of thinking models write it into the prompt.
+    Special tokens at the end are no part of the reply.
     """
     reply = text.rpartition("</think>")[2]
-    return "" if "<think>" in reply else reply
+    if "<think>" in reply:
+        return ""
+    pieces = SPECIAL_TOKEN.split(reply)  # text, token, text, ..., token, text
+    while len(pieces) > 1 and not pieces[-1].strip():
+        del pieces[-2:]
+    return "".join(pieces)
 
 
 def read_answer(text, cut=False):
@@ -649,8 +501,8 @@ def read_answer(text, cut=False):
     Thinking never answers. A response that was cut (no EOS within the limit) answers only if it
     ends with the tag: what it repeats of its prompt, or drafts, is no answer.
     """
-    opening, body = after_thinking(text).rpartition("<answer>")[1:]
-    body, closing, rest = body.rpartition("</answer>")
+    _, opening, rest = after_thinking(text).rpartition("<answer>")
+    body, closing, rest = rest.rpartition("</answer>")
     if not opening or not closing or (cut and rest.strip()):
         return None
     return body
@@ -678,28 +530,32 @@ def parse(task, text, cut=False):
 
 
 def read_map(task, text):
-    """The puzzle of the first map in a text, where it stands as `listing` writes it; else None."""
-    head = re.search(r"^Map: ([0-9]{1,2})x", text, re.MULTILINE)
+    """The puzzle of the first map in a text, where its lines are those of `listing`; else None.
+
+    Case and the number of blanks do not count.
+    """
+    text = "\n".join(" ".join(line.upper().split()) for line in text.splitlines())
+    head = re.search(r"^MAP: ([0-9]{1,2})X", text, re.MULTILINE)
     if not head:
         return None
     lines = text[head.start():].splitlines()[:int(head[1]) + 1]
     cells = [line.partition(": ")[2].split() for line in lines[1:]]
-    if not cells or listing(cells) != "\n".join(lines):
+    if not cells or listing(cells).upper() != "\n".join(lines):
         return None
     return TASKS[task].read(cells)
 
 
-def read_fact(name, text, actions):
-    """What an answer to the question `name` says, in a form that can be compared; "" for nothing.
+def read_facts(name, text, actions):
+    """{"(0,1)", "(2,2)"}, {"3x3"} or, of the question "moves", {"U", "L"}: what an answer mentions.
 
-    moves -> a set of actions; else a set of positions: in any order, and all that is mentioned
-    counts. Where there are none the answer's words, without case: "3x3", "none".
+    It is read in the form that `ASK_FACTS` asks for, in any order; all that is mentioned counts.
+    Empty where the answer is in words, such as none.
     """
     if name == "moves":
-        found = set(re.findall(rf"\b(?:{any_of(actions)})\b", text.upper()))
-    else:
-        found = set(re.findall(r"\( ?([0-9]{1,4}) ?, ?([0-9]{1,4}) ?\)", text))
-    return found or plain(text)
+        return set(re.findall(rf"\b(?:{any_of(actions)})\b", text.upper()))
+    found = re.findall(r"\( ?[0-9]+ ?, ?[0-9]+ ?\)", text)
+    found = found or re.findall(r"\b[0-9]+ ?x ?[0-9]+\b", text.lower())
+    return {fact.replace(" ", "") for fact in found}
 
 
 def split_answers(names, text):
@@ -709,25 +565,75 @@ def split_answers(names, text):
     """
     if len(names) == 1:
         return {names[0]: text}
-    pieces = re.split(r"^([0-9]{1,2})\. ", text, flags=re.MULTILINE)
+    pieces = re.split(r"^[*_ ]{0,3}([0-9]{1,2})[.)][*_]{0,3} ", text, flags=re.MULTILINE)
     answers = dict(zip(pieces[1::2], pieces[2::2], strict=True))
     return {name: answers.get(str(i), "") for i, name in enumerate(names, 1)}
 
 
+# ---------------------------------------------------------------- answers in words and numbers
+# One rule for whatever a row of one's own is compared by. A base that was never trained writes
+# "The answer is **B**." where a trained student writes <answer>B</answer>: both have to count.
+
+PLACE = re.compile(  # where an answer begins; of \boxed{\text{B}} all of it
+    r"\\boxed\{(?:\\(?:text|math)\w*\{)?(?P<boxed>(?:[^{}]|\{[^{}]*\})*)\}"
+    r"|\banswer(?: is\b|[\"'*_ ]*:)[*_:\s]*", re.IGNORECASE)
+NUMBER = (r"[-–−+]?(?=\.?[0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?"
+          r"(?:[eE][-+]?[0-9]{1,3})?")
+FULL_WIDTH = {0x3000: " "} | {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
+
+
+def final_answer(text):
+    """What follows the last "answer is" or "answer:", or is boxed, in a text; else all of it.
+
+    Full-width forms are made plain and accents composed, nothing else: 5² stays what it is.
+    """
+    text = unicodedata.normalize("NFC", text.translate(FULL_WIDTH)).strip()
+    found = list(PLACE.finditer(text))
+    if not found:
+        return text
+    said = found[-1]["boxed"] or text[found[-1].end():].partition("\n")[0]
+    return said.strip() or text
+
+
+def is_around(mark):
+    """May this character stand around an answer? Blanks, punctuation of any script, `B`, $B$.
+
+    Not what Unicode counts as punctuation though it has a meaning: 5%, C#.
+    """
+    if mark in "#%&@/":
+        return False
+    return mark.isspace() or mark in "`$" or unicodedata.category(mark).startswith("P")
+
+
+def alone(form, text):
+    """The first match of an expression, if a text has nothing but punctuation around it; or None.
+
+    A sign or a point right before it belongs to it: -3 and .3 are not 3.
+    """
+    found = re.search(form, text)
+    if not found:
+        return None
+    before, after = text[:found.start()], text[found.end():]
+    attached = re.split(r"\s", before)[-1]
+    if set("-–.") & set(attached) or not all(map(is_around, before + after)):
+        return None
+    return found[0]
+
+
 def plain(text):
-    """A text without case, without a final full stop, its blanks and accents in one form."""
-    return " ".join(unicodedata.normalize("NFC", text.casefold()).split()).removesuffix(".")
+    """A text without case, its blanks in one form, without a final full stop if there is more."""
+    text = " ".join(text.casefold().split())
+    return text.removesuffix(".") or text
 
 
 def read_number(text):
-    """The number that a text is ("-3", "1,200.5", "2e-3", "4."), or None."""
-    text = text.strip().removesuffix(".")
-    form = r"[+-]?([0-9]+|[0-9]{1,3}(,[0-9]{3})+)(\.[0-9]+)?(e[+-]?[0-9]{1,3})?"
-    return Decimal(text.replace(",", "")) if re.fullmatch(form, text, re.IGNORECASE) else None
+    """The number that a text is ("-3", "1,200.5", "2e-3", "**4**."), or None."""
+    number = alone(NUMBER, text)
+    return number and Decimal(re.sub("[–−]", "-", number.replace(",", "")))
 
 
 def same_words(said, wanted, tolerance):
-    return plain(said) == plain(wanted)
+    return alone(re.escape(plain(wanted)), plain(said)) is not None
 
 
 def same_number(said, wanted, tolerance):
@@ -736,12 +642,23 @@ def same_number(said, wanted, tolerance):
 
 
 def same_letters(said, wanted, tolerance):
-    return said.strip() == wanted.strip()
+    return alone(re.escape(wanted), said) is not None
 
 
 # What a row's "compare" may be: {name: function(said, wanted, tolerance) -> is it right?} of two
-# texts. A scorer of one's own is a function and a line here.
+# texts as `final_answer` returns them. A scorer of one's own is a function and a line here.
 COMPARE = {"words": same_words, "number": same_number, "exact": same_letters}
+
+
+def same_answer(said, wanted, compare="words", tolerance=0):
+    """Is an answer right? Both are texts; compare: a name in COMPARE; an empty answer never is."""
+    said = final_answer(said)
+    return bool(said) and COMPARE[compare](said, final_answer(wanted), tolerance)
+
+
+# ---------------------------------------------------------------- parts of a response
+
+PARTS = ("map", "route", "answer")
 
 
 def part_of(pieces):
@@ -821,15 +738,15 @@ class Row:
 
     id, task, level (board size) and bucket (difficulty) tell rows apart; path is the file of the
     picture, teacher_path that of the teacher's own or None, where the place of the row's line, data
-    the line itself. A kind of row has its own student_prompt, teacher_prompt, symbols, response,
-    questions, judge, key and fault.
+    the line itself. own: is it a user's, which has no board size and no plan? A kind of row has its
+    own student_prompt, teacher_prompt, symbols, response, questions, is_right, judge, key, fault.
     """
-    level, bucket, teacher_path = None, None, None
+    own, level, bucket, teacher_path = False, None, None, None
 
     def __init__(self, data, path=None, where=None):
         """LookupError, TypeError, ValueError: the line does not hold what a row needs."""
-        self.data, self.path, self.where = data, path, where
-        self.id = data["id"]
+        self.data, self.path, self.where = without_nulls(data), path, where
+        self.id = self.data["id"]
 
     def pictures(self):
         """The files of the row."""
@@ -842,16 +759,19 @@ class Row:
         """
         return self.teacher_path or (self.path if reads == "picture" else None)
 
-    def introduction(self, names, reads):
-        """What stands above questions. reads: a text in the picture's place, or None."""
-        return [reads] if reads else []
+    def introduction(self, names, symbols):
+        """The lines above questions. symbols: a text in the picture's place, or None."""
+        return [symbols] if symbols else []
 
-    def ask(self, names=None, reads=None):
-        """Ask perception questions: one plainly, several numbered. names: default all."""
+    def ask(self, names=None, symbols=None):
+        """Ask perception questions: one plainly, several numbered. names: default all.
+
+        symbols: a text in the picture's place; default the picture.
+        """
         questions = self.questions()
         names = names or tuple(questions)
         texts = [questions[name][0] for name in names]
-        return "\n".join([*self.introduction(names, reads), numbered(texts)])
+        return "\n".join([*self.introduction(names, symbols), numbered(texts)])
 
     def answers(self, names=None):
         """The exact answer to `ask(names)`."""
@@ -860,9 +780,19 @@ class Row:
 
     def score(self, names, text):
         """Read an answer to `ask(names)`: {question: is it exactly right?}; no text raises."""
-        questions = self.questions()
-        said = split_answers(names or tuple(questions), after_thinking(text))
-        return {name: self.is_right(name, said[name], questions[name][1]) for name in said}
+        names = names or tuple(self.questions())
+        said = split_answers(names, after_thinking(text))
+        wanted = split_answers(names, self.answers(names))  # an answer may have numbered lines too
+        return {name: self.is_right(name, said[name], wanted[name]) for name in names}
+
+
+def without_nulls(value):
+    """A JSON value without the fields that are null, at every level: they are absent."""
+    if isinstance(value, dict):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
 
 
 class PuzzleRow(Row):
@@ -870,14 +800,26 @@ class PuzzleRow(Row):
 
     def __init__(self, data, path=None, where=None):
         super().__init__(data, path, where)
-        self.task, self.level, self.bucket = data["task"], data["level"], data.get("bucket")
-        self.puzzle, self.plan = TASKS[self.task](**data["state"]), data["plan"]
+        self.task, self.level = self.data["task"], self.data["level"]
+        self.bucket, self.plan = self.data.get("bucket"), self.data["plan"]
+        self.puzzle = TASKS[self.task](**self.data["state"])
 
     def fault(self):
-        """What is wrong with the row, or None: its plan is executed."""
+        """What is wrong with the row, or None. What it states is checked by the solver."""
+        cells = self.puzzle.cells()
+        if TASKS[self.task].read(cells) != self.puzzle:
+            return f"its state is no board of {self.task}"
+        if self.level not in (len(cells), len(cells[0])):
+            return f'"level" is {self.level!r}, the board is {len(cells)}x{len(cells[0])}'
+        if not isinstance(self.plan, list):
+            return f'"plan": wanted a list of actions, got {self.plan!r:.60}'
         outcome = check(self.puzzle, self.plan)[0]
         if outcome != "success":
             return f"the plan of {self.id} does not solve its puzzle: {outcome}"
+        shortest = solve(self.puzzle)
+        if len(self.plan) > len(shortest):
+            return (f"the plan of {self.id} has {len(self.plan)} actions, the shortest has "
+                    f"{len(shortest)}: {','.join(shortest)}")
 
     def key(self):
         """16 hex digits, the same for the same task and state."""
@@ -923,16 +865,18 @@ class PuzzleRow(Row):
             questions[name] = (text, facts[name])
         return questions
 
-    def introduction(self, names, reads):
-        lines = [self.puzzle.rules, reads or self.picture_and_legend()]
+    def introduction(self, names, symbols):
+        lines = [self.puzzle.rules, symbols or self.picture_and_legend()]
         return lines if tuple(names) == ("map",) else [*lines, ASK_FACTS]
 
     def is_right(self, name, said, wanted):
         """Does an answer to the question `name` say the same as the right one?"""
         if name == "map":
             return read_map(self.task, said) == self.puzzle
-        actions = self.puzzle.actions
-        return read_fact(name, said, actions) == read_fact(name, wanted, actions)
+        facts = read_facts(name, wanted, self.puzzle.actions)
+        if facts:
+            return read_facts(name, said, self.puzzle.actions) == facts
+        return same_answer(said, wanted)
 
     def judge(self, text, parse=parse, cut=False):
         """What a response is worth: its plan, how it ends, the map it describes and if it is right.
@@ -949,6 +893,10 @@ class PuzzleRow(Row):
                 "map": read and asdict(read), "map_right": read == self.puzzle}
 
 
+OWN_FIELDS = ("file_name", "id", "prompt", "symbols", "teacher_file_name", "hint", "answer",
+              "compare", "tolerance", "questions", "group")
+
+
 class OwnRow(Row):
     """A row of a user's own: a picture, and what it shows as symbols or as a better picture.
 
@@ -961,13 +909,14 @@ class OwnRow(Row):
         "group"      rows that are counted together
     Texts reach the model as they stand. task is the group.
     """
+    own = True
 
     def __init__(self, data, path=None, where=None):
-        data = {name: value for name, value in data.items() if value is not None}
         super().__init__(data, path, where)
-        self.task = data.get("group", "own")
-        number = isinstance(data.get("answer"), (int, float))
-        self.compare = data.get("compare", "number" if number else "words")
+        self.task = self.data.get("group", "own")
+        number = isinstance(self.data.get("answer"), (int, float))
+        self.compare = self.data.get("compare", "number" if number else "words")
+        self.seen = None  # its key, once it was asked for
 
     def answer_texts(self):
         """The answers that are right, as texts; none if the row has no answer."""
@@ -977,32 +926,58 @@ class OwnRow(Row):
 
     def fault(self):
         """What is wrong with the row, or None."""
-        row, answers = self.data, self.answer_texts()
-        texts = [("id", self.id), ("prompt", row["prompt"]), ("group", self.task)]
-        texts += [(name, row[name]) for name in ("symbols", "hint") if name in row]
-        texts += [("answer", text) for text in answers]
-        for name, pair in self.questions().items():
-            texts += [(name, text) for text in pair]
+        for name in set(self.data) - set(OWN_FIELDS):
+            meant = difflib.get_close_matches(name, OWN_FIELDS, 1, 0.82)
+            if meant:
+                return f'"{name}": "{meant[0]}" is meant? Other names may be used for what is yours'
+        if "symbols" not in self.data and "teacher_file_name" not in self.data:
+            return ('neither "symbols" nor "teacher_file_name" (a cleaner picture for the teacher, '
+                    "with --teacher_reads picture)")
+        asked = self.data.get("questions", [])
+        if not isinstance(asked, list) or not all(isinstance(pair, dict) for pair in asked):
+            return '"questions": wanted a list of {"question", "answer"}'
+        return self.fault_of_texts() or self.fault_of_answer()
+
+    def fault_of_texts(self):
+        """What is wrong with what models read, or None."""
+        texts = [("id", self.id), ("prompt", self.data.get("prompt")), ("group", self.task)]
+        texts += [(name, self.data[name]) for name in ("symbols", "hint") if name in self.data]
+        texts += [("answer", text) for text in self.answer_texts()]
+        for pair in self.data.get("questions", []):
+            texts += [("question", pair.get("question")), ("answer", pair.get("answer"))]
         for name, text in texts:
             if not isinstance(text, str) or not text.strip():
-                return f'"{name}": wanted a text, got {text!r}'
+                return f'"{name}": wanted a text, got {text!r:.60}'
             if special := re.search(r"<\|\w+\|>", text):
                 return f'"{name}" holds {special[0]}, which the model would not read as text'
+            if name in ("prompt", "question") and (tag := re.search("<(image|video)>", text)):
+                return f'"{name}" holds {tag[0]}: leave it out, the picture comes before the text'
             text.encode()  # half a surrogate pair is no text either: ValueError
-        if not self.symbols() and not self.teacher_path:
-            return 'neither "symbols" nor "teacher_file_name"'
+
+    def fault_of_answer(self):
+        """What is wrong with what responses are compared with, or None."""
+        answers, tolerance = self.answer_texts(), self.data.get("tolerance", 0)
         if self.compare not in COMPARE:
-            return f'"compare": wanted one of {", ".join(COMPARE)}, got {self.compare!r}'
-        if "answer" in row and not answers:
+            return f'"compare": wanted one of {", ".join(COMPARE)}, got {self.compare!r:.60}'
+        if "answer" in self.data and not answers:
             return '"answer": wanted at least one'
+        if any(re.search("</?answer>", text) for text in answers):
+            return '"answer" holds the tag <answer>: write only what stands inside it'
         if self.compare == "number" and None in map(read_number, answers):
-            return f'"answer": wanted a number, as "compare" says, got {row["answer"]!r}'
+            return f'"answer": wanted a number, as "compare" says, got {self.data["answer"]!r:.60}'
+        if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) \
+                or not 0 <= tolerance < math.inf:
+            return f'"tolerance": wanted a number, at least 0, got {tolerance!r:.60}'
         if self.task in (*TASKS, "macro"):
             return f'"group": {self.task} is the name of a task: choose another'
 
     def key(self):
-        """16 hex digits, the same for the same symbols (without: teacher's picture) and prompt."""
-        return digest(self.symbols() or digest_file(self.teacher_path), self.data["prompt"])
+        """The same for rows in which the student sees and reads the same, pixel by pixel."""
+        if self.seen is None:
+            image = open_picture(self.path)
+            pixels = hashlib.sha256(image.tobytes()).hexdigest()
+            self.seen = f"picture {digest(image.size, pixels, self.data['prompt'])}"
+        return self.seen
 
     def symbols(self):
         """None where the teacher has a picture alone."""
@@ -1030,19 +1005,24 @@ class OwnRow(Row):
 
     def is_right(self, name, said, wanted):
         """By words; letter for letter where the row's answer is compared so."""
-        return COMPARE["exact" if self.compare == "exact" else "words"](said, wanted, 0)
+        return same_answer(said, wanted, "exact" if self.compare == "exact" else "words")
 
     def judge(self, text, parse=None, cut=False):
-        """"plan" is the answer given: that of the last <answer>, else, if the response is not cut,
-        the last line.
+        """What a response is worth. "plan" is the answer given.
+
+        It is read where `final_answer` says: in the last <answer>, else, if the response is not
+        cut, in all of it; there the last line counts if nothing says "answer is" or the like.
         """
         said = read_answer(text, cut)
-        if said is None:
-            said = "" if cut else after_thinking(text).strip().rpartition("\n")[2]
-        said, outcome = said.strip(), "not judged"
+        if said is not None:
+            said = final_answer(said)
+        elif not cut:
+            said = final_answer(after_thinking(text)).rpartition("\n")[2]
+        outcome = "not judged"
         if "answer" in self.data:
-            same, tolerance = COMPARE[self.compare], self.data.get("tolerance", 0)
-            right = said and any(same(said, text, tolerance) for text in self.answer_texts())
+            tolerance = self.data.get("tolerance", 0)
+            right = said and any(same_answer(said, wanted, self.compare, tolerance)
+                                 for wanted in self.answer_texts())
             outcome = "success" if right else "wrong" if said else "no answer"
         return {"plan": said or None, "outcome": outcome, "optimal": None,
                 "overrun": False, "map": None, "map_right": None}
@@ -1056,6 +1036,11 @@ def measures(verdict):
 
 
 # ---------------------------------------------------------------- splits and sampling
+
+SPLITS = ("train", "val", "test")
+DIFFICULTIES = ("easy", "medium", "hard")
+PATIENCE = 50_000  # random puzzles without a new one of a wanted difficulty, then fewer exist
+
 
 def split_of(task, puzzle):
     """The split a puzzle belongs to: a fixed function of its layout, 80% train, 10% val, 10% test.
@@ -1098,9 +1083,10 @@ def sample_rows(task, level, split, number, seed, exclude=()):
     name = zlib.crc32(task.encode())  # a task draws the same whatever other tasks there are
     rng = np.random.default_rng([seed, name, level, SPLITS.index(split)])
     borders, seen, misses = thirds(task, level), set(exclude), 0
-    wanted = dict(zip(DIFFICULTIES, map(len, np.array_split(range(number), 3)), strict=True))
-    found = Counter()
-    while found != Counter(wanted):
+    found, wanted = Counter(), {}
+    for difficulty, part in zip(DIFFICULTIES, np.array_split(range(number), 3), strict=True):
+        wanted[difficulty] = len(part)
+    while found.total() < number:
         misses += 1
         if misses > PATIENCE:
             had = 3 * min(found[name] for name in DIFFICULTIES)
@@ -1112,8 +1098,10 @@ def sample_rows(task, level, split, number, seed, exclude=()):
         if split_of(task, puzzle) != split or key in seen:
             continue
         plan = solve(puzzle)
-        difficulty = plan and bucket(len(plan), borders)
-        if not plan or found[difficulty] == wanted[difficulty]:
+        if not plan:
+            continue
+        difficulty = bucket(len(plan), borders)
+        if found[difficulty] == wanted[difficulty]:
             continue
         row_id = f"{task}_{level}_{found.total():05d}"
         seen.add(key)
@@ -1132,19 +1120,16 @@ def open_picture(path):
 
     Of several frames the first. Fails, naming the file, if it cannot be seen so.
     """
-    try:
-        with Image.open(path) as image:
-            if max(image.size) > 200 * min(image.size):  # the image processors refuse it later
-                raise ValueError(f"{image.size} px, wanted at most 1:200")
-            if image.mode[0] in "IF":  # 16 bits, fractions: Pillow would clip them to white
-                raise ValueError(f"of mode {image.mode}, wanted 8 bits")
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.has_transparency_data:
-                clear = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
-            return image.convert("RGB")
-    except Exception as error:  # decoders raise whatever there is
-        fail(f"{path}: cannot be read as a picture ({type(error).__name__}: {str(error)[:200]})")
+    with in_one_line(f"{path}: cannot be read as a picture"), Image.open(path) as image:
+        if max(image.size) > 200 * min(image.size):  # the image processors refuse it later
+            raise ValueError(f"{image.size} px, wanted at most 1:200")
+        if image.mode[0] in "IF":  # 16 bits, fractions: Pillow would clip them to white
+            raise ValueError(f"of mode {image.mode}, wanted 8 bits")
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.has_transparency_data:
+            clear = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
+        return image.convert("RGB")
 
 
 def decode_all(paths):
@@ -1155,7 +1140,7 @@ def decode_all(paths):
 
 def check_pictures(rows):
     """Decode the pictures of a user's own rows; what was generated here is only hashed."""
-    decode_all(path for row in rows if isinstance(row, OwnRow) for path in row.pictures())
+    decode_all(path for row in rows if row.own for path in row.pictures())
 
 
 def read_jsonl(file):
@@ -1164,44 +1149,72 @@ def read_jsonl(file):
         fail(f"{file}: no such file")
     for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
         where = f"{file}, line {number}"
-        try:
-            if line.strip():
-                yield where, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            fail(f"{where}: not JSON ({str(error)[:200]})")
+        with in_one_line(f"{where}: not JSON"):
+            read = json.loads(line) if line.strip() else None
+        if line.strip():
+            yield where, read
+
+
+def picture_of(line, field, folder, where):
+    """The file that a field of a line names: in the folder or below it; links are followed."""
+    name = line.get(field)
+    if not isinstance(name, str) or "://" in name or name.startswith("data:"):
+        fail(f'{where}: "{field}": wanted one file\'s name, got {name!r:.60} '
+             f'(the row has {", ".join(line):.200})')
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        fail(f'{where}: "{field}": {name!r:.200} does not stay in {folder}')
+    path = str(folder / name)
+    if not os.path.isfile(path):
+        fail(f"{where}: there is no picture {path:.300}")
+    return path
 
 
 def load_row(line, folder, where):
     """The row of a line, its pictures in `folder`, checked. Fails with what is wrong with it."""
-    try:
-        kind = OwnRow if line.get("task") is None else PuzzleRow
-        row = kind(line, str(folder / line["file_name"]), where)
-        if row.data.get("teacher_file_name"):
-            row.teacher_path = str(folder / row.data["teacher_file_name"])
+    with in_one_line(f"{where}: not a row"):
+        task = line.get("task")
+        path = picture_of(line, "file_name", folder, where)
+        if task is not None and task not in TASKS:
+            fail(f'{where}: "task" {task!r:.60} is none of {", ".join(TASKS)}; own rows have none '
+                 '(but a "group")')
+        kind = OwnRow if task is None else PuzzleRow
+        row = kind(line, path, where)
+        if "teacher_file_name" in row.data:
+            row.teacher_path = picture_of(row.data, "teacher_file_name", folder, where)
+        if not isinstance(row.id, str):
+            fail(f'{where}: "id": wanted a text, got {row.id!r:.60}')
         fault = row.fault()
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        fault = f"not a row ({type(error).__name__}: {error})"
     if fault:
         fail(f"{where}: {fault}")
-    for path in row.pictures():
-        if not os.path.isfile(path):
-            fail(f"{where}: there is no picture {path}")
     return row
 
 
+def split_file(data, split):
+    """data/<split>/metadata.jsonl; for val also that of data/validation, as `datasets` says."""
+    if split == "val" and Path(data, "validation").is_dir() and not Path(data, split).exists():
+        split = "validation"
+    return Path(data, split, "metadata.jsonl")
+
+
+def has_split(data, split):
+    """Does the data folder have this split? One may train without val."""
+    return split_file(data, split).is_file()
+
+
 def load_rows(data, split):
-    """The rows of data/<split>, each checked: a puzzle's plan is executed.
+    """The rows of data/<split>, each checked: a puzzle is solved and its plan executed.
 
     A row that is broken stops here, with its line. Its pictures lie beside the metadata.
     """
-    file, rows = Path(data, split, "metadata.jsonl"), {}
+    file, rows = split_file(data, split), {}
     if not file.is_file():
-        fail(f"no {file}: `python gen_data.py --out {data}` makes puzzles there (your own "
-             "pictures: docs/your_own_task.md)")
+        fail(f"no {file}: `python gen_data.py` makes puzzles, docs/your_own_task.md has the form "
+             "of your own rows (a line of JSON per picture)")
     for where, line in read_jsonl(file):
         row = load_row(line, file.parent, where)
-        if rows.setdefault(row.id, row) is not row:
+        if row.id in rows:
             fail(f"{where}: the id {row.id!r} is that of {rows[row.id].where} too")
+        rows[row.id] = row
     if not rows:
         fail(f"{file} is empty: wanted at least one row")
     return list(rows.values())
@@ -1240,8 +1253,8 @@ def write_dataset(out, splits, settings, cell_size, image_size, total=None):
     rows, for the progress bar. Everything is written aside and renamed at the end: the folder is
     complete or not there. What is there already is never replaced.
     """
-    out = Path(out)
-    if out.exists():
+    out, written = Path(out), 0
+    if os.path.lexists(out):
         fail(f"{out} exists: remove it, or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as folder, \
@@ -1255,31 +1268,36 @@ def write_dataset(out, splits, settings, cell_size, image_size, total=None):
                     facts = {name: value for name, value in line.items()
                              if name not in ("picture", "teacher_picture")}
                     file.write(json.dumps(facts) + "\n")
+                    written += 1
                     bar.update()
         record = {"kind": "data", **settings}
         write_text(aside / "args.json", json.dumps(record, indent=1) + "\n")
         aside.rename(out)  # raises where something came there meanwhile
-    print(f"{bar.n} rows in {out}")
+    print(f"{written} rows in {out}")
 
 
 def ensure(data, preset, seed):
     """The folder of the data: `data`, or for None the preset's own, which is made if need be."""
-    own = data is None
-    data = PRESETS[preset]["out"] if own else data
-    if own and not Path(data).exists():
-        words = ["--preset", preset, "--seed", str(seed)]
-        print(f"no {data}: making it with `python gen_data.py {' '.join(words)}`", flush=True)
-        main(parse_args(words))
-    elif not Path(data).is_dir():
+    own = PRESETS[preset]["out"]
+    if data is not None and not Path(data).is_dir():
         fail(f"--data {data}: no such folder; `python gen_data.py --preset {preset} --out {data}` "
              "makes puzzles there (your own pictures: docs/your_own_task.md)")
-    return data
+    if data is None and not Path(own).exists():
+        words = ["--preset", preset, "--seed", str(seed)]
+        print(f"no {own}: making it with `python gen_data.py {' '.join(words)}`", flush=True)
+        main(parse_args(words))
+    elif data is None:
+        made = read_record(own)
+        if made and PRESETS.get(str(made.get("preset")), {}).get("out") != own:
+            fail(f"{own} was not made for --preset {preset} (its args.json has the settings): give "
+                 f"--data {own} to use it all the same, or move it")
+    return data or own
 
 
 def parse_tasks(words, groups=()):
     """["maze", "frozenlake:3-5", "minibehaviour:5"] -> {"maze": (3, 4, 5, 6), ...}
 
-    groups: names of own rows, which have no sizes: {"mine": (None,)}.
+    groups: names of own rows, which have no size: {"mine": (None,)}, as their `level`.
     """
     tasks = {}
     for word in words:
@@ -1303,17 +1321,43 @@ def choose_rows(rows, tasks, limit=None):
 
     tasks: default all.
     """
-    own = dict.fromkeys(row.task for row in rows if isinstance(row, OwnRow))
-    levels, chosen = tasks and parse_tasks(tasks, own), {}
+    groups = dict.fromkeys(row.task for row in rows if row.own)
+    wanted, chosen = parse_tasks(tasks, groups) if tasks else None, {}
     for row in rows:
-        if not tasks or row.level in levels.get(row.task, ()):
+        if wanted is None or row.level in wanted.get(row.task, ()):
             chosen.setdefault((row.task, row.level), []).append(row)
-    if not chosen:
+    if rows and not chosen:
         fail(f"--tasks {' '.join(tasks)}: the data has no such row: choose or make others")
-    return [row for group in chosen.values() for row in group[:limit]]
+    return [row for some in chosen.values() for row in some[:limit]]
 
 
 # ---------------------------------------------------------------- main
+
+# What each preset trains on; the three real backbones share it.
+QWEN = {
+    "out": "data/qwen",
+    "tasks": {"frozenlake": (3, 4, 5, 6, 7, 8), "maze": (3, 4, 5, 6), "minibehaviour": (5, 6)},
+    "train": 1000,  # rows per task and board size
+    "val": 40,
+    "test": 100,
+    "cell_size": 64,  # px a cell is drawn at
+    "image_size": 256,  # px of the square it is resized to: the paper's; 0: as drawn
+}
+PRESETS = {
+    "tiny": {
+        "out": "data/tiny",
+        "tasks": {"frozenlake": (3, 4), "maze": (3, 4), "minibehaviour": (5,)},
+        "train": 2000,
+        "val": 40,
+        "test": 100,
+        "cell_size": 32,  # one cell is exactly one image token of the tiny backbone
+        "image_size": 0,
+    },
+    "2b": QWEN,
+    "4b": QWEN,
+    "8b": QWEN,
+}
+
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
@@ -1353,11 +1397,148 @@ def main(args):
         files = sorted(Path(folder).glob("*/metadata.jsonl"))
         if not files:
             fail(f"--exclude {folder}: no data folder")
-        exclude |= {row.key() for file in files if file.stat().st_size
-                    for row in load_rows(folder, file.parent.name)}
+        for file in files:
+            if file.stat().st_size:
+                exclude |= {row.key() for row in load_rows(folder, file.parent.name)}
     splits = {split: generated_lines(args, split, exclude) for split in SPLITS}
     total = sum(map(len, args.tasks.values())) * (args.train + args.val + args.test)
     write_dataset(args.out, splits, vars(args), args.cell_size, args.image_size, total)
+
+
+# ---------------------------------------------------------------- messages, flags and files
+# What all scripts share stands here, since this one does not load torch.
+
+def fail(message):
+    """Bad input: one line on stderr, exit code 2."""
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, below a progress bar
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def in_one_line(what):
+    """While it lasts, what a library raises of a user's file ends the script with one line."""
+    try:
+        yield
+    except Exception as error:  # libraries raise whatever there is
+        fail(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser with errors of one line, without shortened flags, which tells defaults."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def add_argument(self, *names, **options):
+        text = options.get("help", "")
+        if options.get("default") not in (None, [], argparse.SUPPRESS) and "default" not in text:
+            options["help"] = f"{text} (default: %(default)s)"
+        return super().add_argument(*names, **options)
+
+    def error(self, message):
+        fail(f"{message} (python {self.prog} --help lists the flags)")
+
+
+def whole_number(low):
+    """The `type=` of a flag: a whole number of at least `low`."""
+    def whole(text):
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(
+                f"got {text!r}, must be a whole number, at least {low}")
+        return int(text)
+    return whole
+
+
+def real_number(low=0.0, high=math.inf, above=False):
+    """The `type=` of a flag: a finite number from `low` (above: not `low` itself) to `high`."""
+    def number(text):
+        value = float(text)
+        if not (math.isfinite(value) and low <= value <= high) or (above and value == low):
+            wanted = f"above {low:g}" if above else f"at least {low:g}"
+            wanted += f", at most {high:g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"got {text!r}, must be a number, {wanted}")
+        return value
+    return number
+
+
+def digest(*things):
+    """16 hex digits, the same for the same JSON-serialisable things."""
+    text = json.dumps(things, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def digest_file(path):
+    """16 hex digits, the same for the same bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def write_bytes(path, content):
+    """Write a file so that it is the old or the new one, whatever happens."""
+    aside = Path(f"{path}.partial")
+    with open(aside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut may leave the name without the content
+    aside.replace(path)
+
+
+def write_text(path, text):
+    """`write_bytes` of a text: UTF-8 with \\n on every system."""
+    write_bytes(path, text.encode())
+
+
+def read_record(folder):
+    """The args.json of a folder, a dict; an empty one where there is none that can be read."""
+    try:
+        record = json.loads(Path(folder, "args.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def kind_of(folder):
+    """What the args.json of a folder says it is: "data", "run", "evaluation"; None without one."""
+    return read_record(folder).get("kind")
+
+
+def foreign_name(folder, kind):
+    """The first thing in a folder of another kind; None in one of this kind or an empty one."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    found = [name for name in names if name not in (".lock", "args.json.partial")]
+    return found[0] if found and kind_of(folder) != kind else None
+
+
+def lock_file(path, what):
+    """A lock, held until `.release()` or the end of the process. what: the thing written to."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        fail(f"another process is writing to {what}: wait for its end or choose another --out")
+    return lock
+
+
+def lock_folder(folder):
+    """The lock of a folder that is there."""
+    return lock_file(Path(folder) / ".lock", folder)
+
+
+def run_script(parse_args, main):
+    """Run a script: what its machine lacks is one line, a fault in the code is a traceback."""
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        tqdm.write("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:  # a full disk, no permission: in the system's words
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        fail(error)
+    except RuntimeError as error:  # torch's, of a card; of a CPU "can't allocate memory"
+        if not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        fail(f"memory does not suffice ({str(error)[:200]}): lower --micro_batch, --rollout_batch "
+             "or --chunk; the same command goes on from the latest checkpoint")
 
 
 if __name__ == "__main__":

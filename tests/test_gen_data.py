@@ -353,6 +353,7 @@ def test_reference_responses_are_read_back():
     ("frozenlake", "Map: 2x2\nrow 0: S F\nrow 1: FF G"),       # a cell of two letters
     ("frozenlake", "Map: 2x2\nrow 1: F G\nrow 0: S F"),        # rows out of order
     ("frozenlake", "Map: 2x2\nrow 0: S F\nRoute: so.\nrow 1: F G"),  # the map ends at the route
+    ("frozenlake", "The map: 2x2\nrow 0: S F\nrow 1: F G"),   # not in the form that is asked for
     ("maze", "Map: 2x2\nrow 0: SX .L\nrow 1: . G"), ("maze", "Map: 2x2\nrow 0: S .\nrow 1: . ."),
     ("minibehaviour", "Map: 2x2\nrow 0: A .\nrow 1: P ."),     # no table
 ])
@@ -362,6 +363,11 @@ def test_maps_that_cannot_be_read(task, text):
 
 def test_the_first_of_two_maps_is_read():
     text = "Map: 2x2\nrow 0: S F\nrow 1: F G\nNo:\nMap: 2x2\nrow 0: S H\nrow 1: F G"
+    assert gen_data.read_map("frozenlake", text) == FrozenLake(["SF", "FG"])
+
+
+def test_case_and_blanks_of_a_map_do_not_count():
+    text = "```\nmap: 2X2 \nRow 0:  s  f\nrow 1: F\tG\n```"
     assert gen_data.read_map("frozenlake", text) == FrozenLake(["SF", "FG"])
 
 
@@ -381,7 +387,12 @@ def test_a_maze_is_read_as_it_stands():
     (LAKE, "size", "3 holes, 3 goals", False),
     (LAKE, "size", "3", False),
     (LAKE, "size", "3x4", False),
-    (LAKE, "size", "3x3, so 9 cells", False),
+    (LAKE, "size", "The map is 3 X 3.", True),
+    (LAKE, "size", "3x3 or 4x4", False),
+    (FrozenLake(["SF", "FG"]), "size", "2 holes and 2 goals", False),
+    (FrozenLake(["SF", "FG"]), "size", "(2,2)", False),
+    (FrozenLake(["SF", "FG"]), "holes", "No idea", False),
+    (FrozenLake(["SF", "FG"]), "holes", "The answer is **none**.", True),
     (LAKE, "player", "The start is at (0, 0).", True),
     (LAKE, "player", "(0,0) or (0,1)", False),
     (LAKE, "holes", "(2,0), (0,2)", True),
@@ -419,6 +430,7 @@ def test_numbered_answers_are_read_back():
     assert right("1. (2,2)\n2. (0,2),\n(2,0)\n3. 3x3") == [True, True, True]
     assert right("Sure!\n2. (2,0), (0,2)\n1. (2,1)") == [False, True, False]
     assert right("(2,2)") == [False, False, False]
+    assert right("**1.** (2,2)\n**2.** (0,2), (2,0)\n3) 3x3") == [True, True, True]
     assert right("1. (0,0)\n2. none\n3. 3x3\n1. (2,2)") == [True, False, True]  # the last
 
 
@@ -752,10 +764,8 @@ def test_nothing_is_ever_replaced(tmp_path, capsys, monkeypatch):
     (tmp_path / "left.partial").mkdir()
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to("nowhere")
-    for name in ("left", "file"):
+    for name in ("left", "file", "link"):
         assert f"{name} exists: remove it" in refused(capsys, *TOY, "--out", tmp_path / name)
-    with pytest.raises(OSError):
-        make(*TOY, "--out", tmp_path / "link")
     draw = gen_data.draw
 
     def draw_and_come(*words):
@@ -775,6 +785,52 @@ def test_data_are_for_everybody_that_may_read_the_folder(tmp_path):
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "a/train").stat().st_mode
 
 
+def test_the_number_of_rows_does_not_depend_on_the_progress_bar(tmp_path):
+    """It is switched off in notebooks and batch jobs."""
+    done = subprocess.run([sys.executable, gen_data.__file__, *map(str, TOY), "--out", "data"],
+                          capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, "TQDM_DISABLE": "1"})
+    assert done.stdout == "3 rows in data\n" and done.returncode == 0
+
+
+def test_nulls_are_absent_at_every_level(tmp_path):
+    """As `datasets` gives rows back: every field that another row has, as null."""
+    make("--tasks", "frozenlake:3", "maze:3", "--train", 0, "--val", 0, "--test", 3,
+         "--out", tmp_path / "data")
+    file = tmp_path / "data/test/metadata.jsonl"
+    rows = gen_data.load_rows(tmp_path / "data", "test")
+    nulls = {"grid": None, "walls": None, "start": None, "goal": None}
+    lines = [{"prompt": None, **row.data, "state": {**nulls, **row.data["state"]}} for row in rows]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again = gen_data.load_rows(tmp_path / "data", "test")
+    assert [row.data for row in again] == [row.data for row in rows]
+    assert gen_data.digest_rows(again) == gen_data.digest_rows(rows)
+
+
+def test_a_validation_split_may_be_called_so_or_be_missing(tmp_path, capsys):
+    make(*TOY, "--val", 3, "--out", tmp_path / "a")
+    ids = [row.id for row in gen_data.load_rows(tmp_path / "a", "val")]
+    (tmp_path / "a/val").rename(tmp_path / "a/validation")
+    assert gen_data.has_split(tmp_path / "a", "val")
+    assert [row.id for row in gen_data.load_rows(tmp_path / "a", "val")] == ids
+    (tmp_path / "a/validation").rename(tmp_path / "a/elsewhere")
+    assert not gen_data.has_split(tmp_path / "a", "val")
+    assert gen_data.has_split(tmp_path / "a", "train")
+    line = stops(capsys, gen_data.load_rows, tmp_path / "a", "val")
+    assert f"no {tmp_path}/a/val/metadata.jsonl: " in line
+    assert gen_data.choose_rows([], None) == gen_data.choose_rows([], ["maze"]) == []
+
+
+def test_a_shortest_plan_of_ones_own_is_taken(tmp_path):
+    """Another one than the solver's, of the same length; another board than the generated ones."""
+    row = {**row_of(FrozenLake(["SFF", "FFF", "FFG"])).data, "plan": list("DDRR"),
+           "file_name": "a.png"}
+    (tmp_path / "test").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "test/a.png")
+    (tmp_path / "test/metadata.jsonl").write_text(json.dumps(row))
+    assert gen_data.load_rows(tmp_path, "test")[0].plan == list("DDRR")
+
+
 def test_data_are_made_only_where_the_preset_has_its_own(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = stops(capsys, gen_data.ensure, "data/typo", "tiny", 0)
@@ -787,6 +843,20 @@ def test_data_are_made_only_where_the_preset_has_its_own(tmp_path, capsys, monke
         with monkeypatch.context() as patch:
             patch.setattr(gen_data, "main", None)
             assert gen_data.ensure(data, "4b", 8) == "data/qwen"
+    Path("data/qwen").rename("data/tiny")
+    line = stops(capsys, gen_data.ensure, None, "tiny", 0)
+    assert "data/tiny was not made for --preset tiny" in line and "--data data/tiny" in line
+    assert gen_data.ensure("data/tiny", "tiny", 0) == "data/tiny"
+
+
+def test_help_tells_every_default_and_nothing_internal(capsys):
+    parser = gen_data.Parser(prog="x")
+    parser.add_argument("--three", default=3, help="a number")
+    parser.add_argument("--none", default=gen_data.argparse.SUPPRESS, help="a flag without one")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    told = capsys.readouterr().out
+    assert "a number (default: 3)" in told and "SUPPRESS" not in told
 
 
 def test_bad_input_of_the_script():
@@ -807,7 +877,7 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path, monkeypatch):
 
 
 def test_what_run_script_catches(capsys):
-    """A full memory is one line; a fault in the code keeps its traceback."""
+    """A full memory or disk is one line; a fault in the code keeps its traceback."""
     def raising(error):
         def main(_):
             raise error
@@ -816,6 +886,8 @@ def test_what_run_script_catches(capsys):
                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")):
         assert "memory does not suffice" in stops(
             capsys, gen_data.run_script, lambda: None, raising(error))
+    assert stops(capsys, gen_data.run_script, lambda: None, raising(
+        OSError(errno.ENOSPC, "No space left", "a.png"))).endswith("No space left: 'a.png'")
     for error in (RuntimeError("shapes differ"), ValueError(), OSError(errno.EIO, "x")):
         with pytest.raises(type(error)):
             gen_data.run_script(lambda: None, raising(error))

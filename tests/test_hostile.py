@@ -32,26 +32,37 @@ def folder_with(tmp_path, *lines):
 
 @pytest.mark.parametrize("line, message", [
     (json.dumps(ROW)[:-9], "line 2: not JSON"),
-    ({key: ROW[key] for key in ROW if key != "plan"}, "line 2: not a row (KeyError: 'plan')"),
-    ({**ROW, "task": "chess"}, "line 2: not a row (KeyError: 'chess')"),
-    ({**ROW, "state": {"grid": ["FF", "FF"]}}, "line 2: not a row (IndexError"),
-    ({**ROW, "state": {"grid": 5}}, "line 2: not a row (TypeError"),
-    ({**ROW, "state": None}, "line 2: not a row (TypeError"),
-    ({**ROW, "plan": 4}, "line 2: not a row (TypeError"),
-    ({**ROW, "file_name": 4}, "line 2: not a row (TypeError"),
-    ({key: ROW[key] for key in ROW if key != "id"}, "line 2: not a row (KeyError: 'id')"),
-    ([1, 2], "line 2: not a row (AttributeError"),
+    ({key: ROW[key] for key in ROW if key != "plan"}, "line 2: not a row: KeyError: 'plan'"),
+    ({**ROW, "task": "chess"}, "line 2: \"task\" 'chess' is none of frozenlake, maze"),
+    ({**ROW, "task": ["maze"]}, "line 2: not a row: TypeError"),
+    ({**ROW, "state": {"grid": ["FF", "FF"]}}, "line 2: its state is no board of frozenlake"),
+    ({**ROW, "state": {"grid": ["SFF", "FFG"]}}, "line 2: its state is no board"),
+    ({**ROW, "state": {"grid": ["SFG", "FFF", "FFG"]}}, "line 2: its state is no board"),
+    ({**ROW, "level": 4}, 'line 2: "level" is 4, the board is 3x3'),
+    ({**ROW, "level": "3"}, "line 2: \"level\" is '3', the board is 3x3"),
+    ({**ROW, "state": {"grid": 5}}, "line 2: not a row: TypeError"),
+    ({**ROW, "state": None}, "line 2: not a row: KeyError: 'state'"),
+    ({**ROW, "plan": 4}, 'line 2: "plan": wanted a list of actions, got 4'),
+    ({**ROW, "plan": "DRRD"}, "wanted a list of actions, got 'DRRD'"),
+    ({**ROW, "file_name": 4}, 'line 2: "file_name": wanted one file\'s name, got 4'),
+    ({key: ROW[key] for key in ROW if key != "id"}, "line 2: not a row: KeyError: 'id'"),
+    ({**ROW, "id": ["x"]}, 'line 2: "id": wanted a text'),
+    ({**ROW, "id": "first"}, "line 2: the id 'first' is that of"),
+    ([1, 2], "line 2: not a row: AttributeError"),
     ("[" * 100_000, "line 2: not JSON"), ("9" * 5000, "line 2: not JSON"),
     ({**ROW, "plan": ["R", "R"]}, "line 2: the plan of test_a does not solve its puzzle: hole"),
     ({**ROW, "plan": ["D"]}, "line 2: the plan of test_a does not solve its puzzle: unfinished"),
-    ({**ROW, "plan": None}, "does not solve its puzzle: no answer"),
+    ({**ROW, "plan": None}, "line 2: not a row: KeyError: 'plan'"),
+    ({**ROW, "plan": list("DRLRRD")}, "has 6 actions, the shortest has 4: "),
+    ({**ROW, "plan": list("DRRDUU")}, "has 6 actions, the shortest has 4: "),
     ({**ROW, "plan": ["D", "PICK"]}, "does not solve its puzzle: no such action"),
     ({**ROW, "plan": [["D"]]}, "does not solve its puzzle: no such action"),
-    ({**ROW, "file_name": ".."}, "line 2: there is no picture"),
+    ({**ROW, "file_name": "../test/a.png"}, "'../test/a.png' does not stay in"),
+    ({**ROW, "file_name": "/etc/a.png"}, "'/etc/a.png' does not stay in"),
     ({**ROW, "file_name": "loop.png"}, "line 2: there is no picture"),
 ])
 def test_a_broken_row(tmp_path, capsys, line, message):
-    data = folder_with(tmp_path, ROW, line, ROW)
+    data = folder_with(tmp_path, {**ROW, "id": "first"}, line, {**ROW, "id": "last"})
     (data / "test/loop.png").symlink_to("loop.png")
     assert message in stops(capsys, gen_data.load_rows, data, "test")
 
@@ -77,7 +88,7 @@ def test_broken_pictures(tmp_path, capsys):
         (tmp_path / name).write_bytes(content)
         message = stops(capsys, gen_data.open_picture, tmp_path / name)
         assert f"{name}: cannot be read as a picture" in message
-    for width, height in ((40_000, 40_000), (4097, 8)):
+    for width, height in ((40_000, 40_000), (4097, 20)):
         (tmp_path / "bomb.png").write_bytes(png(width, height))
         assert "bomb.png:" in stops(capsys, gen_data.open_picture, tmp_path / "bomb.png")
     message = stops(capsys, gen_data.open_picture, tmp_path / "missing.png")

@@ -1,11 +1,15 @@
 """Who speaks for a response, strict and lenient alike, and the grammar of other models' plans."""
 import json
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+from conftest import stops
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import evaluate
 import gen_data
 from gen_data import TASKS
 from tools import lenient
@@ -15,7 +19,8 @@ SENTENCES = Path(__file__).with_name("sentences.txt").read_text(encoding="utf-8"
 
 @pytest.mark.parametrize("body", [
     "R,D,D", "RDD", "r d d", "Right, Down, Down", "RIGHT DOWN DOWN", "right\ndown\ndown", "→↓↓",
-    "➡️, ⬇️, ⬇️", "→ ↓×2", "R; D; D.", "R | D | D", "Right || Down || Down", "R-D-D", "R + D + D",
+    "➡️, ⬇️, ⬇️", "→ ↓×2", "R; D; D.", "R | D | D", "R/D/D", "right / down / down", "R，D，D",
+    "Right，Down，Down", "Right || Down || Down", "R-D-D", "R + D + D",
     "R → D → D", "right -> down -> down", "R > D > D", "$R \\rightarrow D \\rightarrow D$",
     "Right, then down, and then down", "right and down and down", "Rightwards, downward, downward",
     "1. Right\n2. Down\n3. Down", "1) R 2) D 3) D", "(1) R (2) D (3) D", "1: R, 2: D, 3: D",
@@ -67,7 +72,7 @@ def test_the_words_of_a_task(task, body, plan):
 @pytest.mark.parametrize("body", [
     "Right (D), Down (D)", "R 2x D", "1 Right 2 Down", "1 right, 2 down", "Right 1, Down 2",
     "2 R x3", "R (2,1)", "R (1,2), D (2,2)", "R 2. D", "R x0", "2. Right\n3. Down", "1. R\n1. D",
-    "→ R", "R →", "R →→ D", "R / D", "R or D", "R: D", "UUX", "rightdownx", "move, R", "go",
+    "→ R", "R →", "R →→ D", "R or D", "R: D", "UUX", "rightdownx", "move, R", "go",
     "R, move", "R (x2", "(0,1)", "0, 1", "{}", "{", "[]", "[[", '{"actions": [1]}', "x2", "2",
     '{"plan": "R", "answer": "D"}', '{"actions": ["R", "around"]}', '{"legal": ["R"]}',
     '[{"direction": "right", "distance": 2}]', '{"action": "R", "count": "many"}',
@@ -119,6 +124,10 @@ EXAMPLE = "Map: 2x2\nrow 0: S F\nrow 1: F G\nRoute: so.\n<answer>R,D</answer>"
     ("a draft: <answer>U</answer>\n</think>\n\nI see no way.", False, None, None),
     ("<think>so <answer>U</answer> but", False, None, None),
     ("<answer>R</answer><think>or <answer>U</answer>", False, None, None),
+    # special tokens at the end are no part of it
+    ("<answer>R</answer><|im_end|>\n<|endoftext|>", True, "R", "R"),
+    ("<answer>R</answer></s>", True, "R", "R"), ("R, D<|im_end|>", False, None, "R D"),
+    ("<answer>R<|im_end|></answer>", False, None, None),
     ("<think>a</think><answer>U</answer><think>b</think><answer>R</answer>", False, "R", "R"),
     ("U, U</think>", False, None, None),
     # 3. the last place, also where it takes an earlier one back
@@ -169,14 +178,41 @@ def test_who_speaks_whatever_is_written(text, task):
 
 
 def test_the_filter_reads_lines_by_what_they_mean(toy_data, tmp_path, capsys):
-    """A byte order mark, a null, half a surrogate pair, a cut response."""
+    """A byte order mark, a null, half a surrogate pair, a cut response; it replaces nothing."""
     rows = gen_data.load_rows(toy_data, "test")[:4]
     said = ["<answer>up</answer>", None, "\ud800 <answer>up</answer>", "<answer>up"]
     lines = [{"id": row.id, "response": text, "cut": text == said[3]}
              for row, text in zip(rows, said, strict=True)]
     file, out = tmp_path / "answers.jsonl", tmp_path / "read.jsonl"
     file.write_text("\ufeff" + "".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-    lenient.main(lenient.parse_args([str(file), "--data", str(toy_data), "--out", str(out)]))
+    words = [str(file), "--data", str(toy_data), "--out", str(out)]
+    lenient.main(lenient.parse_args(words))
     assert "a plan was read in 2 of 4 answers" in capsys.readouterr().out
     read = [json.loads(line) for line in open(out)]
     assert [line["plan"] for line in read] == [["U"], None, ["U"], None]
+    line = stops(capsys, lambda: lenient.main(lenient.parse_args(words)))
+    assert f"{out} exists: choose another --out" in line
+
+
+def test_the_printed_next_command_is_that_of_the_answers(toy_data, tmp_path, capsys):
+    """It is run as printed: another split, blanks in the paths; own rows keep their answers."""
+    data = shutil.copytree(toy_data, tmp_path / "my data")
+    own = {"file_name": "own.png", "id": "own", "prompt": "?", "symbols": "7", "answer": "7"}
+    first = gen_data.load_rows(data, "val")[0]
+    shutil.copy(first.path, data / "val/own.png")
+    with open(data / "val/metadata.jsonl", "a") as file:
+        file.write(json.dumps(own) + "\n")
+    rows = gen_data.load_rows(data, "val")
+    said = [", ".join(row.plan) if not row.own else "7" for row in rows]
+    lines = [{"id": row.id, "response": text} for row, text in zip(rows, said, strict=True)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lenient.main(lenient.parse_args([str(tmp_path / "a.jsonl"), "--data", str(data), "--split",
+                                     "val", "--out", str(tmp_path / "read it.jsonl")]))
+    told, _, printed = capsys.readouterr().out.partition("next: python ")
+    assert f"in {len(rows) - 1} of {len(rows) - 1} answers" in told
+    script, *words = shlex.split(printed)
+    args = evaluate.parse_args([*words, "--out", str(tmp_path / "eval")])
+    assert script == "evaluate.py" and (args.split, args.data) == ("val", str(data))
+    evaluate.main(args)
+    macro = json.loads((tmp_path / "eval/results.json").read_text())["conditions"]
+    assert [line["table"][-1]["success"] for line in macro.values()] == [1]

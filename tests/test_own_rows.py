@@ -57,11 +57,11 @@ def qwen(tmp_path_factory):
     return str(folder)
 
 
-def write(tmp_path, **splits):
+def write(tmp_path, color="white", **splits):
     """A data folder with these rows of each split, and a picture for all of them."""
     for split, rows in splits.items():
         (tmp_path / split).mkdir(exist_ok=True, parents=True)
-        Image.new("RGB", (64, 64), "white").save(tmp_path / split / "a.png")
+        Image.new("RGB", (64, 64), color).save(tmp_path / split / "a.png")
         lines = [json.dumps(row) + "\n" for row in rows]
         (tmp_path / split / "metadata.jsonl").write_text("".join(lines))
     return str(tmp_path)
@@ -121,11 +121,35 @@ def test_charts_and_puzzles_in_one_folder(folder, tmp_path):
     assert '"cells"' in page and "label,A,B" in page
 
 
-def test_keys_and_what_a_teacher_at_the_picture_reads():
-    """The same symbols under another prompt are another row; no symbols beside the picture."""
-    row, other = OwnRow({**ROW, "hint": HINT}), OwnRow({**ROW, "prompt": "Which is smaller?"})
-    assert row.key() != other.key() != OwnRow({**ROW, "symbols": "A,3"}).key()
-    assert row.key() == OwnRow(ROW).key()
+def test_a_row_is_what_the_student_sees_and_reads(tmp_path):
+    """Pictures of one class have the same symbols, and are different rows."""
+    def key(color="white", size=(64, 64), name="a.png", **more):
+        Image.new("RGB", size, color).save(tmp_path / name)
+        return OwnRow({**ROW, **more}, str(tmp_path / name)).key()
+    assert key() == key(symbols="A,3", hint=HINT, id="b", answer="B", name="copy.bmp")
+    others = [key(), key("red"), key(size=(32, 128)), key(prompt="Which is smaller?")]
+    assert len(set(others)) == 4
+
+
+def test_the_rows_that_the_docs_write_from_a_folder_of_pictures(tmp_path, monkeypatch):
+    """The ten lines of docs/your_own_task.md, as they stand."""
+    text = Path(gen_data.__file__).with_name("docs").joinpath("your_own_task.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    for i in range(10):
+        Image.new("RGB", (9, 9)).save(f"pictures/{i}.png")
+        content = {"table": {"A": i}, "question": "What is A?", "answer": i}
+        Path(f"pictures/{i}.json").write_text(json.dumps(content))
+    exec(code, {})
+    rows = {split: gen_data.load_rows("data/mine", split) for split in gen_data.SPLITS}
+    assert {split: len(some) for split, some in rows.items()} == {"train": 6, "val": 2, "test": 2}
+    assert rows["test"][1].symbols() == '{"A": 5}'
+    assert rows["test"][1].judge("The answer is **5**.")["outcome"] == "success"
+
+
+def test_what_a_teacher_at_the_picture_reads():
+    row = OwnRow({**ROW, "hint": HINT})
     assert row.teacher_prompt("picture") == row.student_prompt() == ROW["prompt"]
 
 
@@ -193,7 +217,7 @@ def write_clean(tmp_path, color="white", **splits):
 
 
 def test_a_picture_for_the_teacher(tmp_path, capsys):
-    """It counts as the student's does: where it lies, its bytes; broken ones are found at once."""
+    """Its bytes count as the student's do; broken ones are found at once."""
     both = {**CLEAN, "id": "b", "symbols": "A,3", "hint": HINT}
     data = write_clean(tmp_path, test=[CLEAN, both, {**ROW, "id": "c"}])
     rows = gen_data.load_rows(data, "test")
@@ -206,15 +230,13 @@ def test_a_picture_for_the_teacher(tmp_path, capsys):
         assert (without.teacher_picture(reads) == without.path) == (reads == "picture")
     assert beside.teacher_prompt("symbols+plan") == f"A,3\n\n{HINT}\n\n{ROW['prompt']}"
     assert beside.teacher_prompt("picture") == ROW["prompt"] and alone.questions() == {}
-    assert beside.key() == OwnRow({**ROW, "symbols": "A,3"}).key() != alone.key()
     files = [(path, prompt) for _, prompt, path in evaluate.planning_questions(rows, "text", rows)]
     assert files == [(clean, ROW["prompt"]), (clean, f"A,3\n\n{ROW['prompt']}"),
                      (None, without.teacher_prompt("symbols"))]
 
-    key, digests = alone.key(), [gen_data.digest_rows([row]) for row in rows]
+    digests = [gen_data.digest_rows([row]) for row in rows]
     write_clean(tmp_path, "black", test=[CLEAN, both, {**ROW, "id": "c"}])
     again = gen_data.load_rows(data, "test")
-    assert again[0].key() != key
     assert [gen_data.digest_rows([row]) == old for row, old in zip(again, digests, strict=True)] \
         == [False, False, True]
     Path(clean).write_text("no picture")
@@ -253,8 +275,8 @@ def test_a_clean_picture_teaches_a_degraded_one(tmp_path, capsys):
     ("so <answer> New  York.</answer>", "success"), ("Paris?\nnew york\n\n", "success"),
     ("<answer>Paris</answer> no: <answer>NEW YORK</answer>", "success"),
     ("new york\nI think", "wrong"), ("<answer>york</answer>\nNew York", "wrong"),
-    ("<answer>NewYork</answer>", "wrong"), ("The answer is New York.", "wrong"),
-    ("**New York** or Paris", "wrong"), ("<answer>New York", "wrong"),
+    ("<answer>NewYork</answer>", "wrong"), ("**New York** or Paris", "wrong"),
+    ("<answer>New York", "wrong"), ("It is not New York", "wrong"),
     (" \n", "no answer"), ("<answer></answer>", "no answer")])
 def test_answers_in_words(response, outcome):
     verdict = OwnRow({**ROW, "answer": "New York"}).judge(response)
@@ -262,11 +284,33 @@ def test_answers_in_words(response, outcome):
     assert verdict["optimal"] is None and verdict["map_right"] is None
 
 
+@pytest.mark.parametrize("form", [
+    "{}", "{}.", "**{}**", "({})", "“{}”", "«{}»", "`{}`", "${}$", "- {}", "{}。", "{}।", "{}!",
+    "\\boxed{{{}}}", "$\\boxed{{{}}}$", "\\boxed{{\\text{{{}}}}}.", "\\({}\\)",
+    "The answer is {}.", "So the final answer is: **{}**", "**Answer:** {}", "**Answer**: {}",
+    "Answer：{}", "### Answer:\n\n**{}**\n\nIt is the larger one.", '{{"answer": "{}"}}',
+    "I compare.\nThe answer is \\boxed{{{}}}, as it is larger.",
+    "{}<|im_end|>", "{}<|im_end|>\n<|endoftext|>", "{}</s>", "<think>A?</think>{}"])
+@pytest.mark.parametrize("answer, compare", [
+    ("B", "words"), ("(0,1]", "words"), ("52", "number"), ("-3", "number"), ("-3", "words"),
+    ("c1ccccc1", "exact"), ("[Na+].[Cl-]", "exact")])
+def test_a_base_writes_an_answer_as_well_as_who_writes_tags(form, answer, compare):
+    """Punctuation and markup around it, a label before it, a box: one rule for all comparisons."""
+    row = OwnRow({**ROW, "answer": answer, "compare": compare})
+    said = form.format(answer)
+    assert row.judge(said)["outcome"] == "success"
+    if "<" not in form:
+        assert row.judge(f"<answer>{said}</answer>")["outcome"] == "success"
+    for other in (f"{answer}1", f"not {answer}", f"{answer} or 7"):
+        assert row.judge(form.format(other))["outcome"] == "wrong"
+
+
 @pytest.mark.parametrize("response, cut, outcome", [
     ("Paris? <answer>Paris</answer></think>\n<answer>New York</answer>", False, "success"),
     ("Paris?</think>\nNew York", False, "success"), ("<think>New York", False, "no answer"),
     ("<answer>New York</answer>", True, "success"), ("<answer>New York", True, "no answer"),
-    ("It is\nNew York", True, "no answer"),
+    ("<answer>New York</answer><|im_end|>", True, "success"),
+    ("It is\nNew York", True, "no answer"), ("The answer is New York", True, "no answer"),
     ("<answer>New York</answer> or", True, "no answer")])
 def test_who_speaks_for_a_response(response, cut, outcome):
     verdict = OwnRow({**ROW, "answer": "New York"}).judge(response, cut=cut)
@@ -275,8 +319,13 @@ def test_who_speaks_for_a_response(response, cut, outcome):
 
 @pytest.mark.parametrize("wanted, said, tolerance, outcome", [
     (12, "12.0", 0, "success"), (0.5, " 0.50.", 0, "success"), (-3, "-3", 0, "success"),
-    (4, "4 .", 0, "wrong"), (4, "four", 0, "wrong"), (4, "**4**", 0, "wrong"),
-    (1e-7, "0.0000001", 0, "success"), (2e22, "2e22", 0, "success"), (52, "5²", 0, "wrong"),
+    (4, "4 .", 0, "success"), (4, "four", 0, "wrong"), (4, "**4**", 0, "success"),
+    (1e-7, "0.0000001", 0, "success"), (2e22, "2e22", 0, "success"), (0.5, ".5", 0, "success"),
+    (52, "5²", 0, "wrong"), (12, "①②", 0, "wrong"), (52, "５２", 0, "success"),
+    (-3, "−3", 0, "success"), (-3, "–3", 0, "success"), (3, "–3", 0, "wrong"),
+    (3, "-3", 0, "wrong"), (3, "**-3**", 0, "wrong"),
+    (3, "-$3", 0, "wrong"), (3, "- 3", 0, "success"), (5, ".5", 0, "wrong"), (5, "5%", 0, "wrong"),
+    (5, "5 or 6", 0, "wrong"), (5, "5-6", 0, "wrong"), (5, "5/6", 0, "wrong"),
     (1234, "12 34", 0, "wrong"), (100200, "100,200", 0, "success"), (15, "1,5", 0, "wrong"),
     ("12", "12.0", 0, "success"), ("12", "1 2", 0, "wrong"), ("12", "13", 0, "wrong"),
     ("1.0", "1.1", 0.1, "success"), ("1.0", "1.11", 0.1, "wrong"), ("-3", "3", 5.9, "wrong"),
@@ -295,14 +344,19 @@ def test_answers_that_are_numbers(wanted, said, tolerance, outcome):
 @pytest.mark.parametrize("compare, wanted, said, right", [
     (None, "1234", "12 34", False), (None, "12 34", "1234", False),
     (None, "100200", "100,200", False), (None, "4", "4.0", False), (None, "52", "5²", False),
+    (None, "12", "①②", False), (None, "3", "-3", False), (None, "3", ".3", False),
     (None, "caf\u00e9", "cafe\u0301", True), (None, "Stra\u00dfe", "STRASSE", True),
     (None, ".", "", False), (None, ".", " \n", False), (None, ".", ".", True),
-    (None, "a", ".", False), (None, "C", "(C)", False), (None, "(0,1)", "[0,1]", False),
+    (None, "a", ".", False), (None, "C", "(C)", True), (None, "(0,1)", "[0,1]", False),
+    (None, "C", "C#", False), (None, "C#", "**C#**", True), (None, "B", "B, C", False),
+    (None, "It is a cat.", "it is a cat", True), (None, "The answer is 42", "42", True),
+    (None, "a,b\nx,1", "a,b\nx,1\n", True), (None, "a,b\nx,1", "x,1", False),
     (None, ["NYC", "New York"], "new york", True),
     (None, ["NYC", "New York"], "NYC New York", False),
     ("words", "c1ccccc1", "C1CCCCC1", True), ("exact", "c1ccccc1", "C1CCCCC1", False),
     ("exact", "c1ccccc1", " c1ccccc1\n", True), ("exact", "a  b", "a b", False),
     ("exact", "x.", "x", False), ("exact", ["a", "A"], "A", True),
+    ("exact", "\\frac{1}{2}", "\\boxed{\\frac{1}{2}}", True),
     ("number", ["1", "2"], "2.0", True)])
 def test_what_counts_as_equal(compare, wanted, said, right):
     row = OwnRow({**ROW, "answer": wanted, "compare": compare})
@@ -312,6 +366,7 @@ def test_what_counts_as_equal(compare, wanted, said, right):
     assert row.judge(first)["outcome"] == "success"
     asked = OwnRow({**ROW, "compare": compare, "questions": [{"question": "?", "answer": "c1C"}]})
     assert asked.score(None, "c1c")["question 1"] == (compare != "exact")
+    assert asked.score(None, "**c1C**.")["question 1"]
 
 
 def same_set(said, wanted, tolerance):
@@ -331,12 +386,13 @@ def test_a_scorer_of_ones_own(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("unit", [
-    "(", "\\boxed{", "\\boxed{{", "**", "answer: ", "{", "4 ", "$", ". "])
+    "(", "\\boxed{", "\\boxed{{", "**", "answer: ", "{", "4 ", "$", ". ", "-(", "answer  ",
+    "-1,000", "\\boxed{ {} ", "<|im_end|>", "<|", "<|a|> x"])
 def test_a_megabyte_of_an_answer(unit):
     """None takes longer than its length: an expression that backtracks would not end."""
     for compare in gen_data.COMPARE:
         row = OwnRow({**ROW, "answer": "4", "compare": compare})
-        assert row.judge(unit * (10**6 // len(unit)))["outcome"] == "wrong"
+        assert row.judge(unit * (10**6 // len(unit)))["outcome"] != "success"
 
 
 def test_without_answers_nothing_is_judged(tmp_path):
@@ -356,30 +412,47 @@ def test_without_answers_nothing_is_judged(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"prompt": None}, "KeyError: 'prompt'"), ({"symbols": ""}, '"symbols": wanted a text'),
+    ({"prompt": None}, '"prompt": wanted a text, got None'),
+    ({"symbols": ""}, '"symbols": wanted a text'),
     ({"prompt": "  "}, '"prompt": wanted a text'), ({"answer": ""}, '"answer": wanted a text'),
     ({"answer": True}, '"answer": wanted a number'), ({"answer": []}, '"answer": wanted at least'),
     ({"answer": ["a", " "]}, '"answer": wanted a text'), ({"answer": {}}, '"answer": wanted'),
     ({"answer": float("nan")}, '"answer": wanted a number'),
     ({"compare": "set"}, '"compare": wanted'),
     ({"answer": "five", "compare": "number"}, '"answer": wanted a number, as "compare" says'),
-    ({"file_name": "."}, "there is no picture"), ({"file_name": "a\0.png"}, "no picture"),
+    *[({"answer": 5, "tolerance": value}, '"tolerance": wanted a number, at least 0, got ')
+      for value in ("1", -1, True, float("nan"), float("inf"))],
+    ({"answer": "<answer>B</answer>"}, '"answer" holds the tag <answer>: write only what stands'),
+    ({"prompt": "<image>\nWhich?"}, '"prompt" holds <image>: leave it out, the picture comes'),
+    ({"prompt": "<video>Which?"}, '"prompt" holds <video>: leave it out'),
+    ({"questions": [{"question": "<image>?", "answer": "3"}]}, '"question" holds <image>'),
     ({"group": "macro"}, '"group": macro is the name of a task'),
+    ({"group": "maze"}, '"group": maze is the name'),
     ({"hint": ["x"]}, '"hint": wanted a text'), ({"id": 3}, '"id": wanted a text'),
-    ({"questions": "x"}, "not a row (TypeError"), ({"questions": ["x"]}, "not a row (TypeError"),
-    ({"questions": [{"question": "x"}]}, "not a row (KeyError: 'answer')"),
-    ({"task": "maze"}, "not a row (KeyError"), ({"task": "vqa"}, "not a row (KeyError"),
-    ({"teacher_file_name": 3}, "not a row (TypeError"),
+    ({"questions": "x"}, '"questions": wanted a list of {"question", "answer"}'),
+    ({"questions": ["x"]}, '"questions": wanted a list of {"question", "answer"}'),
+    ({"questions": [{"question": "x"}]}, '"answer": wanted a text, got None'),
+    ({"task": "maze"}, "not a row: KeyError"),
+    ({"task": "vqa"}, '"task" \'vqa\' is none of frozenlake'),
+    ({"teacher_file_name": 3}, '"teacher_file_name": wanted one file\'s name, got 3'),
     ({"teacher_file_name": "a.png", "symbols": " "}, '"symbols": wanted a text'),
     ({"teacher_file_name": "b.png", "symbols": None}, "there is no picture"),
-    ({"group": "maze"}, '"group": maze is the name'),
+    ({"symbols": None}, "--teacher_reads picture"),
+    ({"anwser": "B"}, '"anwser": "answer" is meant?'),
+    ({"symbols": None, "symbol": "x"}, '"symbol": "symbols" is meant?'),
     ({"symbols": "<|image_pad|>"}, '"symbols" holds <|image_pad|>'),
     ({"prompt": "\ud800"}, "UnicodeEncodeError"), ({"file_name": "b.png"}, "there is no picture"),
+    ({"file_name": "."}, "there is no picture"), ({"file_name": "a\0.png"}, "no picture"),
+    *[({"file_name": name}, '"file_name": wanted one file\'s name, got ') for name in (
+        None, ["a.png", "b.png"], "https://example.org/x.png",
+        "data:image/png;base64," + "A" * 9999)],
+    *[({"file_name": name}, "does not stay in") for name in ("../test/a.png", "/a.png")],
+    ({"file_name": None, "images": ["a.png"]}, "(the row has file_name, id, prompt, symbols, im"),
     ({"id": "first"}, "the id 'first' is")])
 def test_bad_rows(tmp_path, capsys, change, message):
     data = write(tmp_path, test=[{**ROW, "id": "first"}, {**ROW, **change}])
     line = stops(capsys, gen_data.load_rows, data, "test")
-    assert "metadata.jsonl, line 2: " in line and message in line
+    assert "metadata.jsonl, line 2: " in line and message in line and len(line) < 600
 
 
 def test_forms_of_the_metadata(tmp_path, capsys):
@@ -397,7 +470,7 @@ def test_forms_of_the_metadata(tmp_path, capsys):
     assert [Path(row.path).relative_to(data / "test").as_posix() for row in rows] == [
         "a.png", "a.png", "deep/er/b.png"]
     assert [row.where[-6:] for row in rows] == ["line 1", "line 3", "line 5"]
-    assert rows[0].key() == OwnRow(ROW).key() and rows[0].task == "own"
+    assert rows[0].key() == rows[1].key() and rows[0].task == "own"
     assert rows[0].teacher_prompt("symbols+plan") == OwnRow(ROW).teacher_prompt("symbols+plan")
     assert rows[0].judge("x")["outcome"] == "not judged" and list(rows[0].questions()) == ["map"]
     assert "docs/your_own_task.md" in stops(capsys, gen_data.load_rows, data, "val")
@@ -407,7 +480,7 @@ def test_forms_of_the_metadata(tmp_path, capsys):
 
 def test_groups_are_chosen_by_name(folder, capsys):
     rows = gen_data.load_rows(folder / "mixed", "test")
-    groups = {row.task for row in rows if row.level is None}
+    groups = {row.task for row in rows if row.own}
     for name in groups:
         assert {row.task for row in gen_data.choose_rows(rows, [name])} == {name}
     name = min(groups)
@@ -416,7 +489,7 @@ def test_groups_are_chosen_by_name(folder, capsys):
         row.task for row in rows].index)
     assert f"unknown task 'x', known: {', '.join(gen_data.TASKS)}, " in stops(
         capsys, gen_data.choose_rows, rows, ["x"])
-    own = [row for row in rows if row.level is None]
+    own = [row for row in rows if row.own]
     line = stops(capsys, gen_data.choose_rows, own, ["maze"])
     assert "--tasks maze: the data has no such row" in line
 
@@ -489,7 +562,7 @@ def test_charts_are_the_same_every_time(tmp_path, folder):
 
 
 def test_symbols_that_look_like_numbered_answers():
-    questions = [{"question": "Table?", "answer": "1.5,2\n2.5,3"},
+    questions = [{"question": "Table?", "answer": "1.5,2\n2. 5,3"},
                  {"question": "A?", "answer": "3"}]
     row = OwnRow({**ROW, "questions": questions})
     names = tuple(row.questions())

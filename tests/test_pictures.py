@@ -110,7 +110,7 @@ def test_whatever_a_decoder_raises(tmp_path, monkeypatch, capsys, error):
     PLAIN.save(tmp_path / "a.png")
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
     line = stops(capsys, open_picture, tmp_path / "a.png")
-    assert f"a.png: cannot be read as a picture ({error.__name__}: " in line
+    assert f"a.png: cannot be read as a picture: {error.__name__}: " in line
 
 
 @pytest.mark.parametrize("stage", [coldstart, distill])

@@ -8,7 +8,7 @@ place of its own reading (`gen_data.parse`, which reads the one form that is ask
 place of a response may speak (`last_place`), and what it holds is read by a grammar (the tables
 below):
 
-    plan    = [number] phrase, separated by commas, dashes, bars, line ends, blanks, "then", ...
+    plan    = [number] phrase, separated by commas, slashes, dashes, bars, line ends, "then", ...
     phrase  = [verb] [count] action [count] ["(" the same action ")"]
     action  = its name, a word of SPELLINGS, or an arrow where there are no letters
 
@@ -16,6 +16,7 @@ What holds anything else is no plan: nothing is made of coordinates or of prose.
 """
 import json
 import re
+import shlex
 from collections import deque
 from functools import lru_cache
 from pathlib import Path
@@ -64,11 +65,11 @@ TOKENS = {  # of a plan, the first that fits; {name}: the actions' spellings
                rf"(?: ?\( ?(?P<inside>{AFTER}) ?\)| ?(?P<after>{AFTER}|{BARE_AFTER}))?"),
     "arrow": "->|=>|→|➡|⇒|>",
     "number": r"\(?(?:(?:STEP|ACTION|MOVE) )?[0-9]{1,3}[.):]|STEP [0-9]{1,3}\b",
-    "separator": r"AND THEN\b|AND\b|THEN\b|[ \n,;|+&.!•–—-]",
+    "separator": r"AND THEN\b|AND\b|THEN\b|[ \n,，;|/+&.!•–—-]",
 }
 PLAIN = {  # of one in no explicit place
     "phrase": r"(?P<name>{name})(?![A-Z])", "arrow": TOKENS["arrow"], "number": TOKENS["number"],
-    "separator": r"[ \n,;|.!-]",
+    "separator": r"[ \n,，;|.!-]",
 }
 LATEX = {r"\\UPARROW": "↑", r"\\DOWNARROW": "↓", r"\\LEFTARROW": "←",
          r"\\(?:RIGHTARROW|TO)\b": "→"}
@@ -125,7 +126,7 @@ def place_forms(actions):
     own = any_of(actions)
     marked = r"[\s*_`'\"\[($]{0,9}(?:[0-9]{1,2}[.)] ?)?"
     capitals = rf"(?-i:(?:{own})(?=[^A-Za-z\n]*(?:$|(?:{own}))))"
-    words = (rf"(?:go |move )?(?:{names})\b[^A-Za-z\n]{{0,9}}(?:[,;|>→+-]|\bthen\b|\band\b)"
+    words = (rf"(?:go |move )?(?:{names})\b[^A-Za-z\n]{{0,9}}(?:[,，;|>→+-]|\bthen\b|\band\b)"
              rf"[^A-Za-z\n]{{0,9}}(?:(?:then|and|go|move) ){{0,3}}(?:{names})\b")
     listed = rf"(?={marked}(?:{capitals}|{words}|[↑↓←→⬆⬇⬅➡]))"
     colon = r"(?: is)?[ *_]{0,4}(?:\([^()\n]{1,30}\)[ *_]{0,4})?[:=]"
@@ -315,24 +316,26 @@ def parse_args(argv=None):
 
 
 def main(args):
-    tasks = {row.id: row.task for row in gen_data.load_rows(args.data, args.split)}
-    lines, read = [], 0
     if Path(args.out).exists():
         fail(f"{args.out} exists: choose another --out")
+    rows = {row.id: row for row in gen_data.load_rows(args.data, args.split)}
+    lines, asked, read = [], 0, 0
     for where, line in gen_data.read_jsonl(args.answers):
         if not isinstance(line, dict) or not isinstance(line.get("id"), str) \
                 or not isinstance(line.get("response", 0), str | None):
             fail(f'{where}: wanted an object with "id" and "response"')
-        if line.get("id") not in tasks:
-            fail(f"{where}: id {line.get('id')!r} is not in {args.data}/{args.split}")
-        if tasks[line["id"]] in TASKS:  # an own row's answer is no plan
-            cut = line.get("cut") is True
-            line["plan"] = parse(tasks[line["id"]], line["response"] or "", cut)
+        if line["id"] not in rows:
+            fail(f"{where}: id {line['id']!r} is not in {args.data}/{args.split}")
+        row = rows[line["id"]]
+        if not row.own:  # an own row's answer is no plan
+            line["plan"] = parse(row.task, line["response"] or "", line.get("cut") is True)
+            asked += 1
             read += line["plan"] is not None
         lines.append(json.dumps(line) + "\n")
     write_text(args.out, "".join(lines))
-    print(f"{args.out}: a plan was read in {read} of {len(lines)} answers; next: python "
-          f"evaluate.py --responses {args.out} --data {args.data}")
+    words = ["evaluate.py", "--responses", args.out, "--data", args.data, "--split", args.split]
+    print(f"{args.out}: a plan was read in {read} of {asked} answers to puzzles; next: "
+          f"python {shlex.join(words)}")
 
 
 if __name__ == "__main__":
