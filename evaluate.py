@@ -799,7 +799,7 @@ def main(args):
                 write_text(out / name / f"{kind}.jsonl", text)
             write_text(out / name / "summary.json", json.dumps(summary, indent=1) + "\n")
         tables = report.make_tables(summaries, comparison)
-        write_text(out / "results.md", report.make_text(tables))
+        write_text(out / "results.md", report.make_text(tables, summaries))
         write_text(out / "results.json",
                    json.dumps({"conditions": summaries, **comparison}, indent=1) + "\n")
         write_text(out / "report.html",

@@ -38,9 +38,10 @@ def markdown(table):
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
-def make_text(tables):
+def make_text(tables, summaries):
     """results.md."""
-    return "\n".join(f"## {t['title']}\n\n{t['about']}\n\n{markdown(t)}" for t in tables)
+    parts = [f"## {t['title']}\n\n{t['about']}\n\n{markdown(t)}" for t in tables]
+    return "\n".join([f"{explained(summaries)}\n", *parts])
 
 
 def differing(summaries):
@@ -81,20 +82,21 @@ def make_tables(summaries, comparison):
 
 
 def explained(summaries):
-    """What the names of the conditions mean."""
+    """What the conditions are."""
     own = not has_puzzles(summaries)
     runs = {"base": "the model without adapters", "coldstart": "after the cold start",
             "distill": "after the distillation"}
     inputs = {
-        "image": "from the picture",
-        "text": "from what the teacher reads, without the hint" if own
-                else "from the symbols, without a reference plan",
-        "swapped": f"from the picture of another {'row' if own else 'puzzle'}"}
+        "image": "the picture",
+        "text": "what the teacher reads, without the hint" if own
+                else "the symbols, without a reference plan",
+        "swapped": f"the picture of another {'row' if own else 'puzzle'}"}
     parts = []
     for key, texts in (("run", runs), ("input", inputs)):
         used = {summary[key] for summary in summaries.values()}
         parts += [f"{name}: {text}" for name, text in texts.items() if name in used]
-    return parts
+    text = f"Conditions, a model with what it read: {', '.join(summaries)}."
+    return f"{text} {'; '.join(parts)}." if parts else text
 
 
 def has_puzzles(summaries):
@@ -142,8 +144,7 @@ def macro_table(summaries):
              "map": "the one described is right", "cut": "no EOS within the limit",
              "overrun": "how many plans reach the goal and go on, which is not executed and does "
              "not count"}
-    about = [*explained(summaries)] + [f"{word}: {text}" for word, text in words.items()
-                                       if word in table["head"]]
+    about = [f"{word}: {text}" for word, text in words.items() if word in table["head"]]
     return {
         "title": "All tasks" if puzzles else "All rows",
         "about": f"In % with 95% intervals; {'tasks' if puzzles else 'groups'} weigh the same and "
@@ -362,15 +363,15 @@ CURVES = {
 
 
 def draw_training(lines):
-    """The curves of a metrics.jsonl, those that there are."""
-    log, shown = pd.DataFrame(lines).set_index("step").dropna(axis=1, how="all"), {}
+    """{title: a plot} of a metrics.jsonl, those of CURVES that there are."""
+    log, plots = pd.DataFrame(lines).set_index("step").dropna(axis=1, how="all"), {}
     for title, keys in CURVES.items():
-        if known := [key for key in keys if key in log]:
-            shown[title] = known
-    figure = Figure(figsize=(3.4 * len(shown), 2.8), layout="constrained")
-    for axes, (title, keys) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(),
-                                   strict=True):
-        for key in keys:  # a validation has a value now and then
+        known = [key for key in keys if key in log]
+        if not known:
+            continue
+        figure = Figure(figsize=(3.4, 2.6), layout="constrained")
+        axes = figure.subplots()
+        for key in known:  # a validation has a value now and then
             curve = log[key].dropna()
             axes.plot(curve.index, curve, "." if len(curve) == 1 else "-", label=key)
         axes.set_title(title, fontsize=10, loc="left")
@@ -378,7 +379,8 @@ def draw_training(lines):
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
-    return figure
+        plots[title] = as_url(figure.savefig)
+    return plots
 
 
 def make_page(rows, pool, tables, summaries, verdicts):
@@ -399,12 +401,11 @@ def make_page(rows, pool, tables, summaries, verdicts):
         answers[name] = [on_the_page(row, first[row.id]) for row in shown]
     used = {answer["picture"] for some in answers.values() for answer in some} - {None}
     curves = {run.name: read_lines(run / "metrics.jsonl") for run in runs}
-    data = {"tables": tables, "total": len(rows),
+    data = {"tables": tables, "total": len(rows), "names": explained(summaries),
             "conditions": list(summaries), "answers": answers,
             "rows": [row_on_the_page(row) for row in shown],
             "pictures": {name: small_picture(paths[name]) for name in paths if name in used},
-            "curves": {name: as_url(draw_training(lines).savefig)
-                       for name, lines in curves.items() if lines},
+            "curves": {name: draw_training(lines) for name, lines in curves.items() if lines},
             "rollouts": {run.name: rollouts_on_the_page(run) for run in runs},
             "parts": gen_data.PARTS, "puzzles": list(gen_data.TASKS)}
     page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
