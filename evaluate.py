@@ -252,6 +252,23 @@ def answer_file(kind, settings):
     return f"{kind}-{digest(counts)}.jsonl"
 
 
+def trained_ids(run, known, rows):
+    """The ids of the rows whose keys are among `known`; None where it is not known.
+
+    Keys of own rows begin with a word. Once they had none, as those of puzzles have none: a record
+    without the word does not say which own rows are in it.
+    """
+    if known is None:
+        return None
+    word = {key: key.rpartition(" ")[0] for key in [*known, *(row.key() for row in rows)]}
+    recorded = {word[key] for key in known}
+    if "" in recorded and not all(word[row.key()] in {*recorded, ""} for row in rows):
+        common.warn(f"{run}: which own rows it was trained on is not known (its record is of an "
+                    "earlier form, or of puzzles alone)")
+        return None
+    return [row.id for row in rows if row.key() in known]
+
+
 def plan(args, rows, pool, adapters):
     """The conditions and jobs of every adapter and every input."""
     sources = ("image", "text") if args.input in (None, "both") else (args.input,)
@@ -260,8 +277,7 @@ def plan(args, rows, pool, adapters):
     model, row_digest = common.digest_folder(common.fetch(args.model)), gen_data.digest_rows(rows)
     conditions, jobs = [], []
     for run, adapter in adapters.items():
-        known = common.read_trained_rows(adapter) if adapter else set()
-        trained = None if known is None else [row.id for row in rows if row.key() in known]
+        trained = trained_ids(run, common.read_trained_rows(adapter), rows) if adapter else []
         for source in sources:
             settings = {
                 "model": Path(args.model).name, "files": model, "bits": args.bits,
@@ -578,7 +594,7 @@ def answer_frame(verdicts):
     frame["success"] = frame["outcome"].eq("success").astype(float)
     frame["parsed"] = frame["plan"].notna().astype(float)
     frame.loc[frame["outcome"] == "not judged", ["success", "parsed"]] = None
-    frame["cut"] = frame["cut"].eq(True)                                 # it may not be said
+    frame["cut"] = frame["cut"].map({True: 1.0, False: 0.0})             # else it is not said
     frame["tokens"] = pd.to_numeric(frame["tokens"], errors="coerce")
     return frame.astype({name: float for name in RATES})
 

@@ -140,7 +140,7 @@ def macro_table(summaries):
     table = filled(["condition", "n", "not judged", *rates.values(), "answer", "map", "cut",
                     "overrun", "tokens", "failures"], lines)
     words = {"n": "rows that success is over", "not judged": "rows without an answer to compare "
-             "with", "answer": "one in the form asked for could be read (without one: no answer)",
+             "with", "answer": "one could be read where it was asked for (else: no answer)",
              "map": "the one described is right", "cut": "no EOS within the limit",
              "overrun": "how many plans reach the goal and go on, which is not executed and does "
              "not count"}
