@@ -260,44 +260,46 @@ def trained_ids(run, known, rows):
     """
     if known is None:
         return None
-    word = {key: key.rpartition(" ")[0] for key in [*known, *(row.key() for row in rows)]}
-    recorded = {word[key] for key in known}
-    if "" in recorded and not all(word[row.key()] in {*recorded, ""} for row in rows):
+    recorded = {key.rpartition(" ")[0] for key in known}
+    wanted = {row.key().rpartition(" ")[0] for row in rows}
+    if "" in recorded and not wanted <= {*recorded, ""}:
         common.warn(f"{run}: which own rows it was trained on is not known (its record is of an "
                     "earlier form, or of puzzles alone)")
         return None
     return [row.id for row in rows if row.key() in known]
 
 
-def plan(args, rows, pool, adapters):
+def plan_jobs(args, rows, pool, adapters):
     """The conditions and jobs of every adapter and every input."""
     sources = ("image", "text") if args.input in (None, "both") else (args.input,)
-    asked = {source: planning_questions(rows, source, pool, args.samples) for source in sources}
-    about = perception_questions(rows) if args.perception else []
-    model, row_digest = common.digest_folder(common.fetch(args.model)), gen_data.digest_rows(rows)
-    conditions, jobs = [], []
+    shared = {
+        "model": Path(args.model).name, "files": common.digest_folder(common.fetch(args.model)),
+        "bits": args.bits, "max_pixels": args.max_pixels, "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature, "samples": args.samples,
+        "seed": args.seed if args.temperature else None, "versions": common.versions()}
+    asked = {}                                     # (kind, input): (questions, settings)
+    for source in sources:
+        questions = planning_questions(rows, source, pool, args.samples)
+        how = {"questions": digest_questions(questions)}
+        asked["predictions", source] = questions, shared | how
+        if args.perception and source == "image":
+            questions = perception_questions(rows)
+            how = {"temperature": 0.0, "samples": 1, "seed": None,
+                   "questions": digest_questions(questions)}
+            asked["perception", source] = questions, shared | how
+
+    conditions, jobs, row_digest = {}, [], gen_data.digest_rows(rows)
     for run, adapter in adapters.items():
         trained = trained_ids(run, common.read_trained_rows(adapter), rows) if adapter else []
-        for source in sources:
-            settings = {
-                "model": Path(args.model).name, "files": model, "bits": args.bits,
-                "max_pixels": args.max_pixels,
-                "adapter": common.digest_folder(adapter), "max_new_tokens": args.max_new_tokens,
-                "temperature": args.temperature, "samples": args.samples,
-                "seed": args.seed if args.temperature else None,
-                "questions": digest_questions(asked[source]), "versions": common.versions()}
-            greedy = settings | {"temperature": 0.0, "samples": 1, "seed": None,
-                                 "questions": digest_questions(about)}
-            kinds = {"predictions": (asked[source], settings)}
-            if args.perception and source == "image":
-                kinds["perception"] = (about, greedy)
-            condition = Condition(run, source, row_digest, settings, trained, vars(args), {})
-            for kind, (questions, how) in kinds.items():
-                condition.answers[kind] = answer_file(kind, how)
-                file = Path(args.out, condition.name, "answers", condition.answers[kind])
-                jobs.append(Job(adapter, condition.name, questions, how, file))
-            conditions.append(condition)
-    return conditions, jobs
+        of_adapter = {"adapter": common.digest_folder(adapter)}
+        for (kind, source), (questions, settings) in asked.items():
+            settings = settings | of_adapter
+            condition = conditions.setdefault((run, source), Condition(
+                run, source, row_digest, settings, trained, vars(args), {}))
+            condition.answers[kind] = answer_file(kind, settings)
+            file = Path(args.out, condition.name, "answers", condition.answers[kind])
+            jobs.append(Job(adapter, condition.name, questions, settings, file))
+    return list(conditions.values()), jobs
 
 
 # ---------------------------------------------------------------- answers
@@ -791,7 +793,7 @@ def main(args):
             gen_data.check_pictures(rows)  # the page shows them
             asked = [store_responses(args, rows, pool)]
         else:
-            asked, jobs = plan(args, rows, pool, adapters)
+            asked, jobs = plan_jobs(args, rows, pool, adapters)
             check_names(out, asked)
             seconds = ask(args, jobs)
 
