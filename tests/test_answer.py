@@ -38,7 +38,7 @@ def test_the_readmes_lines_and_the_command_say_the_same(pictures, monkeypatch, c
     """As they stand, from the repository's root: the answer solves the maze."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     code, = (text for text in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-             if "common.sample" in text)
+             if "common.load(" in text)
     monkeypatch.chdir(ROOT)
     exec(code, {})
     printed = capsys.readouterr().out.strip()

@@ -88,9 +88,8 @@ def test_generated_puzzles(toy_data, capsys):
     ({"picture": noise(1, (1024, 1024))}, "picture of 1024x1024 px is seen as 512x512: 25% of its "
      "pixels remain under --max_pixels 262144"),
     ({"picture": noise(1, (400, 10))}, "picture of 400x10 px is seen as 224x32: stretched"),
-    ({"answer": "the tag <answer>"}, "the answer is never right, as words are compared"),
     ({"answer": "a </think> b", "compare": "exact"}, "the answer is never right, as exact are"),
-    ({"answer": ["B", "a <answer>"]}, "the answer is never right, as words are compared"),
+    ({"answer": ["B", "a </think> b"]}, "the answer is never right, as words are compared"),
     ({"questions": [{"question": "?", "answer": "a </think> b </think>"}]},
      "the answer to question 1 is never right"),
     ({"answer": "B " * 200}, "the right response has more tokens than --max_new_tokens 120"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import coldstart
+import common
 import distill
 import evaluate
 import gen_data
@@ -29,8 +30,15 @@ def shell(commands, **environment):
                           env={**os.environ, **environment})
 
 
-def test_the_shell_reads_what_is_pasted_as_whole_commands():
-    """Each with flags that its script knows."""
+def test_the_shell_reads_what_is_pasted_as_whole_commands(tmp_path, monkeypatch):
+    """Each with flags that its script knows; the runs that they name are there."""
+    monkeypatch.chdir(tmp_path)
+    for stage in ("coldstart", "distill"):
+        run = tmp_path / "out/hour" / stage
+        (run / "adapter").mkdir(parents=True)
+        (run / "adapter/adapter_model.safetensors").touch()
+        record = {"kind": "run", "args": {"preset": "2b", **common.BACKBONES["2b"]}}
+        (run / "args.json").write_text(json.dumps(record))
     done = shell("python() { printf '%s ' \"$@\"; echo; }\n" + pasted())
     commands = [line.split() for line in done.stdout.splitlines()]
     assert done.returncode == 0 and len(commands) == 5, done.stderr

@@ -121,6 +121,7 @@ class Asker:
 
     def __init__(self, args):
         self.args, self.useful, self.warned, self.lock = args, False, False, Lock()
+        self.folder = Path(args.data, args.split)
         self.fields = {"max_tokens": args.max_new_tokens, "temperature": args.temperature}
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()  # a .env's line end
         here = re.match(r"https?://(localhost|127\.|\[::1\])", args.api_base)  # needs no proxy
@@ -175,20 +176,24 @@ class Asker:
 
     def __call__(self, question):
         key, prompt, picture = question
-        content, sampling = [{"type": "text", "text": prompt}], {}
+        content, sampling, name = [{"type": "text", "text": prompt}], {}, None
         if picture:
-            content.insert(0, {"type": "image_url", "image_url": {"url": data_url(picture)}})
+            url = data_url(picture)
+            content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+            name = Path(picture).relative_to(self.folder).as_posix()
         if self.args.temperature:
             sampling["seed"] = int(digest(self.args.seed, key), 16) % 2**31
-        line, openai = {**key, "model": self.args.api_model}, self.openai
+        line = {**key, "model": self.args.api_model, "picture": name}
         try:
             line |= read_reply(self.request(content, sampling))
             self.useful = True
-        except (openai.OpenAIError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (self.openai.OpenAIError, ValueError, LookupError, TypeError,
+                AttributeError) as error:
             line |= {"response": "", "error": self.masked(error)}
             self.warn(line["error"])
             self.useful |= not isinstance(error, (
-                openai.AuthenticationError, openai.NotFoundError, openai.APIConnectionError))
+                self.openai.AuthenticationError, self.openai.NotFoundError,
+                self.openai.APIConnectionError))
         return line
 
 
@@ -238,8 +243,7 @@ def main(args):
         with in_one_line(f"{out} cannot be read"):
             lines = evaluate.read_answers(out)
         ask_all(args, asked, asker, lines)
-        lines = evaluate.with_pictures([lines[evaluate.label(key)] for key, _, _ in asked], asked,
-                                       pool)
+        lines = [lines[evaluate.label(key)] for key, _, _ in asked]
         write_text(out, "".join(json.dumps(line) + "\n" for line in lines))  # in their order
     finally:
         lock.release()
