@@ -139,6 +139,16 @@ def seen_size(image, processor):
                         images.size["shortest_edge"], images.size["longest_edge"])[::-1]
 
 
+def facts_of_picture(image, processor):
+    """Its size, its tokens, and a text that is the same for the same pixels."""
+    width, height = seen_size(image, processor)
+    images = processor.image_processor
+    tokens = width * height // (images.patch_size * images.merge_size) ** 2
+    pixels = hashlib.sha256(image.tobytes()).hexdigest()
+    return {"width, px": image.width, "height, px": image.height, "picture, tokens": tokens,
+            "picture": f"{image.size} {pixels}"}
+
+
 def check_answers(row, tokens, limit):
     """Is what the row calls right accepted by the row's own scorer? tokens: of its response."""
     responses = [row.response()]
@@ -193,17 +203,11 @@ def check_row(row, split, model, processor, args, found):
         kinds += check_own(row)
     for path in row.pictures():
         image = found.refused(row.where, gen_data.open_picture, path)
-        if not image:
-            continue
-        kinds += check_picture(image, processor, args.max_pixels)
-        if path == row.path:                        # the teacher's may be the same in many rows
-            pixels = f"{image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
-            width, height = seen_size(image, processor)
-            images = processor.image_processor
-            facts |= {"width, px": image.width, "height, px": image.height, "picture": pixels,
-                      "picture, tokens": width * height // (
-                          images.patch_size * images.merge_size) ** 2,
-                      "picture and prompt": pixels + prompt}
+        if image:
+            kinds += check_picture(image, processor, args.max_pixels)
+        if image and path == row.path:              # the teacher's may be the same in many rows
+            facts |= facts_of_picture(image, processor)
+            facts["picture and prompt"] = facts["picture"] + prompt
     for kind in kinds:
         found.warn(kind, row.where)
     return facts
@@ -245,6 +249,7 @@ def make_table(facts):
     """A line per split and task, group or board size: numbers of rows, the largest of all else."""
     how = dict.fromkeys(COUNTS, "sum") | dict.fromkeys(LARGEST, "max")
     table = facts.groupby(["split", "task or group"], sort=False).agg(how)
+    # Whole numbers, which a column with a gap would turn into fractions; "" for a gap.
     return table.reset_index().convert_dtypes().astype(object).fillna("")
 
 
@@ -255,9 +260,11 @@ def drawn_plan(row):
     path, _ = gen_data.execute(row.puzzle, row.plan)
     dots = [(pos[1] + 0.5, pos[0] + 0.5) for pos in path]                            # (x, y)
     line, size = " ".join(f"{x},{y}" for x, y in dots), len(row.puzzle.cells())
-    rings = "".join(f'<circle cx="{x}" cy="{y}" r=".2"/>' for (x, y), after in
-                    zip(dots, dots[1:], strict=False) if (x, y) == after)
-    return f'<svg viewBox="0 0 {size} {size}"><polyline points="{line}"/>{rings}</svg>'
+    shapes = f'<polyline points="{line}"/>'
+    for (x, y), after in zip(dots, dots[1:], strict=False):
+        if (x, y) == after:
+            shapes += f'<circle cx="{x}" cy="{y}" r=".2"/>'
+    return f'<svg viewBox="0 0 {size} {size}">{shapes}</svg>'
 
 
 def card(row, split, found):
