@@ -102,7 +102,7 @@ def seconds_of(out, run):
     folder = Path(out, "runs", run)
     init = json.loads((folder / "args.json").read_text("utf-8"))["args"].get("init", "none")
     folders = [folder] if init == "none" else [folder, Path(out, "runs", Path(init).name)]
-    return sum(line["step_seconds"] for part in folders
+    return sum(line.get("step_seconds", 0) for part in folders  # a fork may leave a step out
                for line in read_lines(part / "metrics.jsonl"))
 
 
