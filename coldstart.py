@@ -135,13 +135,20 @@ def validate(model, processor, examples, args):
 def main(args):
     share = common.join_processes(args.batch)  # of the rows of a step: those of this process
     args.data = common.once(gen_data.ensure, args.data, args.preset, args.seed)
-    train, val = gen_data.load_rows(args.data, "train"), gen_data.load_rows(args.data, "val")
+    train, val = gen_data.load_rows(args.data, "train"), []
+    if gen_data.has_split(args.data, "val"):
+        val = gen_data.load_rows(args.data, "val")
+    else:
+        common.warn(f"{args.data} has no split val: nothing is validated")
     for row in train + val:
         if args.target == "perception" and not row.questions():
             fail(f'{row.where}: neither "questions" nor "symbols" to ask for; distill.py --init '
                  "none begins without a cold start")
     gen_data.check_pictures(train + val)
-    held_out = draw_examples(val, 96, np.random.default_rng(args.seed), 0.5, args.target)[share]
+    held_out = []
+    if val:
+        rng = np.random.default_rng(args.seed)
+        held_out = draw_examples(val, 96, rng, 0.5, args.target)[share]
 
     with common.Run(args, train=train, val=val) as run:
         model, processor = run.load()
@@ -181,7 +188,7 @@ def main(args):
             run.clock("optimizer")
 
             metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
-            if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+            if val and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
                 metrics |= validate(model, processor, held_out, args)
                 run.clock("validate")
             run.log(**metrics)

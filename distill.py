@@ -349,6 +349,9 @@ def main(args):
     args.data = common.once(gen_data.ensure, args.data, args.preset, args.seed)
     rows = gen_data.choose_rows(gen_data.load_rows(args.data, "train"), args.tasks)
     held_out = []
+    if not gen_data.has_split(args.data, "val"):
+        common.warn(f"{args.data} has no split val: nothing is validated")
+        args.eval_every = 0
     if args.eval_every:
         val = gen_data.choose_rows(gen_data.load_rows(args.data, "val"), args.tasks)
         held_out = draw_rows(val, max(share.step, min(HELD_OUT, len(val))),

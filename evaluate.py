@@ -252,23 +252,6 @@ def answer_file(kind, settings):
     return f"{kind}-{digest(counts)}.jsonl"
 
 
-def trained_ids(run, known, rows):
-    """The ids of the rows whose keys are among `known`; None where it is not known.
-
-    Keys of own rows begin with a word. Once they had none, as those of puzzles have none: a record
-    without the word does not say which own rows are in it.
-    """
-    if known is None:
-        return None
-    recorded = {key.rpartition(" ")[0] for key in known}
-    wanted = {row.key().rpartition(" ")[0] for row in rows}
-    if "" in recorded and not wanted <= {*recorded, ""}:
-        common.warn(f"{run}: which own rows it was trained on is not known (its record is of an "
-                    "earlier form, or of puzzles alone)")
-        return None
-    return [row.id for row in rows if row.key() in known]
-
-
 def plan_jobs(args, rows, pool, adapters):
     """The conditions and jobs of every adapter and every input."""
     sources = ("image", "text") if args.input in (None, "both") else (args.input,)
@@ -290,7 +273,8 @@ def plan_jobs(args, rows, pool, adapters):
 
     conditions, jobs, row_digest = {}, [], gen_data.digest_rows(rows)
     for run, adapter in adapters.items():
-        trained = trained_ids(run, common.read_trained_rows(adapter), rows) if adapter else []
+        known = common.read_trained_rows(adapter) if adapter else set()
+        trained = None if known is None else [row.id for row in rows if row.key() in known]
         of_adapter = {"adapter": common.digest_folder(adapter)}
         for (kind, source), (questions, settings) in asked.items():
             settings = settings | of_adapter

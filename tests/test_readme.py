@@ -1,4 +1,4 @@
-"""What the README and the docs say is so: the five steps, the loop, every command and every link."""
+"""What the README and the docs say is so: the five steps, the loop, every command, every link."""
 import importlib
 import json
 import re
