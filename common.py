@@ -122,12 +122,14 @@ def fetch(model):
 
 
 def is_whole(folder):
-    """Are all weights of a checkpoint there? A download that was interrupted leaves some."""
+    """Are all files of a checkpoint there? An interrupted download, or another tool's, left some."""
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.is_file():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return all((folder / name).is_file() for name in names)
+    names.add("tokenizer_config.json")
+    return (all((folder / name).is_file() for name in names)
+            and any(folder.glob("*processor_config.json")))
 
 
 def digest_folder(folder):
@@ -303,7 +305,9 @@ def add_lora(model, rank=None, vision=False, path=None):
         with in_one_line(f"the adapter in {path} does not fit {model.config.name_or_path}"):
             model, missing = add_saved_lora(model, path)
     remove_dropout(model)
-    if not path:
+    if path:
+        model.peft_config["default"].lora_dropout = 0.0
+    else:
         model = peft.get_peft_model(model, peft.LoraConfig(
             r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=linears(model, vision)))
     wrong = missing + [name for name, weight in model.named_parameters()
@@ -1283,7 +1287,7 @@ class Run:
             return
         folder, aside = self.out / name, self.out / f"{name}.partial"
         with in_one_line(f"{folder} cannot be written"):
-            self.model.save_pretrained(aside)
+            self.model.save_pretrained(aside, save_embedding_layers=False)  # else asks the hub
         folder.mkdir(exist_ok=True)
         for file in aside.iterdir():
             flush(file)

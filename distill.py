@@ -286,6 +286,9 @@ def check_step(args, step, loss, grad_norm, means, factors, gap_was_right):
     if step == 0 and means["kl"] > 10:
         common.warn(f"the KL of the first step is {means['kl']:.1f} nats per token: are teacher "
                     "and student aligned?")
+    if step == 0 and means["kl"] < 1e-6:
+        common.warn("the KL of the first step is 0: teacher and student are the same, there is "
+                    "nothing to learn")
     if not math.isfinite(loss) and math.isfinite(means["kl"]):
         common.warn(f"step {step + 1}: the loss is {loss} where the KL is {means['kl']:.3g}: look "
                     f"at the divergence {args.divergence}")
@@ -346,6 +349,8 @@ def is_due(step, args):
 
 def main(args):
     share = common.join_processes(args.batch)  # of the rows of a step: those of this process
+    if args.tasks and not args.data:
+        gen_data.parse_tasks(args.tasks)  # refused before data are made
     args.data = common.once(gen_data.ensure, args.data, args.preset, args.seed)
     rows = gen_data.choose_rows(gen_data.load_rows(args.data, "train"), args.tasks)
     held_out = []
