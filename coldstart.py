@@ -15,6 +15,8 @@ Writes out/<preset>/coldstart/ with adapter/, metrics.jsonl and what a resume ne
 
 Left out on purpose: packing, several pictures per prompt, early stopping.
 """
+import shlex
+
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
@@ -30,7 +32,7 @@ QWEN = {
     "steps": 1000,
     "lr": 1e-4,
     "batch": 64,
-    "micro_batch": 4,
+    "micro_batch": 8,
     "rollout_batch": 32,
     "max_new_tokens": 512,  # the longest map, of a maze of size 6, has 115
 }
@@ -45,7 +47,7 @@ SETTINGS = {
     },
     "2b": QWEN,
     "4b": QWEN,
-    "8b": {**QWEN, "micro_batch": 2},
+    "8b": {**QWEN, "micro_batch": 4},
 }
 
 
@@ -131,34 +133,27 @@ def validate(model, processor, examples, args):
 
 
 def main(args):
-    rank, processes = common.join_processes(args.batch)
-    init, trained_on = common.read_init(args)
-    common.fetch(args.model)  # refused before data are made
-    if rank == 0:
-        gen_data.ensure(args.data, args.preset, args.seed)
-    common.gather(None)  # the others wait for the data
-    args.data = args.data or gen_data.PRESETS[args.preset]["out"]
-    train, val = gen_data.load_rows(args.data, "train"), gen_data.load_rows(args.data, "val")
+    share = common.join_processes(args.batch)  # of the rows of a step: those of this process
+    args.data = common.once(gen_data.ensure, args.data, args.preset, args.seed)
+    train, val = gen_data.load_rows(args.data, "train"), []
+    if gen_data.has_split(args.data, "val"):
+        val = gen_data.load_rows(args.data, "val")
+    else:
+        common.warn(f"{args.data} has no split val: nothing is validated")
     for row in train + val:
         if args.target == "perception" and not row.questions():
             fail(f'{row.where}: neither "questions" nor "symbols" to ask for; distill.py --init '
                  "none begins without a cold start")
     gen_data.check_pictures(train + val)
-    inputs = {"train": gen_data.digest_rows(train), "val": gen_data.digest_rows(val),
-              "init": common.digest_folder(init)}
-    if trained_on is not None:
-        trained_on |= {row.key() for row in train}
-    scripts = (__file__, common.__file__, gen_data.__file__)
-    share = slice(rank, None, processes)  # of the rows of a step: those of this process
-    held_out = draw_examples(val, 96, np.random.default_rng(args.seed), 0.5, args.target)[share]
+    held_out = []
+    if val:
+        rng = np.random.default_rng(args.seed)
+        held_out = draw_examples(val, 96, rng, 0.5, args.target)[share]
 
-    with common.Run(args, scripts, inputs, trained_on) as run:
-        model, processor = common.load(args.model, args.bits, args.max_pixels)
+    with common.Run(args, train=train, val=val) as run:
+        model, processor = run.load()
         common.check_lengths(model, processor, {
             row.where: f"{row.ask()}\n{row.answers()}" for row in train + val})
-        torch.manual_seed(args.seed)
-        model = common.add_lora(model, args.lora_rank, args.lora_vision, init)
-        model.print_trainable_parameters()
         weights = common.adapter_weights(model)
         optimizer = common.adamw(weights, args.lr)
         run.restore(model, optimizer=optimizer)
@@ -183,7 +178,8 @@ def main(args):
             # 3. One optimizer step on the adapters.
             loss, _ = common.average_gradients(weights, loss, int(masks.sum()))
             grad_norm = float(torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm))
-            common.check_first_step(step, grad_norm)
+            if step == 0 and grad_norm == 0:
+                fail("the first gradient is zero: nothing connects the loss to the adapters")
             lr = common.schedule(optimizer, step, args.steps)
             if run.is_finite(loss, grad_norm, [
                     {"id": row.id, "questions": names} for row, names in examples]):
@@ -192,12 +188,12 @@ def main(args):
             run.clock("optimizer")
 
             metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
-            if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+            if val and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
                 metrics |= validate(model, processor, held_out, args)
                 run.clock("validate")
             run.log(**metrics)
-    print(f"{args.out}/adapter is trained; next: python distill.py --preset {args.preset} "
-          f"--init {args.out} --data {args.data}")
+    print(f"{args.out}/adapter is trained; next: " + shlex.join(
+        ["python", "distill.py", "--init", args.out, "--data", args.data]))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 What the two stages and the evaluation share, in this order:
     BACKBONES            model, bits and adapter of each preset
-    load, add_lora       a network in 4, 16 or 32 bits; a fresh LoRA adapter, or one from disk
+    fetch, load          a checkpoint's folder; a frozen network in 4, 16 or 32 bits
+    add_lora             a fresh LoRA adapter, or one from disk; without it the network is the base
     encode, take_rows    prompts and pictures -> a left-padded batch (`encode` is the one caller of
                          the chat template)
     response_hidden      the hidden states that predict given response tokens
@@ -10,9 +11,9 @@ What the two stages and the evaluation share, in this order:
     sample, decode       responses, token by token, the EOS included
     validate             greedy responses to held-out prompts, and what they are worth
     add_flags, resolve   flags, and where their values come from
-    read_run, read_init  the run that is continued: its backbone, its adapter, its rows
-    learning_rate, adamw, average_gradients          what an optimizer step is made of
-    join_processes, gather                           several processes
+    read_run, check_backbone                         the run that is continued
+    schedule, adamw, average_gradients               what an optimizer step is made of
+    join_processes, once, gather                     several processes
     Run                  a stage's folder: log, checkpoint, resuming
 """
 import ast
@@ -22,10 +23,12 @@ import logging
 import math
 import os
 import platform
+import shlex
 import sys
 import time
 import warnings
 import zlib
+from datetime import timedelta
 from functools import cache, partial
 from importlib.metadata import version
 from io import BytesIO
@@ -33,16 +36,19 @@ from pathlib import Path
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on a CPU: fewer, larger memory pages
 
+import numpy as np
 import psutil
 import torch
+from PIL import Image
 from torch import distributed
-from torch.nn.functional import linear
+from torch.nn.functional import linear, rms_norm
 from tqdm import tqdm
 
 # What needs no torch stands in gen_data.py, which must not load it: messages, flags and files.
 from gen_data import (
     digest,
     digest_file,
+    digest_rows,
     fail,
     foreign_name,
     in_one_line,
@@ -63,19 +69,18 @@ TINY = str(Path(__file__).parent / "tiny")
 MAX_PIXELS = 512 * 512  # the paper's upper limit of a picture
 
 # A preset's backbone. Its steps, rates and batches stand in the stage that uses them.
-QWEN = {"bits": 4, "lora_rank": 16, "lora_vision": 0, "max_pixels": MAX_PIXELS}
+QWEN = {
+    "bits": 4,
+    "lora_rank": 16,
+    "lora_vision": 0,
+    "max_pixels": MAX_PIXELS,
+}
 BACKBONES = {
     "tiny": {**QWEN, "model": "tiny", "bits": 32, "lora_vision": 1},  # the folder beside this file
     "2b": {**QWEN, "model": "Qwen/Qwen3-VL-2B-Instruct"},
     "4b": {**QWEN, "model": "Qwen/Qwen3-VL-4B-Instruct"},
     "8b": {**QWEN, "model": "Qwen/Qwen3-VL-8B-Instruct"},
 }
-
-
-def flush(path):
-    """Make sure that a file is on the disk."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
 
 
 def warn(message):
@@ -99,62 +104,90 @@ SMALL_FILES = (".json", ".jinja", ".txt", ".model")  # of a checkpoint: all but 
 
 @cache
 def fetch(model):
-    """The folder of --model: the bundled one, one of yours, or the hub's, downloaded if need be."""
+    """The folder of --model: the bundled one, one of yours, or the hub's.
+
+    What is in the hub's cache whole is taken as it is, without a question; else it is downloaded.
+    """
     if model == BACKBONES["tiny"]["model"]:
         return Path(TINY)
     if Path(model).is_dir():
         return Path(model)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
     patterns = [f"*{suffix}" for suffix in (*SMALL_FILES, ".safetensors")]
     with in_one_line(f"--model {model} is no folder here, nor can the hub give it"):
+        config = try_to_load_from_cache(model, "config.json")
+        if isinstance(config, str) and is_whole(Path(config).parent):
+            return Path(config).parent
         return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns="*/*"))
+
+
+def is_whole(folder):
+    """Are all weights of a checkpoint there? A download that was interrupted leaves some."""
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return all((folder / name).is_file() for name in names)
 
 
 def digest_folder(folder):
     """{file: digest} of a checkpoint or an adapter; {} without one.
 
-    Small files by their contents; of weights the size and the first and last MiB, which tell them
-    apart without reading gigabytes.
+    Small files by their contents; of weights the size and 4 KiB at each of 256 even offsets, which
+    tell two trainings apart without reading gigabytes.
     """
     digests = {}
     for file in sorted(Path(folder).iterdir()) if folder else ():
         if file.suffix in SMALL_FILES:
             digests[file.name] = digest_file(file)
         elif file.suffix == ".safetensors":
-            size = file.stat().st_size
+            size, parts = file.stat().st_size, []
             with open(file, "rb") as content:
-                first = content.read(2**20)
-                content.seek(max(0, size - 2**20))
-                digests[file.name] = digest(size, first.hex(), content.read().hex())
+                for offset in np.linspace(0, max(0, size - 4096), 256).astype(int):
+                    content.seek(offset)
+                    parts.append(zlib.crc32(content.read(4096)))
+            digests[file.name] = digest(size, parts)
     return digests
 
 
 def load_processor(model, max_pixels=MAX_PIXELS):
-    """Tokenizer and image processor of --model. max_pixels: a larger picture is shrunk."""
+    """Tokenizer and image processor of --model. max_pixels: a larger picture is shrunk.
+
+    Fails where they cannot encode a picture and a text.
+    """
     from transformers import AutoProcessor
-    content = [{"type": "image"}, {"type": "text", "text": "two\nlines"}]
     with in_one_line(f"--model {model}: its processor cannot be used"):
         processor = AutoProcessor.from_pretrained(fetch(model))
-        text = processor.apply_chat_template([{"role": "user", "content": content}])
-        # A text model's template prints the list as Python has it: this would be read as code.
-        if "two\nlines" not in text or text.count(processor.image_token) != 1:
-            raise ValueError("its chat template does not render a picture and a text")
+        processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
         # max_pixels for from_pretrained may be ignored (transformers issue 41955).
         size = processor.image_processor.size
         most = min(size["longest_edge"], max_pixels)
         processor.image_processor.size = {"shortest_edge": min(size["shortest_edge"], most),
                                           "longest_edge": most}
+        batch = fixed_batch(processor)
+        # A text model's template prints the list as Python has it: it would be read as code.
+        if "two\nlines" not in processor.decode(batch["input_ids"][0]) \
+                or not batch["mm_token_type_ids"].any():
+            raise ValueError("its chat template does not render a picture and a text")
     return processor
 
 
-def probe(model):
-    """Logits [1, 8, vocabulary] of a fixed text: to tell if it is still the same network."""
+def fixed_batch(processor, device="cpu"):
+    """A fixed text with a fixed picture, encoded: what a network is known by."""
+    picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    return encode(processor, ["two\nlines"], [picture], device)
+
+
+@torch.no_grad()
+def fixed_logits(model):
+    """Logits [8, vocabulary] of the end of the fixed text below the fixed picture.
+
+    The picture counts: an adapter may change the vision tower alone.
+    """
     net = network(model)
-    ids = torch.arange(10, 18, device=net.device)[None]
-    with torch.no_grad():
-        hidden = net.model(input_ids=ids, use_cache=False).last_hidden_state
-        net.model.rope_deltas = None
-        return net.lm_head(hidden).float()
+    position_ids, _ = positions(net, net.fixed_batch)
+    hidden = net.model(**net.fixed_batch, position_ids=position_ids, use_cache=False)
+    return net.lm_head(hidden.last_hidden_state[0, -8:]).float()
 
 
 def compute_dtype(bits):
@@ -177,6 +210,14 @@ def embed_patches(conv, patches):
     """
     out = linear(patches.flatten(1), conv.weight.flatten(1), conv.bias)
     return out[..., None, None, None]
+
+
+NORMS = ("Qwen3VLTextRMSNorm", "Qwen2_5_VLRMSNorm")  # Qwen3.5's has another formula
+
+
+def normalise(norm, x):
+    """What such a module writes out in eight operations, as torch's: one kernel on CUDA."""
+    return rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 def load(path, bits, max_pixels=MAX_PIXELS):
@@ -210,6 +251,9 @@ def load(path, bits, max_pixels=MAX_PIXELS):
         fail(f"--model {path}: its weights are stored in a form that is not --bits {bits}")
     conv = model.model.visual.patch_embed.proj
     conv.forward = partial(embed_patches, conv)
+    for module in model.modules():
+        if type(module).__name__ in NORMS:
+            module.forward = partial(normalise, module)
     # As it was given, into adapters' files, but for where it lies on this machine's disk.
     name = Path(path).name if Path(path).is_absolute() else path
     model.name_or_path = model.config.name_or_path = name
@@ -222,14 +266,18 @@ def load(path, bits, max_pixels=MAX_PIXELS):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if bits == 4:
         from bitsandbytes.nn import Linear4bit
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, Linear4bit):
+                if ".language_model." not in name:
+                    fail(f"--model {path}: {name} is stored in 4 bits: wanted the vision tower and "
+                         "lm_head in 16")
                 # Else a forward pass in eval mode on the CPU would repack the weights for a kernel
                 # that has no backward: later gradients would be wrong.
                 module.support_avx512bf16_for_cpu = False
                 module.compute_dtype = dtype  # a stored checkpoint may name another one
     model.eval()
-    model.base_probe = probe(model)
+    model.fixed_batch = fixed_batch(processor, device)
+    model.base_logits = fixed_logits(model)
     return model, processor
 
 
@@ -244,30 +292,25 @@ def add_lora(model, rank=None, vision=False, path=None):
     """Wrap `model` in a PeftModel with a fresh adapter, or with the one saved in folder `path`.
 
     A fresh one sits on all of the language model's linears; `vision` adds the vision tower's. A
-    saved one keeps its own configuration; it may be of another tool.
+    saved one keeps its own configuration; it may be of another tool. Fails where it does not fit,
+    where a trained weight is no LoRA of a layer (it would change the teacher too, or the head that
+    both share), and where the network with its adapter off is not the base.
     """
     import peft
     from peft.tuners.lora import LoraLayer
-    from safetensors.torch import load_file
-    wrong = []
+    missing = []
     if path:
         with in_one_line(f"the adapter in {path} does not fit {model.config.name_or_path}"):
-            config = peft.PeftConfig.from_pretrained(path)
-            config.inference_mode = False
-            config.lora_dropout = 0.0  # what is sampled must be what is scored
-            model = peft.get_peft_model(model, config)
-            found = peft.set_peft_model_state_dict(
-                model, load_file(Path(path) / "adapter_model.safetensors"))
-        wrong += found.unexpected_keys + [name for name in found.missing_keys if "lora_" in name]
-    else:
+            model, missing = add_saved_lora(model, path)
+    remove_dropout(model)
+    if not path:
         model = peft.get_peft_model(model, peft.LoraConfig(
             r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=linears(model, vision)))
-    # Trained weights that are no LoRA would change the teacher too; the two share lm_head.
-    wrong += [name for name, weight in model.named_parameters()
-              if weight.requires_grad and ("lora_" not in name or "lm_head" in name)]
+    wrong = missing + [name for name, weight in model.named_parameters()
+                       if weight.requires_grad and ("lora_" not in name or "lm_head" in name)]
     if wrong:
-        fail(f"the adapter in {path} does not fit {model.config.name_or_path}: {len(wrong)} "
-             f"weights are missing, unknown or no LoRA of a layer, first {wrong[0]}")
+        fail(f"the adapter of {path or 'a fresh start'} does not fit {model.config.name_or_path}: "
+             f"{len(wrong)} weights are missing, unknown or no LoRA of a layer, first {wrong[0]}")
     with model.disable_adapter():
         check_base(model)
     # PEFT shortens names to endings, which elsewhere fit more than is meant, and servers refuse a
@@ -275,6 +318,42 @@ def add_lora(model, rank=None, vision=False, path=None):
     model.peft_config["default"].target_modules = sorted(
         name for name, module in network(model).named_modules() if isinstance(module, LoraLayer))
     return model
+
+
+def add_saved_lora(model, path):
+    """(the model with the adapter in folder `path`, names of weights that it lacks or that do not
+    belong); PEFT raises what else is wrong.
+    """
+    import peft
+    from safetensors.torch import load_file
+    config = peft.PeftConfig.from_pretrained(path)
+    if config.peft_type != "LORA":
+        raise ValueError(f"it is {config.peft_type.value}, wanted LORA")
+    config.inference_mode = False
+    model = peft.get_peft_model(model, config)
+    own, saved = peft.get_peft_model_state_dict(model), {}
+    for name, weight in load_file(Path(path) / "adapter_model.safetensors").items():
+        # A text-only class has no `language_model` in its names.
+        inner = name.replace("base_model.model.model.", "base_model.model.model.language_model.", 1)
+        saved[inner if name not in own and inner in own else name] = weight
+    peft.set_peft_model_state_dict(model, saved)
+    return model, sorted(own.keys() ^ saved.keys())
+
+
+def remove_dropout(model):
+    """Set what a checkpoint or a saved adapter brings of dropout to 0, and say so in one line.
+
+    What is sampled, in eval mode, must be what is scored, in train mode.
+    """
+    found = set()
+    for module in model.modules():
+        name = "p" if isinstance(module, torch.nn.Dropout) else "attention_dropout"
+        if getattr(module, name, 0):
+            found.add(getattr(module, name))
+            setattr(module, name, 0.0)
+    if found:
+        warn(f"a dropout of {', '.join(map(str, sorted(found)))} is set to 0: what is sampled must "
+             "be what is scored")
 
 
 def remove_lora(model):
@@ -286,11 +365,11 @@ def remove_lora(model):
 
 def check_base(model):
     """Fails where the network, its adapters off, is not the one that `load` gave any more."""
-    base = getattr(network(model), "base_probe", None)  # of `load`, in eval mode
-    if base is None or network(model).training:
+    net = network(model)
+    if net.training:  # with checkpointing and dropout it computes otherwise
         return
-    change = (probe(model) - base).abs().max()
-    if not change <= 0.001 * base.abs().max():
+    change = (fixed_logits(model) - net.base_logits).abs().max()
+    if not change <= 0.001 * net.base_logits.abs().max():
         fail(f"without adapters the network is not the base any more: its logits differ by "
              f"{change:.2g}; teacher and base would be another network")
 
@@ -408,7 +487,9 @@ def response_hidden(model, prompt, ids, mask):
 
 
 def draw_token(logits, uniform, temperature=1.0):
-    """One token per row of logits [B, vocabulary] and of numbers in [0, 1) [B], float64 -> [B].
+    """One token per row of logits [B, vocabulary] and of numbers in [0, 1), float64 [B].
+
+    Returns the tokens and their log-probabilities, [B] each.
 
     By inverting the cumulative distribution: one random number per row (torch.multinomial draws
     one per token of the vocabulary, and spends most of its time on that), and exact: in float64 the
@@ -642,7 +723,7 @@ def validate(model, processor, prompts, args, judge):
     """
     model.eval()
     ids, mask, _ = sample(model, processor, prompts, args.max_new_tokens,
-                       rollout_batch=args.rollout_batch)
+                          rollout_batch=args.rollout_batch)
     texts, cut = decode(processor, ids, mask), was_cut(model, processor, ids, mask)
     lines = []
     for i, length in enumerate(mask.sum(1).tolist()):
@@ -685,7 +766,7 @@ def add_training_flags(parser):
     add("--max_new_tokens", type=whole_number(1), help="length limit of a response, tokens")
     add("--lora_rank", type=whole_number(1), help="rank of the adapters; alpha is twice the rank")
     add("--lora_vision", type=int, choices=(0, 1), help="1: adapters on the vision tower too")
-    add("--save_every", type=whole_number(1), default=20, help="steps between checkpoints")
+    add("--save_every", type=whole_number(1), default=10, help="steps between checkpoints")
 
 
 def resolve(args, settings, run=None):
@@ -693,15 +774,14 @@ def resolve(args, settings, run=None):
 
     settings: {preset: {flag: value}} of the script. run: the folder of that run, or None.
     """
-    old = read_run(run)["args"] if run and read_run(run) else {}
+    old = backbone_of(run) if run else {}
     args.preset = args.preset or old.get("preset", "tiny")
-    if old and old["preset"] != args.preset:
+    if args.preset != old.get("preset", args.preset) or args.preset not in BACKBONES:
         fail(f"--preset {args.preset}: the run in {run} has --preset {old['preset']}")
-    backbone = BACKBONES[args.preset]
-    kept = {name: old[name] for name in backbone if name in old}
-    for name, value in {**backbone, **settings[args.preset], **kept}.items():
-        if getattr(args, name, value) is None:
-            setattr(args, name, value)
+    values = {**BACKBONES[args.preset], **settings[args.preset]}
+    for name, value in values.items():
+        if hasattr(args, name) and getattr(args, name) is None:
+            setattr(args, name, old.get(name, value) if name in BACKBONES[args.preset] else value)
     return args
 
 
@@ -716,21 +796,41 @@ def read_run(folder):
     return {}
 
 
-def check_backbone(run, args):
-    """Fails where the adapter of `run` was trained on another backbone than `args` ask for."""
+def backbone_of(run):
+    """{flag: value} of the preset and the backbone that an adapter was trained with, as far as it
+    says: another tool's only has its rank.
+    """
     record = read_run(run)
-    if not record:  # another tool's: it does not say
-        return
-    before = {**record["args"], "model": record["inputs"]["model"]}
-    now = {**vars(args), "model": digest(digest_folder(fetch(args.model)))}
-    for name in BACKBONES["tiny"]:
-        if name in now and before.get(name, now[name]) != now[name]:
-            fail(f"--{name} {getattr(args, name)} is not what the run in {run} was trained with: "
-                 f"{record['args'][name]}, as it was then")
+    if record:
+        return {name: record["args"][name] for name in ("preset", *BACKBONES["tiny"])
+                if name in record["args"]}
+    file = adapter_folder(run, "--init") / "adapter_config.json"
+    with in_one_line(f"cannot read {file}"):
+        rank = json.loads(file.read_text(encoding="utf-8"))["r"]
+    return {"lora_rank": rank, "lora_vision": None}
+
+
+def check_backbone(run, args):
+    """Fails where the adapter of `run` was trained on another backbone than `args` ask for.
+
+    The model's files are compared, not what their folder is called.
+    """
+    record, before = read_run(run), backbone_of(run)
+    now = {name: getattr(args, name) for name in before if hasattr(args, name)}
+    if record:
+        before["model"] = record["inputs"]["model"]
+        now["model"] = digest(digest_folder(fetch(args.model)))
+    for name, value in now.items():
+        if before[name] is not None and value != before[name]:  # None: it does not say
+            was = "other files" if name == "model" else before[name]
+            fail(f"--{name} {getattr(args, name)}: {run} was trained with {was}")
 
 
 def adapter_folder(run, flag):
-    """Where the adapter of a run lies, or any LoRA adapter in PEFT's format. Fails without one."""
+    """Where the adapter of a run lies, or any LoRA adapter in PEFT's format. Fails without one.
+
+    flag: the one that named the run.
+    """
     folder = Path(run, "adapter") if Path(run, "adapter").is_dir() else Path(run)
     if not (folder / "adapter_model.safetensors").is_file():
         fail(f"{flag} {run}: no adapter there ({folder}/adapter_model.safetensors is missing); "
@@ -741,25 +841,13 @@ def adapter_folder(run, flag):
 def read_trained_rows(adapter):
     """Keys of the rows that an adapter was trained on; None where its run does not say."""
     file = adapter.resolve().parent / "trained_rows.json"
-    if not file.is_file():
-        warn(f"{adapter}: which rows it was trained on is not known ({file.name} is missing), so "
-             "that an evaluation cannot count them apart")
-        return None
     with in_one_line(f"cannot read {file}"):
-        return set(json.loads(file.read_text(encoding="utf-8")))
-
-
-def read_init(args):
-    """(adapter folder, keys of the rows it was trained on) of --init; (None, no keys) of "none".
-
-    --init: a run, or any folder with a LoRA adapter in PEFT's format. The keys are None where
-    nothing says them.
-    """
-    if args.init == "none":
-        return None, set()
-    adapter = adapter_folder(args.init, "--init")
-    check_backbone(args.init, args)
-    return adapter, read_trained_rows(adapter)
+        record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not isinstance(record, dict):  # a list: of an older form, whose keys were others
+        warn(f"{adapter}: which rows it was trained on is not known ({file.name} is missing or of "
+             "an older form), so that an evaluation cannot count them apart")
+        return None
+    return set(record["rows"])
 
 
 # ---------------------------------------------------------------- an optimizer step
@@ -767,13 +855,13 @@ def read_init(args):
 def schedule(optimizer, step, steps):
     """Set every group's rate: warm-up over a tenth of the steps, then a cosine, of its own peak.
 
-    Returns the first group's.
+    A peak is the group's rate when `Run.restore` saw it first. Returns the first group's rate.
     """
     warm = max(1, steps // 10)
     progress = max(0, step + 1 - warm) / (steps + 1 - warm)
+    share = min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * progress)))
     for group in optimizer.param_groups:
-        peak = group.setdefault("initial_lr", group["lr"])
-        group["lr"] = peak * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * progress)))
+        group["lr"] = group["initial_lr"] * share
     return optimizer.param_groups[0]["lr"]
 
 
@@ -782,21 +870,23 @@ def adapter_weights(model):
     return [weight for weight in model.parameters() if weight.requires_grad]
 
 
+# Roles: `with role() as net:` gives the network that samples or scores.
+
 @contextlib.contextmanager
-def playing(model, adapters):
-    """The network in a role: `model`, while the context `adapters` lasts."""
-    with adapters:
+def without_adapters(model):
+    """The network with its adapters off."""
+    with model.disable_adapter():
         yield model
 
 
 @contextlib.contextmanager
-def exchanged(weights, others):
-    """While it lasts, `weights` (adapters) hold the values of `others`."""
+def exchanged(model, weights, others):
+    """The network whose `weights` (adapters) hold the values of `others`, while it lasts."""
     own = [weight.data for weight in weights]
     for weight, other in zip(weights, others, strict=True):
         weight.data = other
     try:
-        yield
+        yield model
     finally:
         for weight, data in zip(weights, own, strict=True):
             weight.data = data
@@ -826,12 +916,6 @@ def average_gradients(weights, loss, tokens):
     return float(flat[-2]), tokens
 
 
-def check_first_step(step, grad_norm):
-    """Fails where nothing connects the loss to the adapters."""
-    if step == 0 and grad_norm < 1e-5:  # autograd leaves rounding where all is equal
-        fail("the first gradient is zero: nothing connects the loss to the adapters")
-
-
 def mean(values):
     """The mean as a float; None if there is nothing to take it of."""
     return sum(values) / len(values) if values else None
@@ -859,19 +943,31 @@ def process_rank():
 
 
 def join_processes(batch):
-    """Meet the processes that torchrun started -> (the number of this one, how many)."""
-    count = int(os.environ.get("WORLD_SIZE") or 1)
+    """Meet the processes that torchrun started -> the share of a step's rows of this one, a slice.
+
+    The first process may take an hour (it makes data, downloads) while the others wait: a lost
+    process is noticed as late.
+    """
+    with in_one_line("WORLD_SIZE in the environment: unset it, or use torchrun"):
+        count = int(os.environ.get("WORLD_SIZE") or 1)
+        if count > 1:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            distributed.init_process_group(backend, timeout=timedelta(hours=1))
     if batch % count:
         fail(f"--batch {batch} cannot be shared equally by {count} processes")
-    if count > 1:
-        cuda = torch.cuda.is_available()
-        with in_one_line(f"WORLD_SIZE={count} in the environment: unset it, or use torchrun"):
-            if cuda:
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            distributed.init_process_group("nccl" if cuda else "gloo")
     if process_rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    return process_rank(), count
+    return slice(process_rank(), None, count)
+
+
+def once(work, *arguments):
+    """What `work(*arguments)` gives, done by the first process while the others wait."""
+    given = [work(*arguments) if process_rank() == 0 else None]
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(given, src=0)
+    return given[0]
 
 
 def gather(thing):
@@ -890,23 +986,40 @@ def gather_rows(rows):
 
 # ---------------------------------------------------------------- the run of a stage
 
-# Arguments that change no step that is done, or whose contents are compared (see `inputs`).
+# Arguments that change no step that is done, or whose contents are compared (`Run.inputs`).
 FREE = {"preset", "model", "data", "init", "out", "steps", "micro_batch", "rollout_batch", "chunk",
         "save_every", "eval_every"}
 
 
+def flush(path):
+    """Make sure that a file is on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def modules_beside():
+    """The files of the modules that run and lie beside this file: the scripts, and a fork's own."""
+    here, files = Path(__file__).resolve().parent, set()
+    for module in list(sys.modules.values()):
+        file = Path(getattr(module, "__file__", None) or "").resolve()
+        if file.parent == here and file.is_file():
+            files.add(file)
+    return sorted(files)
+
+
 def code_of(file):
-    """A script without its comments and spacing, as text."""
-    return ast.dump(ast.parse(file.read_text(encoding="utf-8")))
+    """A script without its comments and spacing, as text; "" without one."""
+    return ast.dump(ast.parse(file.read_text(encoding="utf-8"))) if file.is_file() else ""
 
 
 class Run:
     """A stage's run in the folder args.out: one writer, and the same command resumes it.
 
-        with Run(args, scripts, inputs, trained_on) as run:     # refuses what differs
-            ...                                                 # load the model
-            run.restore(model, optimizer=optimizer)             # from the checkpoint
-            for step in run.steps():                            # saves after a step where it is due
+        with Run(args, train=rows, val=held_out) as run:     # refuses what differs
+            model, processor = run.load()                    # with the adapter of --init
+            ...
+            run.restore(model, optimizer=optimizer)          # from the checkpoint
+            for step in run.steps():                         # saves after a step where it is due
                 ...
                 run.log(loss=loss)
 
@@ -916,17 +1029,26 @@ class Run:
     """
     LOGS = ("metrics.jsonl", "rollouts.jsonl", "not_finite.jsonl")
 
-    def __init__(self, args, scripts, inputs, trained_on=()):
-        """scripts: the files that the stage runs; they are kept, and compared at the next start.
-
-        inputs: {name: digest} of the files that the result depends on. trained_on: keys of all
-        rows that the adapter was or will be trained on, None if they are not known.
-        """
+    def __init__(self, args, train, val):
+        """train, val: rows, compared by their contents; those of train count as trained on."""
         self.args, self.out = args, Path(args.out)
-        self.inputs = {**inputs, "model": digest(digest_folder(fetch(args.model)))}
-        self.scripts, self.trained_on = [Path(script) for script in scripts], trained_on
-        self.step, self.not_finite, self.state, self.lock = 0, 0, None, None
-        self.handed = self.saved = 0
+        if args.model == BACKBONES["tiny"]["model"] and train[0].own:
+            warn("the bundled backbone knows only its own tasks: with rows of your own it tests "
+                 "the plumbing and no more; --preset 4b is a real one")
+        self.init, self.trained_on = None, set()
+        once(fetch, args.model)
+        if args.init != "none":
+            check_backbone(args.init, args)
+            self.init = adapter_folder(args.init, "--init")
+            self.trained_on = read_trained_rows(self.init)  # None: not known
+        if self.trained_on is not None:
+            self.trained_on |= {row.key() for row in train}
+        self.inputs = {"model": digest(digest_folder(fetch(args.model))),
+                       "init": digest(digest_folder(self.init)),
+                       "train": digest_rows(train), "val": digest_rows(val)}
+        self.step = self.saved = self.not_finite = 0
+        self.state, self.lock, self.handed_out, self.read_back = None, None, False, False
+        self.versions = versions()
 
     # ---- the folder
 
@@ -937,45 +1059,74 @@ class Run:
             if foreign:
                 fail(f"{self.out} holds {foreign} and no run: choose another --out")
             self.lock = lock_folder(self.out)
-            self.read_checkpoint()
-        self.state = gather(self.state)[0]
+        self.state = once(self.read_checkpoint)
         if self.state:
-            self.step, self.not_finite = self.state["step"], self.state["not_finite"]
+            self.step = self.saved = self.state["step"]
+            self.not_finite = self.state["not_finite"]
         return self
 
     def __exit__(self, *error):
-        if error[0] is None and self.handed:  # also after a `break`
-            self.settle()
+        """Also after a `break`: what was done is saved, unless by an error."""
+        if error[0] is None:
+            self.close_step()
             if self.saved < self.step:
                 self.save()
+            if self.step < self.args.steps:
+                print(f"{self.out}: stopped after step {self.step} of {self.args.steps}")
         if self.lock:
             self.lock.release()
 
     def read_checkpoint(self):
-        """The latest state, if there is one. Refuses what would make it another run's."""
+        """The latest state, None without one. Refuses what would make it another run's."""
         file = self.out / "checkpoint.pt"
         if not file.is_file():
             if (self.out / "adapter").exists():
                 fail(f"{self.out} holds a trained adapter without its checkpoint.pt, and cannot be "
                      "resumed: choose another --out")
-            return
+            return None
         with in_one_line(f"cannot resume from {file}"):
-            self.state = torch.load(file, map_location="cpu", weights_only=True)
-            done, _ = self.state["step"], self.state["things"]["adapter"]
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            done, _ = state["step"], state["things"]["adapter"]
         if done > self.args.steps:
             fail(f"{self.out}: {done} steps are done, more than --steps {self.args.steps}")
-        record, now = read_record(self.out), json.loads(json.dumps(vars(self.args)))
-        changed = [f"--{name}" for name in now
-                   if name not in FREE and now[name] != record["args"].get(name)]
-        changed += [name for name in self.inputs
-                    if self.inputs[name] != record["inputs"].get(name)]
-        changed += [script.name for script in self.scripts
-                    if code_of(script) != code_of(self.out / "code" / script.name)]
+        record = read_record(self.out)
+        changed = self.differences(record)
         if changed:
-            fail(f"{self.out} holds {done} steps of a run that differs in {', '.join(changed)} "
-                 "(see its args.json and code/): choose another --out")
-        if record["versions"] != versions():  # bit for bit is not promised then
-            warn(f"the {done} steps in {self.out} were made with {record['versions']}")
+            fail(f"{self.out} holds {done} steps of another run, which differs in "
+                 f"{'; '.join(changed)}. Choose another --out")
+        for name, was in record["versions"].items():
+            if was != self.versions[name]:  # bit for bit is not promised then
+                warn(f"the first steps in {self.out} were made with {name} {was}, now it is "
+                     f"{self.versions[name]}")
+        self.versions = record["versions"]
+        return state
+
+    def differences(self, record):
+        """What differs from the run that wrote `record`, each with what shows it."""
+        changed, now = [], json.loads(json.dumps(vars(self.args)))
+        for name in now:
+            if name not in FREE and now[name] != record["args"].get(name):
+                changed.append(f"--{name} ({record['args'].get(name)} in {self.out}/args.json)")
+        for name in self.inputs:
+            if self.inputs[name] != record["inputs"].get(name):
+                changed.append(f"the contents of {name}")
+        for script in modules_beside():
+            kept = self.out / "code" / script.name
+            if code_of(script) != code_of(kept):
+                pair = shlex.join([str(kept), os.path.relpath(script)])
+                back = shlex.join([os.path.relpath(script), str(kept)])
+                changed.append(f"{script.name} (`diff {pair}` shows it; `cp {back}` and the same "
+                               "command go on all the same)")
+        return changed
+
+    def load(self):
+        """(model with the adapter of --init or a fresh one, processor)."""
+        args = self.args
+        model, processor = load(args.model, args.bits, args.max_pixels)
+        torch.manual_seed(args.seed)
+        model = add_lora(model, args.lora_rank, args.lora_vision, self.init)
+        model.print_trainable_parameters()
+        return model, processor
 
     def restore(self, model, **things):
         """Bring the adapter of `model` and `things` to where the checkpoint left them.
@@ -986,30 +1137,26 @@ class Run:
         """
         self.model = model
         self.things = {"adapter": [weight.data for weight in adapter_weights(model)], **things}
+        self.settings = {}  # of optimizers' groups, as the code of today gives them
+        for name, thing in self.things.items():
+            for group in getattr(thing, "param_groups", ()):
+                group["initial_lr"] = group["lr"]  # its peak, for `schedule`
+                settings = {key: value for key, value in group.items() if key != "params"}
+                self.settings.setdefault(name, []).append(settings)
         for name, thing in self.things.items() if self.state else ():
             with in_one_line(f"the {name!r} in {self.out}/checkpoint.pt does not fit"):
-                saved = self.state["things"][name]
-                if isinstance(thing, dict):
-                    thing.update(saved)
-                elif isinstance(thing, list):
-                    for tensor, value in zip(thing, saved, strict=True):
-                        tensor.copy_(value)
-                else:
-                    groups = [{k: v for k, v in group.items() if k != "params"}
-                              for group in getattr(thing, "param_groups", ())]
-                    thing.load_state_dict(saved)
-                    for group, own in zip(getattr(thing, "param_groups", ()), groups, strict=True):
-                        group.update(own)  # today's settings; moments and steps are the old ones
+                self.restore_thing(name, thing)
         if process_rank() > 0:
             return
-        record = {"kind": "run", "script": self.scripts[0].name, "args": vars(self.args),
-                  "inputs": self.inputs, "versions": versions()}
+        record = {"kind": "run", "args": vars(self.args), "inputs": self.inputs,
+                  "versions": self.versions}
         write_text(self.out / "args.json", json.dumps(record, indent=1) + "\n")
         (self.out / "code").mkdir(exist_ok=True)
-        for script in self.scripts:
+        for script in modules_beside():
             write_bytes(self.out / "code" / script.name, script.read_bytes())
         if self.trained_on is not None:
-            write_text(self.out / "trained_rows.json", json.dumps(sorted(self.trained_on)))
+            rows = {"rows": sorted(self.trained_on)}
+            write_text(self.out / "trained_rows.json", json.dumps(rows) + "\n")
         for name in self.LOGS:  # lines of steps that will be done again
             file, size = self.out / name, self.state["sizes"].get(name, 0) if self.state else 0
             if file.is_file() and file.stat().st_size > size:
@@ -1017,29 +1164,47 @@ class Run:
         if self.state:  # it may have been killed between checkpoint.pt and adapter/
             self.export("adapter")
 
+    def restore_thing(self, name, thing):
+        saved = self.state["things"][name]
+        if isinstance(thing, dict):
+            thing.update(saved)
+        elif isinstance(thing, list):
+            for tensor, value in zip(thing, saved, strict=True):
+                tensor.copy_(value)
+        else:
+            thing.load_state_dict(saved)
+        # Settings that the code has changed since count; moments are the checkpoint's.
+        before = self.state["settings"].get(name, [])
+        for group, was, now in zip(getattr(thing, "param_groups", ()), before,
+                                   self.settings.get(name, []), strict=True):
+            group.update({key: now[key] for key in now if now[key] != was.get(key)})
+
     # ---- the steps
 
     def steps(self):
         """The numbers of the steps to do; after each it is saved, if --save_every says so."""
         args, net = self.args, network(self.model)
         print(f"{args.model} in {args.bits} bits, computing in {net.dtype}, on {net.device}")
-        if self.step == self.args.steps:
+        if self.step == args.steps:
             print(f"{self.out}: all {self.step} steps were done before; nothing is trained")
         elif self.step:
-            print(f"{self.out}: resuming after step {self.step} of {self.args.steps}")
-        for step in tqdm(range(self.step, self.args.steps), desc=self.out.name, unit="step",
-                         initial=self.step, total=self.args.steps, disable=process_rank() > 0):
-            self.seconds, self.last, self.handed = {}, time.perf_counter(), step + 1
-            torch.manual_seed(zlib.crc32(f"{args.seed} {step}".encode()))  # a fork's dropout
+            print(f"{self.out}: resuming after step {self.step} of {args.steps}")
+        for step in tqdm(range(self.step, args.steps), desc=self.out.name, unit="step",
+                         initial=self.step, total=args.steps, disable=process_rank() > 0):
+            number = int(np.random.default_rng([args.seed, step]).integers(2**32))
+            np.random.seed(number)  # for what a fork draws, such as dropout
+            torch.manual_seed(number)
+            self.seconds, self.last, self.handed_out = {}, time.perf_counter(), True
             yield step
-            self.settle()
-            if self.step == self.args.steps or self.step % self.args.save_every == 0:
+            self.close_step()
+            if self.step == args.steps or self.step % args.save_every == 0:
                 self.save()
 
-    def settle(self):
-        """A step that was handed out is done, logged or not."""
-        if self.step < self.handed:
-            self.step = self.handed
+    def close_step(self):
+        """A step that was handed out and not logged (`continue`, `break`) was left out."""
+        if self.handed_out:
+            self.handed_out = False
+            self.step += 1
             self.append("metrics.jsonl", [{"step": self.step, "left_out": True}])
 
     def clock(self, phase):
@@ -1061,20 +1226,22 @@ class Run:
         warn(f"step {self.step + 1} skipped: loss {loss}, gradient norm {grad_norm}; "
              f"its rows are in {self.out}/not_finite.jsonl")
         if self.not_finite == patience:
-            fail(f"{patience} steps in a row were not finite: try a lower --lr, or --bits 16 or 32 "
-                 f"instead of {self.args.bits}")
+            more = f", or more than --bits {self.args.bits}" if self.args.bits < 32 else ""
+            fail(f"{patience} steps in a row were not finite: try a lower --lr{more}")
         return False
 
     def log(self, **values):
         """A step is done: a line to the eye, one to metrics.jsonl, where nan and inf are null."""
         self.clock("rest")
-        self.step += 1
-        line = {"step": self.step, **values, "step_seconds": sum(self.seconds.values()),
-                "peak_gb": peak_gb()}
-        tqdm.write("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else
-                             f"{name} {value}" for name, value in line.items()))
-        line = {name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in line.items()}
+        self.step, self.handed_out = self.step + 1, False
+        values = {"step": self.step, **values, "step_seconds": sum(self.seconds.values()),
+                  "peak_gb": peak_gb()}
+        texts, line = [], {}
+        for name, value in values.items():
+            texts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+            infinite = isinstance(value, float) and not math.isfinite(value)
+            line[name] = None if infinite else value
+        tqdm.write("  ".join(texts))
         self.append("metrics.jsonl", [{**line, "seconds": self.seconds}])
 
     def append(self, name, rows):
@@ -1082,16 +1249,6 @@ class Run:
         if process_rank() == 0:
             with open(self.out / name, "a", encoding="utf-8", newline="\n") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-
-    def show(self, lines):
-        """Some sampled responses of a step: one to the eye, eight to rollouts.jsonl."""
-        self.append("rollouts.jsonl", lines[::math.ceil(len(lines) / 8)])  # of every task
-        line = lines[self.step % len(lines)]
-        tqdm.write(f"--- {line['id']}: {line['outcome']}\n{''.join(line['tokens'])}\n---")
-
-    def export_if(self, wanted, name):
-        if wanted:
-            self.export(name)
 
     def save(self):
         """Replace checkpoint.pt, then adapter/; a kill leaves the old or the new of each."""
@@ -1106,20 +1263,36 @@ class Run:
                   for name, thing in self.things.items()}
         sizes = {name: (self.out / name).stat().st_size
                  for name in self.LOGS if (self.out / name).is_file()}
-        content = BytesIO()
-        torch.save({"step": self.step, "not_finite": self.not_finite, "sizes": sizes,
-                    "things": things}, content)
-        write_bytes(self.out / "checkpoint.pt", content.getvalue())
+        if not self.read_back:  # once: what could not be resumed from fails now, by its name
+            for name, thing in things.items():
+                with in_one_line(f"the {name!r} given to restore() cannot be in a checkpoint"):
+                    torch.load(BytesIO(saved_bytes(thing)), weights_only=True)
+            self.read_back = True
+        write_bytes(self.out / "checkpoint.pt", saved_bytes({
+            "step": self.step, "not_finite": self.not_finite, "sizes": sizes, "things": things,
+            "settings": self.settings}))
         self.export("adapter")
 
     def export(self, name):
-        """The adapter as it is now, in PEFT's format, for evaluation and serving."""
+        """The adapter as it is now, in PEFT's format, in the folder `name` of the run.
+
+        File by file: a reader, or a kill, finds the old or the new, and what a user has put there
+        stays.
+        """
         if process_rank() > 0:
             return
         folder, aside = self.out / name, self.out / f"{name}.partial"
-        self.model.save_pretrained(aside)
+        with in_one_line(f"{folder} cannot be written"):
+            self.model.save_pretrained(aside)
         folder.mkdir(exist_ok=True)
-        for file in aside.iterdir():  # one by one: a reader, or a kill, finds the old or the new
+        for file in aside.iterdir():
             flush(file)
             file.replace(folder / file.name)
         aside.rmdir()
+
+
+def saved_bytes(thing):
+    """A thing as `torch.save` writes it."""
+    content = BytesIO()
+    torch.save(thing, content)
+    return content.getvalue()

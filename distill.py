@@ -21,11 +21,14 @@ metrics.jsonl, rollouts.jsonl and what a resume needs.
 Left out on purpose: rewards, a value function, replay.
 """
 import math
+import shlex
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import common
 import gen_data
@@ -34,13 +37,14 @@ from gen_data import PARTS, Parser, fail, open_picture, part_of, real_number, wh
 SHOW_EVERY = 25  # steps between sampled responses on the console and in rollouts.jsonl
 HELD_OUT = 96    # rows of the validation, at most
 EMA = 0.99       # share of the moving average (--teacher_weights ema) that a step keeps
+MAX_GAP = 0.25   # nats of the sampling gap; right: 1e-5 in 32 bits, 0.02 in 16 and 4
 
 # Defaults of the flags. Batches count rows.
 QWEN = {
     "steps": 300,  # what others found for steps and rate: docs/differences.md
     "lr": 1e-4,
     "batch": 32,
-    "micro_batch": 4,
+    "micro_batch": 8,
     "rollout_batch": 32,
     "max_new_tokens": 512,  # the longest reference response, on a maze of size 6, has 333
     "chunk": 64,
@@ -57,7 +61,7 @@ SETTINGS = {
     },
     "2b": QWEN,
     "4b": QWEN,
-    "8b": {**QWEN, "micro_batch": 2},
+    "8b": {**QWEN, "micro_batch": 4},
 }
 
 
@@ -66,7 +70,7 @@ def parse_args(argv=None):
     common.add_flags(parser)
     common.add_training_flags(parser)
     add = parser.add_argument
-    add("--out", help="output folder (default: out/<preset>/distill)")
+    add("--out", help="output folder (default: distill beside --init, else out/<preset>/distill)")
     add("--init", help="run to continue, or none for a fresh adapter (default: "
         "out/<preset>/coldstart)")
     add("--divergence", default="reverse_kl", choices=DIVERGENCES, help="the loss")
@@ -81,10 +85,10 @@ def parse_args(argv=None):
     add("--chunk", type=whole_number(1), help="response positions whose logits exist at a time")
     add("--eval_every", type=whole_number(0), default=25, help="steps between validations, 0: none")
     args = parser.parse_args(argv)
-    run = args.init or f"out/{args.preset or 'tiny'}/coldstart"
-    common.resolve(args, SETTINGS, None if run == "none" else run)
-    args.init = run
-    args.out = args.out or f"out/{args.preset}/distill"
+    args.init = args.init or f"out/{args.preset or 'tiny'}/coldstart"
+    common.resolve(args, SETTINGS, None if args.init == "none" else args.init)
+    beside = f"out/{args.preset}" if args.init == "none" else Path(args.init).parent
+    args.out = args.out or str(Path(beside, "distill"))
     return args
 
 
@@ -262,11 +266,47 @@ def rollout_means(lines, on_policy):
     return means
 
 
-def validate(model, processor, rows, args, as_teacher, step, best):
+def check_step(args, step, loss, grad_norm, means, factors, gap_was_right):
+    """Ends the run, or warns, where a step shows that something is wrong.
+
+    gap_was_right: was the sampling gap right when it was compared last? None: it never was, since
+    the start. Then a wrong one ends the run; later it is one warning, since hours must not hang on
+    one odd row. Returns the same of this step.
+    """
+    gap = means["sampling_gap"]
+    gap_is_right = gap_was_right if gap is None else not gap > MAX_GAP  # nan: see `is_finite`
+    if gap_is_right is False and gap_was_right is not False:
+        text = (f"step {step + 1}: the tokens of a response are {gap:.2g} nats (mean) from the "
+                "log-probability they were drawn with: what is sampled is not what is trained")
+        if gap_was_right is None:
+            fail(text)
+        common.warn(text)
+    if step == 0 and grad_norm == 0 and factors.any():
+        fail("the first gradient is zero: nothing connects the loss to the adapters")
+    if step == 0 and means["kl"] > 10:
+        common.warn(f"the KL of the first step is {means['kl']:.1f} nats per token: are teacher "
+                    "and student aligned?")
+    if not math.isfinite(loss) and math.isfinite(means["kl"]):
+        common.warn(f"step {step + 1}: the loss is {loss} where the KL is {means['kl']:.3g}: look "
+                    f"at the divergence {args.divergence}")
+    if means["cut"] == 1:
+        common.warn(f"step {step + 1}: every response hit --max_new_tokens {args.max_new_tokens}; "
+                    "raise it, or the student never learns to stop")
+    return gap_is_right
+
+
+def show(run, lines):
+    """Some responses of a step: eight to rollouts.jsonl, one to the eye."""
+    run.append("rollouts.jsonl", lines[::math.ceil(len(lines) / 8)])  # of every task
+    line = lines[run.step % len(lines)]
+    tqdm.write(f"--- {line['id']}: {line['outcome']}\n{''.join(line['tokens'])}\n---")
+
+
+def validate(model, processor, rows, args, as_teacher, first):
     """On held-out rows: what greedy responses from pictures are worth, and their KL per token.
 
-    Returns these means, and notes in `best` the step with the highest score: success, or minus the
-    KL where no response can be judged. At the first step also the success of the teacher.
+    Returns these means and the score by which the best adapter is found: success, or minus the KL
+    where no response can be judged. first: and the success of the teacher, from what it reads.
     """
     def judge(i, text, cut):
         return gen_data.measures(rows[i].judge(text, cut=cut))
@@ -280,14 +320,14 @@ def validate(model, processor, rows, args, as_teacher, step, best):
             hidden = common.response_hidden(model, picture, ids, mask)
             with as_teacher() as teacher:
                 teacher_hidden = common.response_hidden(teacher, symbol, ids, mask)
-        ones = hidden.new_ones(len(hidden))
+        ones = hidden.new_ones(len(hidden))  # drawn is not used, factors are all 1
         _, score = chunked_divergence(
             hidden, teacher_hidden, ids[mask.bool()], ones, ones, common.head(model),
             common.head(teacher), reverse_kl, args.chunk)
         kl += float(score[1].sum())
     sums, tokens = zip(*common.gather((kl, int(masks.sum()))), strict=True)
     means["val_kl"] = sum(sums) / sum(tokens)
-    if step == 0:
+    if first:
         with as_teacher() as teacher:
             taught = common.validate(teacher, processor, symbols, args, judge)[2]
         means["val_teacher"] = taught["val_success"]
@@ -295,67 +335,36 @@ def validate(model, processor, rows, args, as_teacher, step, best):
             common.warn(f"the teacher succeeds on {taught['val_success']:.0%} of the validation "
                         f"rows, the student on {success:.0%} from pictures: what the teacher "
                         "cannot do cannot be taught")
-    best["last"] = -means["val_kl"] if success is None else success
-    if best["last"] > best["score"]:
-        best.update(score=best["last"], step=step + 1)
-    return means
+    return means, -means["val_kl"] if success is None else success
 
 
-def validation_is_due(step, args):
+def is_due(step, args):
+    """Is there a validation after this step? After the first, the last and every n-th."""
     return args.eval_every and (
         step in (0, args.steps - 1) or (step + 1) % args.eval_every == 0)
 
 
-def check_step(step, args, means, factors, grad_norm):
-    """What a step that cannot be right looks like: ends the run, or is said."""
-    if means["sampling_gap"] is not None and not means["sampling_gap"] <= 0.25:
-        fail(f"step {step + 1}: sampled tokens are {means['sampling_gap']:.2g} nats from their "
-             "scores in one response: what is sampled is not what is trained")
-    if step == 0 and grad_norm == 0 and factors.any():
-        fail("the first gradient is zero: nothing connects the loss to the adapters")
-    if step == 0 and means["kl"] > 10:
-        common.warn(f"the KL of the first step is {means['kl']:.1f} nats per token: are teacher "
-                    "and student aligned?")
-    if means["cut"] == 1:
-        common.warn(f"step {step + 1}: every response hit --max_new_tokens {args.max_new_tokens}; "
-                    "raise it, or the student never learns to stop")
-
-
 def main(args):
-    rank, processes = common.join_processes(args.batch)
-    init, trained_on = common.read_init(args)
-    if args.tasks and not args.data:
-        gen_data.parse_tasks(args.tasks)  # refused before data are made
-    common.fetch(args.model)
-    if rank == 0:
-        gen_data.ensure(args.data, args.preset, args.seed)
-    common.gather(None)  # the others wait for the data
-    args.data = args.data or gen_data.PRESETS[args.preset]["out"]
+    share = common.join_processes(args.batch)  # of the rows of a step: those of this process
+    args.data = common.once(gen_data.ensure, args.data, args.preset, args.seed)
     rows = gen_data.choose_rows(gen_data.load_rows(args.data, "train"), args.tasks)
     held_out = []
+    if not gen_data.has_split(args.data, "val"):
+        common.warn(f"{args.data} has no split val: nothing is validated")
+        args.eval_every = 0
     if args.eval_every:
         val = gen_data.choose_rows(gen_data.load_rows(args.data, "val"), args.tasks)
-        held_out = draw_rows(val, max(processes, min(HELD_OUT, len(val))),
+        held_out = draw_rows(val, max(share.step, min(HELD_OUT, len(val))),
                              np.random.default_rng(args.seed))
     check_teacher(rows + held_out, args.teacher_reads)
     gen_data.check_pictures(rows + held_out)
-    inputs = {"train": gen_data.digest_rows(rows), "init": common.digest_folder(init)}
-    if held_out:
-        inputs["val"] = gen_data.digest_rows(held_out)
-    if trained_on is not None:
-        trained_on |= {row.key() for row in rows}
-    scripts = (__file__, common.__file__, gen_data.__file__)
-    share = slice(rank, None, processes)  # of the rows of a step: those of this process
     divergence = DIVERGENCES[args.divergence]
 
-    with common.Run(args, scripts, inputs, trained_on) as run:
-        model, processor = common.load(args.model, args.bits, args.max_pixels)
+    with common.Run(args, train=rows, val=held_out) as run:
+        model, processor = run.load()
         common.check_lengths(model, processor, {
             row.where: row.teacher_prompt("symbols+plan") for row in rows + held_out},
             args.max_new_tokens)
-        torch.manual_seed(args.seed)
-        model = common.add_lora(model, args.lora_rank, args.lora_vision, init)
-        model.print_trainable_parameters()
         weights = common.adapter_weights(model)
         optimizer = common.adamw(weights, args.lr)
         ema = [weight.detach().clone() for weight in weights if args.teacher_weights == "ema"]
@@ -363,15 +372,17 @@ def main(args):
         run.restore(model, optimizer=optimizer, ema=ema, best=best)
         as_student = partial(nullcontext, model)
         as_teacher = {  # with as_teacher() as teacher: the network that scores
-            "base": lambda: common.playing(model, model.disable_adapter()),
+            "base": partial(common.without_adapters, model),
             "live": as_student,
-            "ema": lambda: common.playing(model, common.exchanged(weights, ema)),
+            "ema": partial(common.exchanged, model, weights, ema),
         }[args.teacher_weights]
+        gap_is_right = None  # the sampling gap's, not compared yet
 
-        for step in run.steps():                 # saved when due, and however the loop ends
+        for step in run.steps():                # saved when it is due, and however the loop ends
             rng = np.random.default_rng([args.seed, step])  # nothing random is ever stored
             batch = draw_rows(rows, args.batch, rng)[share]
             pictures, symbols = encode_roles(processor, batch, args.teacher_reads, model.device)
+            run.clock("encode")
 
             # 1. The student samples responses from pictures, adapters on (off policy: the teacher).
             on_policy = rng.random() < args.on_policy
@@ -390,20 +401,21 @@ def main(args):
 
             # 2. The teacher scores the same tokens from the symbols, adapters off, no gradient.
             model.train()
+            taught = []
             with torch.no_grad(), as_teacher() as teacher:
-                taught = [common.response_hidden(teacher, symbol, ids, mask)          # [N, hidden]
-                          for ids, mask, _, _, _, symbol in parts]
+                for ids, mask, _, _, _, symbol in parts:
+                    taught.append(common.response_hidden(teacher, symbol, ids, mask))  # [N, hidden]
             run.clock("teacher")
 
             scores = []
-            for (ids, mask, draw, factor, picture, _), teacher_hidden in zip(
-                    parts, taught, strict=True):
+            for part, teacher_hidden in zip(parts, taught, strict=True):
+                ids, mask, old, factor, picture, _ = part
                 # 3. The student scores them again, with gradient.
-                hidden = common.response_hidden(model, picture, ids, mask)            # [N, hidden]
+                hidden = common.response_hidden(model, picture, ids, mask)             # [N, hidden]
                 # 4. The divergence, chunk by chunk; then its gradient once through the network.
                 valid = mask.bool()
                 gradient, score = chunked_divergence(                         # [N, hidden], [4, N]
-                    hidden, teacher_hidden, ids[valid], draw[valid], factor[valid],
+                    hidden, teacher_hidden, ids[valid], old[valid], factor[valid],
                     common.head(model), common.head(teacher), divergence, args.chunk)
                 hidden.backward(gradient)
                 scores.append(score)
@@ -415,7 +427,7 @@ def main(args):
             grad_norm = float(torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm))
             lr = common.schedule(optimizer, step, args.steps)
             lines = rollout_lines(model, processor, step, batch, rollouts, masks, scores)
-            if run.is_finite(loss, grad_norm, lines):                     # else the step is skipped
+            if run.is_finite(loss, grad_norm, lines) and tokens:      # else the step is left out
                 optimizer.step()
             optimizer.zero_grad()
             if ema:
@@ -423,19 +435,24 @@ def main(args):
             run.clock("optimizer")
 
             means = rollout_means(lines, on_policy)
-            check_step(step, args, means, factors, grad_norm)
+            gap_is_right = check_step(args, step, loss, grad_norm, means, factors, gap_is_right)
             if step % SHOW_EVERY == 0:
-                run.show(lines)
-            if validation_is_due(step, args):
-                means |= validate(model, processor, held_out[share], args, as_teacher, step, best)
-                run.export_if(best["step"] == step + 1, "adapter-best")
+                show(run, lines)
+            if is_due(step, args):
+                found, best["last"] = validate(
+                    model, processor, held_out[share], args, as_teacher, step == 0)
+                means |= found
+                if best["last"] > best["score"]:
+                    best.update(score=best["last"], step=step + 1)
+                    run.export("adapter-best")
+                run.clock("validate")
             run.log(loss=loss, **means, on_policy=on_policy, grad_norm=grad_norm, lr=lr)
-    if args.eval_every and best["step"]:
+    if best["step"]:
         what = "minus KL" if best["score"] < 0 else "success"
         print(f"validation, {what}: {best['last']:.3g} of {args.out}/adapter (step {run.step}), "
               f"{best['score']:.3g} of {args.out}/adapter-best (step {best['step']})")
-    print(f"{args.out}/adapter is trained; next: python evaluate.py --preset {args.preset} "
-          f"--adapter base {args.out} --data {args.data}")
+    print(f"{args.out}/adapter is trained; next: " + shlex.join(
+        ["python", "evaluate.py", "--adapter", "base", args.out, "--data", args.data]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Evaluation: plans are executed by the rules. Did the modality gap close, and what is left of it?
 
     python evaluate.py                                # base, cold start and distilled, where there
-    python evaluate.py --limit 20                     # a quick look: 20 rows per task and size
+    python evaluate.py --adapter base --limit 5       # before any training: is there a gap?
     python evaluate.py --perception                   # also every question about every picture
     python evaluate.py --input swapped                # control: the picture of another puzzle
     python evaluate.py --adapter base out/mine --temperature 1 --samples 8
@@ -10,27 +10,31 @@
 A condition is a model with what it reads: base-image, distill-text. Every row counts: an answer
 that cannot be read is a failure. The gap is success from symbols minus success from pictures.
 
-out/<preset>/eval/<condition>/{predictions.jsonl, perception.jsonl, summary.json} belong to one
-condition; {results.md, results.json, report.html} show all those there that answered the same rows.
 Answers are kept as they come in <condition>/answers/, one file for each way of asking (model,
 adapter, prompts, pictures, temperature, ...), so that the same command resumes where it was stopped
-and no answer is ever replaced by another model's.
+and no answer is ever replaced by another model's. Everything else is made anew of them, for all
+conditions of the folder that answered the same rows, by one judge:
+<condition>/{predictions.jsonl, perception.jsonl, summary.json}, {results.md, results.json,
+report.html}.
 
 Left out on purpose: asking a server (tools/ask.py), drawing the page (tools/report.py).
 """
 import json
+import math
 import os
 import re
+import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest, bootstrap
 from tqdm import tqdm
 
+import coldstart
 import common
+import distill
 import gen_data
 from gen_data import (
     Parser,
@@ -49,6 +53,10 @@ INPUTS = ("image", "text", "swapped")
 RATES = ("success", "optimal", "parsed", "map_right", "cut")
 PLANS = ("shortest", "longer", "failed")
 FAILURES = ("perception", "planning", "unclear")
+SMALL_GAP = 0.1  # a smaller one is none, where it is decided whether a training is worth while
+# Time of a row in a stage's step over that of sampling one response: 0.80 and 1.96 on the card of
+# docs/gpu.md, 0.85 and 2.5 on the CPU of docs/speed.md.
+ROW_COST = {"cold start": (coldstart, 0.8), "distillation": (distill, 2.2)}
 
 # Defaults of the flags.
 QWEN = {
@@ -70,13 +78,14 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     common.add_flags(parser)
     add = parser.add_argument
-    add("--out", help="output folder (default: out/<preset>/eval)")
+    add("--out", help="output folder (default: eval beside the last run of --adapter, else "
+        "out/<preset>/eval)")
     add("--split", default="test", choices=("test", "val"), help="rows that are asked about")
     add("--adapter", nargs="+", metavar="RUN", help="runs to evaluate, base for none (default: "
         "base, out/<preset>/coldstart and out/<preset>/distill, where they are)")
-    add("--input", default="both", choices=("both", *INPUTS), help="the picture; text: "
-        "what the teacher reads without a plan, symbols and a picture of its own; both; or, as a "
-        "control, the picture of another puzzle")
+    add("--input", choices=("both", *INPUTS), help="the picture; text: what the teacher reads "
+        "without a plan, symbols and a picture of its own; both; or, as a control, the picture of "
+        "another puzzle (default: both; of --responses: not said)")
     add("--tasks", nargs="+", help="task, task:size, task:low-high or group (default: all)")
     add("--limit", type=whole_number(1), help="rows per task and board size (default: all)")
     add("--rollout_batch", type=whole_number(1), help="rows answered at a time")
@@ -85,38 +94,49 @@ def parse_args(argv=None):
     add("--samples", type=whole_number(1), default=1,
         help="answers per row: their mean, and pass@k")
     add("--perception", action="store_true", help="also ask, greedily, every perception question")
-    add("--responses", metavar="FILE", help='score {"id", "response"} lines, their "plan" as it is '
-        "where they have one (tools/lenient.py); loads no model")
-    add("--name", help="of the one condition (default: that of the run's folder, or of the file)")
+    add("--responses", metavar="FILE", help='score {"id", "response"} lines, with a "sample" where '
+        'a row has several, their "plan" as it is where they have one (tools/lenient.py); loads no '
+        "model")
+    add("--name", help="of the one run (default: that of its folder, or of the file)")
     add("--reference", metavar="CONDITION", help="what differences are taken against (default: "
         "base-image, else the first)")
     args = parser.parse_args(argv)
-    if not args.adapter and not args.responses:
-        runs = [f"out/{args.preset or 'tiny'}/{stage}" for stage in STAGES[1:]]
-        args.adapter = ["base", *(run for run in runs if Path(run, "adapter").is_dir())]
-    runs = [run for run in args.adapter or () if run != "base"]
-    common.resolve(args, SETTINGS, runs[0] if runs else None)
-    args.out = args.out or f"out/{args.preset}/eval"
     if args.samples > 1 and args.temperature == 0:
         fail(f"--samples {args.samples}: several answers need a --temperature above 0")
-    if args.responses and (args.samples > 1 or args.perception):
-        fail("--responses scores one plan per row, without --samples or --perception")
+    if args.responses and (args.samples > 1 or args.perception or args.input == "both"):
+        fail('--responses scores plans as they are, without --samples (lines of a row differ by '
+             '"sample"), --perception or --input both')
     if args.name and not re.fullmatch(r"\w[\w.+-]*", args.name):
         fail(f"--name {args.name!r}: wanted letters, digits and . + - _ (it names a folder)")
+    runs = [run for run in args.adapter or () if run != "base"]
+    beside = run_folder(runs[-1]).parent if runs else None
+    if beside and beside.is_relative_to(Path.cwd()):
+        beside = beside.relative_to(Path.cwd())  # shorter to read
+    if not args.adapter and not args.responses:
+        runs = [f"out/{args.preset or 'tiny'}/{stage}" for stage in STAGES[1:]]
+        runs = [run for run in runs if Path(run, "adapter").is_dir()]
+        args.adapter = ["base", *runs]
+    common.resolve(args, SETTINGS, runs[0] if runs else None)
+    args.out = args.out or str(Path(beside or f"out/{args.preset}", "eval"))
     return args
 
 
+def run_folder(run):
+    """The folder of a run, which may be given as its adapter/ or adapter-best/."""
+    folder = Path(run).resolve()
+    return folder.parent if folder.name in ("adapter", "adapter-best") else folder
+
+
 def find_adapters(args):
-    """{name: adapter folder, None for the base model} of args.adapter; all must be of one model."""
+    """{run: adapter folder, None for the base model} of args.adapter; all must be of one model."""
     found = {}
     for run in args.adapter:
         name, folder = "base", None
         if run != "base":
-            folder = place = common.adapter_folder(run, "--adapter").resolve()
-            suffix = place.name.removeprefix("adapter")
-            if suffix in ("", "-best"):
-                place = place.parent.with_name(place.parent.name + suffix)
-            name = place.name
+            folder = common.adapter_folder(run, "--adapter").resolve()
+            name = run_folder(folder).name
+            if folder.name == "adapter-best":
+                name += "-best"
             common.check_backbone(folder, args)
             if name == "base" and not args.name:
                 fail(f"--adapter {run}: base is the model without adapters: give --name")
@@ -128,9 +148,18 @@ def find_adapters(args):
 
 
 # ---------------------------------------------------------------- what is asked
-# A question is (key, prompt, picture or None): its key {"id"} with a "sample" or a "question" where
-# a row has several. An answer is the key with "response", "tokens", "cut" (no EOS within the
-# limit), or with an "error".
+
+@dataclass
+class Question:
+    """What a model is asked: a prompt beside a picture's file, or without one (None).
+
+    key: {"id"}, with a "sample" or a "question" where a row has several. An answer is a line: the
+    key with "response", "tokens", "cut" (no EOS within the limit), or with an "error".
+    """
+    key: dict
+    prompt: str
+    picture: str
+
 
 def other_pictures(rows, pool):
     """{id: picture of the next puzzle in `pool` of the same task and size}, never a row's own."""
@@ -156,38 +185,105 @@ def planning_questions(rows, source, pool, samples=1):
         for row in rows:
             key = {"id": row.id, "sample": sample} if samples > 1 else {"id": row.id}
             if source == "text":
-                asked.append((key, row.teacher_prompt("symbols"), row.teacher_picture("symbols")))
+                prompt, picture = row.teacher_prompt("symbols"), row.teacher_picture("symbols")
             else:
-                asked.append((key, row.student_prompt(), swapped.get(row.id, row.path)))
+                prompt, picture = row.student_prompt(), swapped.get(row.id, row.path)
+            asked.append(Question(key, prompt, picture))
     return asked
 
 
 def perception_questions(rows):
     """Every question about every picture, one at a time."""
-    asked = []
-    for row in rows:
-        for name in row.questions():
-            asked.append(({"id": row.id, "question": name}, row.ask((name,)), row.path))
-    return asked
-
-
-def with_pictures(lines, questions, pool):
-    """Answers with "picture", the name in the data of the picture that was read, or None."""
-    names = {None: None}
-    for row in pool:
-        names |= {row.path: row.data["file_name"],
-                  row.teacher_path: row.data.get("teacher_file_name")}
-    return [{**line, "picture": names[path]}
-            for line, (_, _, path) in zip(lines, questions, strict=True)]
+    return [Question({"id": row.id, "question": name}, row.ask((name,)), row.path)
+            for row in rows for name in row.questions()]
 
 
 def digest_questions(questions):
     """16 hex digits, the same for the same prompts and bytes of pictures."""
-    pictures = {}
-    for _, _, path in questions:
-        if path and path not in pictures:
-            pictures[path] = digest_file(path)
-    return digest([(key, prompt, pictures.get(path)) for key, prompt, path in questions])
+    pictures = {None: None}
+    for question in questions:
+        if question.picture not in pictures:
+            pictures[question.picture] = digest_file(question.picture)
+    return digest([(q.key, q.prompt, pictures[q.picture]) for q in questions])
+
+
+@dataclass
+class Condition:
+    """A model with what it reads, and how it was asked: what stands in its summary.json."""
+    run: str            # base, coldstart, ...; of answers from elsewhere their name
+    input: str          # one of INPUTS; None: not said, of answers from elsewhere
+    rows: str           # gen_data.digest_rows
+    asked: dict         # what an answer depends on, or {"responses": file}
+    trained_on: list    # ids of the rows that its run was trained on; None: not known
+    args: dict
+    answers: dict       # {"predictions": file in answers/, "perception": another, if asked}
+
+    @property
+    def name(self):
+        """Of its folder, and in the tables."""
+        return f"{self.run}-{self.input}" if self.input else self.run
+
+
+@dataclass
+class Job:
+    """Questions to one model, and the file of their answers."""
+    adapter: Path       # or None for the base model
+    condition: str      # its name
+    questions: list
+    settings: dict      # what an answer depends on
+    file: Path
+
+    def missing(self, size):
+        """The batches in which an answer is missing; whole ones, so that a resume changes none."""
+        lines, batches = read_answers(self.file), []
+        for i in range(0, len(self.questions), size):
+            batch = self.questions[i:i + size]
+            if any(label(question.key) not in lines for question in batch):
+                batches.append(batch)
+        return batches
+
+
+def answer_file(kind, settings):
+    """The name of a file of answers: each way of asking has its own.
+
+    Files count and not what their folder is called.
+    """
+    counts = {name: value for name, value in settings.items() if name != "model"}
+    return f"{kind}-{digest(counts)}.jsonl"
+
+
+def plan_jobs(args, rows, pool, adapters):
+    """The conditions and jobs of every adapter and every input."""
+    sources = ("image", "text") if args.input in (None, "both") else (args.input,)
+    shared = {
+        "model": Path(args.model).name, "files": common.digest_folder(common.fetch(args.model)),
+        "bits": args.bits, "max_pixels": args.max_pixels, "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature, "samples": args.samples,
+        "seed": args.seed if args.temperature else None, "versions": common.versions()}
+    asked = {}                                     # (kind, input): (questions, settings)
+    for source in sources:
+        questions = planning_questions(rows, source, pool, args.samples)
+        how = {"questions": digest_questions(questions)}
+        asked["predictions", source] = questions, shared | how
+        if args.perception and source == "image":
+            questions = perception_questions(rows)
+            how = {"temperature": 0.0, "samples": 1, "seed": None,
+                   "questions": digest_questions(questions)}
+            asked["perception", source] = questions, shared | how
+
+    conditions, jobs, row_digest = {}, [], gen_data.digest_rows(rows)
+    for run, adapter in adapters.items():
+        known = common.read_trained_rows(adapter) if adapter else set()
+        trained = None if known is None else [row.id for row in rows if row.key() in known]
+        of_adapter = {"adapter": common.digest_folder(adapter)}
+        for (kind, source), (questions, settings) in asked.items():
+            settings = settings | of_adapter
+            condition = conditions.setdefault((run, source), Condition(
+                run, source, row_digest, settings, trained, vars(args), {}))
+            condition.answers[kind] = answer_file(kind, settings)
+            file = Path(args.out, condition.name, "answers", condition.answers[kind])
+            jobs.append(Job(adapter, condition.name, questions, settings, file))
+    return list(conditions.values()), jobs
 
 
 # ---------------------------------------------------------------- answers
@@ -211,80 +307,23 @@ def append_answers(file):
     return open(file, "a", encoding="utf-8", newline="\n")
 
 
-@dataclass
-class Job:
-    """Questions to one model, and the file of their answers."""
-    adapter: Path       # or None for the base model
-    folder: Path        # of the condition
-    kind: str           # predictions or perception
-    questions: list
-    settings: dict      # what an answer depends on
-
-    def file(self):
-        """Its name follows from the settings: each way of asking has a file of its own.
-
-        Files count and not what their folder is called.
-        """
-        counts = {name: value for name, value in self.settings.items() if name != "model"}
-        return self.folder / "answers" / f"{self.kind}-{digest(counts)}.jsonl"
-
-    def missing(self, size):
-        """The batches in which an answer is missing; whole ones, so that a resume changes none."""
-        lines, batches = read_answers(self.file()), []
-        for i in range(0, len(self.questions), size):
-            batch = self.questions[i:i + size]
-            if any(label(key) not in lines for key, _, _ in batch):
-                batches.append(batch)
-        return batches
-
-    def answers(self):
-        """The lines of all questions, in their order."""
-        lines = read_answers(self.file())
-        return [lines[label(key)] for key, _, _ in self.questions]
-
-
-def plan_jobs(args, rows, pool, adapters):
-    """What is to be asked: for every adapter, for every input."""
-    sources = ("image", "text") if args.input == "both" else (args.input,)
-    asked = {source: planning_questions(rows, source, pool, args.samples) for source in sources}
-    about = perception_questions(rows) if args.perception else []
-    model, jobs = common.digest_folder(common.fetch(args.model)), []
-    for name, adapter in adapters.items():
-        for source in sources:
-            settings = {
-                "model": Path(args.model).name, "files": model, "bits": args.bits,
-                "max_pixels": args.max_pixels,
-                "adapter": common.digest_folder(adapter), "max_new_tokens": args.max_new_tokens,
-                "temperature": args.temperature, "samples": args.samples,
-                "seed": args.seed if args.temperature else None,
-                "questions": digest_questions(asked[source]), "versions": common.versions()}
-            folder = Path(args.out, f"{name}-{source}")
-            jobs.append(Job(adapter, folder, "predictions", asked[source], settings))
-            if args.perception and source == "image":
-                greedy = {"temperature": 0.0, "samples": 1, "seed": None,
-                          "questions": digest_questions(about)}
-                jobs.append(Job(adapter, folder, "perception", about, settings | greedy))
-    return jobs
-
-
 def answer_batch(model, processor, batch, settings, condition):
     """The answer lines of one batch of questions."""
-    keys = [key for key, _, _ in batch]
-    images = [path and gen_data.open_picture(path) for _, _, path in batch]
+    images = [q.picture and gen_data.open_picture(q.picture) for q in batch]
     limit, uniforms = settings["max_new_tokens"], None
     if settings["temperature"]:        # they depend on (seed, condition, row, sample, position)
         numbers = []
-        for key in keys:
-            seed = int(digest(settings["seed"], condition, key), 16)
+        for question in batch:
+            seed = int(digest(settings["seed"], condition, question.key), 16)
             numbers.append(np.random.default_rng(seed).random(limit))
         uniforms = np.stack(numbers)                                               # [B, T]
-    prompt = common.encode(processor, [text for _, text, _ in batch], images, model.device)
-    ids, mask, _ = common.sample(model, processor, prompt, limit, uniforms,           # [B, T] both
-                              settings["temperature"] or 1.0)
+    prompt = common.encode(processor, [q.prompt for q in batch], images, model.device)
+    ids, mask, _ = common.sample(model, processor, prompt, limit, uniforms,        # [B, T] both
+                                 settings["temperature"] or 1.0)
     texts, lengths = common.decode(processor, ids, mask), mask.sum(1).tolist()
     cut = common.was_cut(model, processor, ids, mask)
-    return [{**key, "response": text, "tokens": length, "cut": is_cut}
-            for key, text, length, is_cut in zip(keys, texts, lengths, cut, strict=True)]
+    return [{**question.key, "response": text, "tokens": length, "cut": is_cut}
+            for question, text, length, is_cut in zip(batch, texts, lengths, cut, strict=True)]
 
 
 def check_jobs(model, processor, jobs, new_tokens):
@@ -292,16 +331,26 @@ def check_jobs(model, processor, jobs, new_tokens):
     for adapter in {job.adapter for job in jobs} - {None}:
         common.remove_lora(common.add_lora(model, path=adapter))
     for job in jobs:
-        texts = {f"row {' '.join(map(str, key.values()))}": prompt
-                 for key, prompt, _ in job.questions}  # a row may have several
+        texts = {f"row {' '.join(map(str, question.key.values()))}": question.prompt
+                 for question in job.questions}  # a row may have several
         common.check_lengths(model, processor, texts, new_tokens)
-    gen_data.decode_all(path for job in jobs for _, _, path in job.questions if path)
+    gen_data.decode_all(question.picture for job in jobs for question in job.questions
+                        if question.picture)
 
 
-def ask_model(args, jobs, model, processor):
-    """Ask for the answers that are missing, adapter by adapter."""
+def ask(args, jobs):
+    """Ask for the answers that are missing, adapter by adapter; all is checked before.
+
+    Returns the seconds that an answer took, None if none was missing.
+    """
     missing = [job.missing(args.rollout_batch) for job in jobs]
-    total, using = sum(sum(map(len, batches)) for batches in missing), None
+    total, using = sum(len(batch) for batches in missing for batch in batches), None
+    if not total:
+        return None
+    model, processor = common.load(args.model, args.bits, args.max_pixels)
+    check_jobs(model, processor, jobs, args.max_new_tokens)
+    mark_folder(args.out)
+    start = time.perf_counter()
     with tqdm(total=total, desc="answers", unit="row") as bar:
         for job, batches in zip(jobs, missing, strict=True):
             if job.adapter != using:
@@ -309,47 +358,140 @@ def ask_model(args, jobs, model, processor):
                 model = common.add_lora(model, path=job.adapter) if job.adapter else model
                 using = job.adapter
             model.eval()
-            file = job.file()
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(f"{file}.settings.json", json.dumps(job.settings, indent=1) + "\n")
-            with append_answers(file) as out:
+            job.file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(f"{job.file}.settings.json", json.dumps(job.settings, indent=1) + "\n")
+            with append_answers(job.file) as out:
                 for batch in batches:
-                    lines = answer_batch(model, processor, batch, job.settings, job.folder.name)
+                    lines = answer_batch(model, processor, batch, job.settings, job.condition)
                     out.writelines(json.dumps(line) + "\n" for line in lines)
                     out.flush()
                     bar.update(len(batch))
+    return (time.perf_counter() - start) / total
 
 
 def read_responses(file, rows, pool):
-    """The answers in `file`, one per row; ids that are unknown, duplicate or missing are errors.
-
-    A response that is null is an empty one.
+    """The answers in `file`, sample by sample; ids that are unknown, duplicate or missing are
+    errors. A response that is null is an empty one.
     """
+    wanted = {"id": str, "sample": int | None, "response": str | None, "plan": list | None,
+              "picture": str | None}
     known, lines = {row.id for row in pool}, {}
     for where, line in gen_data.read_jsonl(file):
-        if not isinstance(line, dict) or not isinstance(line.get("response", 0), str | None):
-            fail(f'{where}: wanted an object with "id" and "response", both text')
-        name = line.get("id")
-        if name not in known or name in lines:
-            what = "a duplicate" if name in lines else "not among the rows of --data"
-            fail(f"{where}: the id {name!r} is {what}")
-        lines[name] = line | {"response": line["response"] or ""}
-    missing = [row.id for row in rows if row.id not in lines]
+        if not isinstance(line, dict) or "response" not in line:
+            fail(f'{where}: wanted an object with "id" and "response"')
+        for name, kind in wanted.items():
+            if not isinstance(line.get(name), kind):
+                fail(f'{where}: "{name}" is {str(line.get(name))[:60]!r}')
+        if line["id"] not in known:
+            fail(f"{where}: the id {line['id']!r} is not among the rows of --data")
+        key = line["id"], line.get("sample")
+        if key in lines:
+            fail(f'{where}: the id {line["id"]!r} is a duplicate (several answers of a row are '
+                 'told apart by "sample": 0, 1, ...)')
+        lines[key] = line | {"response": line["response"] or ""}
+    ids = {row.id for row in rows}
+    samples = dict.fromkeys(sample for name, sample in lines if name in ids) or {None: None}
+    missing = [(row.id, sample) for sample in samples for row in rows
+               if (row.id, sample) not in lines]
     if missing:
-        fail(f"{file}: no response for {len(missing)} rows, the first {missing[0]!r}")
-    return [lines[row.id] for row in rows]
+        name, sample = missing[0]
+        empty = {"id": name, "response": ""} | ({} if sample is None else {"sample": sample})
+        fail(f"{file}: {len(missing)} of {len(rows) * len(samples)} responses are missing; a line "
+             f"such as {json.dumps(empty)} makes one a failure")
+    return [lines[row.id, sample] for sample in samples for row in rows]
+
+
+def store_responses(args, rows, pool):
+    """The condition whose answers are in a file; they are stored as a model's are."""
+    lines, settings = read_responses(args.responses, rows, pool), {
+        "responses": Path(args.responses).name}
+    run = args.name or Path(args.responses).name.removesuffix(".jsonl")
+    file = answer_file("predictions", {"lines": lines})
+    condition = Condition(run, args.input, gen_data.digest_rows(rows), settings, None, vars(args),
+                          {"predictions": file})
+    check_names(args.out, [condition])
+    mark_folder(args.out)
+    folder = Path(args.out, condition.name, "answers")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / file, "".join(json.dumps(line) + "\n" for line in lines))
+    return condition
+
+
+# ---------------------------------------------------------------- conditions in the folder
+
+def check_folder(out):
+    """Fails where `out` holds anything but an evaluation."""
+    foreign = gen_data.foreign_name(out, "evaluation")
+    if foreign:
+        fail(f"{out} holds {foreign} and is not the folder of an evaluation: choose another --out")
+
+
+def mark_folder(out):
+    """Say that `out` is an evaluation: all is checked, now it is written to."""
+    write_text(Path(out, "args.json"), json.dumps({"kind": "evaluation"}) + "\n")
+
+
+def read_summary(file):
+    """A summary.json; {} without one, or where it is of an earlier form."""
+    summary = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return summary if summary.keys() >= {field.name for field in fields(Condition)} else {}
+
+
+def check_names(out, conditions):
+    """Fails where answers of a model here and those from elsewhere would share a name."""
+    for condition in conditions:
+        old = read_summary(Path(out, condition.name, "summary.json")).get("asked", condition.asked)
+        if ("responses" in old) != ("responses" in condition.asked):
+            fail(f"{out}/{condition.name} holds answers "
+                 + (f"of the file {old['responses']}" if "responses" in old else "asked for here")
+                 + ": choose another --name")
+
+
+def find_conditions(out, asked):
+    """{name: condition} of those asked now and those in `out` that answered the same rows.
+
+    Stages first, the picture before the symbols.
+    """
+    found = {condition.name: condition for condition in asked}
+    for file in sorted(Path(out).glob("*/summary.json")):
+        summary, name = read_summary(file), file.parent.name
+        if name in found:
+            continue
+        if summary.get("rows") == asked[0].rows:
+            found[name] = Condition(**{field.name: summary[field.name]
+                                       for field in fields(Condition)})
+        else:
+            print(f"{name} {'answered other rows' if summary else 'is of an earlier form'}: left "
+                  "out of the tables")
+
+    def place(name):
+        condition = found[name]
+        stage = STAGES.index(condition.run) if condition.run in STAGES else len(STAGES)
+        return stage, condition.run, INPUTS.index(condition.input or "image")
+    return {name: found[name] for name in sorted(found, key=place)}
+
+
+def stored_answers(out, condition, kind, rows):
+    """The stored lines of a condition, sample by sample in the order of the rows; [] if not asked.
+    """
+    if kind not in condition.answers:
+        return []
+    file = Path(out, condition.name, "answers", condition.answers[kind])
+    lines = {label(line): line for _, line in gen_data.read_jsonl(file)}
+    order = {row.id: i for i, row in enumerate(rows)}
+    return sorted(lines.values(), key=lambda line: (line.get("sample") or 0, order[line["id"]]))
 
 
 # ---------------------------------------------------------------- verdicts
 
 def verdict_of(row, line, trained=None):
-    """An answer with its verdict: the row's, who failed, and if the puzzle was trained on.
+    """An answer with its verdict: the row's, who failed, and if the row was trained on.
 
     A line that has a "plan" (a list of actions, or None) was read by somebody else's reader.
 
     A failure is perception's if the plan works in the world that the response describes,
     planning's if it fails there too or there is no plan, unclear if no map could be read. Rows
-    that are no puzzles have neither. trained: keys of rows, None if they are not known.
+    that are no puzzles have neither. trained: ids of rows, None if they are not known.
     """
     parse = (lambda *_: line["plan"]) if "plan" in line else gen_data.parse
     verdict = row.judge(line["response"], parse, line.get("cut") is True)
@@ -362,74 +504,69 @@ def verdict_of(row, line, trained=None):
             described = gen_data.TASKS[row.task](**verdict["map"])
             works = gen_data.check(described, verdict["plan"])[0] == "success"
             failure = "perception" if works else "planning"
-    known = None if trained is None else row.key() in trained
+    known = None if trained is None else row.id in trained
     return {**line, "task": row.task, "level": row.level, "bucket": row.bucket, **verdict,
             "failure": failure, "trained_on": known}
 
 
-def conclude(folder, rows, lines, seen, settings, args, trained=None):
-    """Judge a condition's answers: predictions.jsonl, perception.jsonl, summary.json.
+def judge(out, condition, rows, pool):
+    """The verdicts on a condition's stored answers: (on its plans, on its perception answers).
 
-    lines: answers to the planning questions; seen: to the perception questions; settings: how both
-    were asked.
+    "picture" of a verdict: the name in the data of the one that was read, or None.
     """
-    by_id = {row.id: row for row in rows}
-    verdicts = [verdict_of(by_id[line["id"]], line, trained) for line in lines]
-    perception = []
-    for line in seen:
+    by_id, names = {row.id: row for row in rows}, {None: None}
+    for row in pool:
+        names[row.path] = row.data["file_name"]
+        names[row.teacher_path] = row.data.get("teacher_file_name")
+    read = {question.key["id"]: names[question.picture]
+            for question in planning_questions(rows, condition.input, pool)}
+    trained = condition.trained_on and set(condition.trained_on)
+    verdicts, perception = [], []
+    for line in stored_answers(out, condition, "predictions", rows):
+        line = {"picture": read[line["id"]], **line}
+        verdicts.append(verdict_of(by_id[line["id"]], line, trained))
+    for line in stored_answers(out, condition, "perception", rows):
         row, name = by_id[line["id"]], line["question"]
         right = row.score((name,), line["response"])[name]
         perception.append({**line, "task": row.task, "level": row.level, "right": right})
-    table = summarise(verdicts)
-    whole = next(line for line in table if line["task"] == "macro")
-    success = "not judged" if whole["success"] is None else f"{report.percent(whole['success'])}%"
-    words = f"{folder.name}: success {success}"
-    if whole["trained_on"] is not None:
-        words += f"; {whole['trained_on']} of its {whole['n']} rows are puzzles it was trained on"
-    tqdm.write(words)
-    summary = {"rows": gen_data.digest_rows(rows), "table": table,
-               "diagnosis": diagnose(verdicts), "perception": summarise_perception(perception),
-               "asked": settings, "args": vars(args), "versions": common.versions()}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, things in (("predictions", verdicts), ("perception", perception)):
-        if things:
-            text = "".join(json.dumps(thing) + "\n" for thing in things)
-            write_text(folder / f"{name}.jsonl", text)
-        else:  # an earlier one is of other answers; those are still in answers/
-            (folder / f"{name}.jsonl").unlink(missing_ok=True)
-    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    return verdicts, perception
 
 
 # ---------------------------------------------------------------- numbers
 
-def interval(*groups):
-    """95% bootstrap interval of the mean over groups of their means; None if no value differs.
+def interval(groups, low=0.0, high=1.0, share=2.0):
+    """95% interval of the mean over groups of their means, all values between `low` and `high`.
 
-    groups: arrays [rows], one value per row; the rows of each group are drawn again.
+    groups: arrays [rows], one value per row. Each group gets share / (number of groups) imagined
+    rows at either end, then mean and variance as usual: never empty, and near the ends not too
+    narrow. For one group of zeros and ones it is Agresti and Coull's, for several Price and
+    Bonett's (2004); of paired differences, from -1 to 1 with share 1, Bonett and Price's (2012).
     """
-    if all(np.ptp(values) == 0 for values in groups):
-        return None
-    groups = [np.resize(values, max(2, len(values))) for values in groups]  # scipy wants two
-    ends = bootstrap(groups, lambda *x, axis: np.mean([values.mean(axis) for values in x], 0),
-                     batch=999, n_resamples=9999, method="percentile",
-                     rng=np.random.default_rng(0)).confidence_interval
-    return [float(ends.low), float(ends.high)]
+    imagined, means, variances = share / len(groups), [], []
+    for values in groups:
+        n = len(values) + 2 * imagined
+        mean = (values.sum() + imagined * (low + high)) / n
+        square = ((values**2).sum() + imagined * (low**2 + high**2)) / n
+        means.append(mean)
+        variances.append((square - mean**2) / n)
+    middle, half = np.mean(means), 1.96 * math.sqrt(sum(variances)) / len(groups)
+    return [max(low, float(middle - half)), min(high, float(middle + half))]
+
+
+def mean_of(groups):
+    """The mean over groups of their means: all weigh the same."""
+    return float(np.mean([values.mean() for values in groups]))
 
 
 def rate(name, groups):
-    """{name: mean over groups of their means, name_ci: its 95% interval}.
+    """{name: mean over groups, name_ci: its 95% interval, name_n: rows it is over}.
 
-    groups: a list of arrays [rows]. Wilson's interval for one group of zeros and ones, else the
-    bootstrap's; both None without a group.
+    groups: a list of arrays [rows] of values from 0 to 1; without one, mean and interval are None.
     """
     if not groups:
-        return {name: None, f"{name}_ci": None}
-    if len(groups) == 1 and np.isin(groups[0], (0, 1)).all():
-        successes = binomtest(int(groups[0].sum()), len(groups[0]))
-        ci = list(successes.proportion_ci(method="wilson"))
-    else:
-        ci = interval(*groups)
-    return {name: float(np.mean([values.mean() for values in groups])), f"{name}_ci": ci}
+        return {name: None, f"{name}_ci": None, f"{name}_n": 0}
+    return {name: mean_of(groups), f"{name}_ci": interval(groups),
+            f"{name}_n": sum(map(len, groups))}
 
 
 def answer_frame(verdicts):
@@ -443,7 +580,7 @@ def answer_frame(verdicts):
     frame["success"] = frame["outcome"].eq("success").astype(float)
     frame["parsed"] = frame["plan"].notna().astype(float)
     frame.loc[frame["outcome"] == "not judged", ["success", "parsed"]] = None
-    frame["cut"] = frame["cut"].eq(True)                                 # it may not be said
+    frame["cut"] = frame["cut"].map({True: 1.0, False: 0.0})             # else it is not said
     frame["tokens"] = pd.to_numeric(frame["tokens"], errors="coerce")
     return frame.astype({name: float for name in RATES})
 
@@ -462,9 +599,13 @@ def by_task(rows, column):
 
 
 def table_line(answers, bucket=None):
-    """The numbers of one line of the table: n, rates with intervals; all tasks weigh the same."""
+    """The numbers of one line of the table; all tasks weigh the same.
+
+    rows: how many; n: those of them that are judged, which success is over; not_judged: the others.
+    """
     rows = by_row(answers)
-    numbers = {"bucket": bucket, "n": len(rows)}
+    n = int(rows["success"].notna().sum())
+    numbers = {"bucket": bucket, "rows": len(rows), "n": n, "not_judged": len(rows) - n}
     for name in RATES:
         numbers |= rate(name, by_task(rows, name))
     if len(answers) > len(rows):
@@ -475,7 +616,8 @@ def table_line(answers, bucket=None):
     numbers |= rate("success_unseen", by_task(unseen, "success"))
     numbers["tokens"] = None if answers["tokens"].isna().all() else float(answers["tokens"].mean())
     numbers["overrun"] = int(answers["overrun"].eq(True).sum())
-    failures = Counter(outcome for outcome in answers["outcome"] if outcome != "success")
+    failures = Counter(outcome for outcome in answers["outcome"]
+                       if outcome not in ("success", "not judged"))
     return numbers | {"failures": dict(failures.most_common())}
 
 
@@ -495,17 +637,19 @@ def summarise(verdicts):
 
 
 def summarise_perception(answers):
-    """Exact match per task and question, and of all questions about a picture.
+    """Exact match per task, level and question, and of all questions about a picture.
 
-    answers: [{"id", "task", "question", "right"}].
+    answers: [{"id", "task", "level", "question", "right"}]. level None: all sizes.
     """
-    frame, numbers = pd.DataFrame(answers, columns=["id", "task", "question", "right"]), []
-    for task, some in frame.groupby("task", sort=False):
-        groups = dict(list(some.groupby("question", sort=False)["right"]))
-        groups["all"] = some.groupby("id", sort=False)["right"].all()
-        for question, right in groups.items():
-            numbers.append({"task": task, "question": question, "n": len(right),
-                            **rate("exact", [right.to_numpy(float)])})
+    frame, numbers = pd.DataFrame(answers, columns=["id", "task", "level", "question", "right"]), []
+    for task, of_task in frame.groupby("task", sort=False):
+        sizes = [(int(level), some) for level, some in of_task.groupby("level")]
+        for level, some in [(None, of_task), *sizes]:
+            groups = dict(list(some.groupby("question", sort=False)["right"]))
+            groups["all"] = some.groupby("id", sort=False)["right"].all()
+            for question, right in groups.items():
+                numbers.append({"task": task, "level": level, "question": question,
+                                "n": len(right), **rate("exact", [right.to_numpy(float)])})
     return numbers
 
 
@@ -520,8 +664,10 @@ def diagnose(verdicts):
     return table | {name: failed[name] for name in FAILURES}
 
 
+# ---------------------------------------------------------------- compare
+
 def difference(a, b):
-    """Success of a minus success of b, per task and macro, with its paired bootstrap interval.
+    """Success of a minus success of b, per task and macro, with its paired 95% interval.
 
     a, b: answers (`answer_frame`); joined by id, over the rows that both answered.
     """
@@ -532,130 +678,144 @@ def difference(a, b):
     if not groups:  # nothing was judged
         return {}
     groups["macro"] = sum(groups.values(), [])
-    return {task: {"mean": float(np.mean([values.mean() for values in group])),
-                   "ci": interval(*group)} for task, group in groups.items()}
+    return {task: {"mean": mean_of(group), "ci": interval(group, -1.0, share=1.0),
+                   "n": sum(map(len, group))} for task, group in groups.items()}
 
 
-def compare(verdicts, reference=None):
+def compare(conditions, verdicts, reference=None):
     """What takes two conditions: the gaps, all against the reference, what closed of its gap.
 
-    verdicts: {condition: its predictions}; reference: a condition (default: base-image, else the
-    first of them).
+    conditions: {name: Condition}; verdicts: {name: on its plans}; reference: a name (default:
+    base-image, else the first). A gap stands under the name of the condition that read pictures.
     """
     frames = {name: answer_frame(lines) for name, lines in verdicts.items()}
     reference = reference or ("base-image" if "base-image" in frames else next(iter(frames)))
     if reference not in frames:
         fail(f"--reference {reference}: no such condition; there are {', '.join(frames)}")
-    gaps, closed = {}, {}
-    for name in frames:
-        text = name.replace("-image", "-text")
-        if name.endswith("-image") and text in frames:
-            gaps[name] = difference(frames[text], frames[name])
-    differences = {name: difference(frame, frames[reference])
-                   for name, frame in frames.items() if name != reference}
-    gaps, differences = [{name: numbers for name, numbers in found.items() if numbers}
-                         for found in (gaps, differences)]
-    if reference in gaps:
-        for name, gain in differences.items():
-            if not name.endswith("-text"):
-                closed[name] = {task: gain[task]["mean"] / gap["mean"] if gap["mean"] > 0 else None
-                                for task, gap in gaps[reference].items()}
+    from_text = {c.run: name for name, c in conditions.items() if c.input == "text"}
+    gaps, differences, closed = {}, {}, {}
+    for name, condition in conditions.items():
+        if condition.input == "image" and condition.run in from_text:
+            gaps[name] = difference(frames[from_text[condition.run]], frames[name])
+        if name != reference:
+            differences[name] = difference(frames[name], frames[reference])
+    gaps = {name: numbers for name, numbers in gaps.items() if numbers}
+    differences = {name: numbers for name, numbers in differences.items() if numbers}
+    for name, gain in differences.items():
+        if reference in gaps and conditions[name].input != "text":
+            closed[name] = {task: gain[task]["mean"] / gap["mean"] if gap["mean"] > 0 else None
+                            for task, gap in gaps[reference].items()}
     return {"reference": reference, "gaps": gaps, "differences": differences, "closed": closed}
+
+
+# ---------------------------------------------------------------- is it worth while?
+
+def decide(gap, rows):
+    """The sentence on the base's gap: go, no gap, or how many rows would tell."""
+    low, high = gap["ci"]
+    shown = (f"base, symbols minus pictures: {report.with_interval(gap['mean'], gap['ci'], '{:+}')}"
+             f" points over {gap['n']} rows")
+    if low > 0:
+        return f"{shown}: go, there is a gap to close"
+    if high < SMALL_GAP:
+        return (f"{shown}: no gap of {report.percent(SMALL_GAP)} points, and what the base cannot "
+                "do from symbols cannot be taught")
+    # So many that the interval leaves out 0 or SMALL_GAP, if the mean stays.
+    distance = max(gap["mean"], SMALL_GAP - gap["mean"])
+    wanted = max(gap["n"] + 1, math.ceil(gap["n"] * ((high - low) / 2 / distance)**2))
+    boards = len({(row.task, row.level) for row in rows})
+    return (f"{shown}: cannot be told with {gap['n']} rows; about {wanted} would do (--limit "
+            f"{math.ceil(wanted / boards)})")
+
+
+def outlook(seconds, rows, pool, args):
+    """The sentence on the hours to come, by the seconds of an answer. Rough: rows cost alike."""
+    times = {}
+    for stage, (script, cost) in ROW_COST.items():
+        numbers = script.SETTINGS[args.preset]
+        times[stage] = seconds * cost * numbers["steps"] * numbers["batch"]
+    answers = 2 * len(STAGES) * len(pool)  # from pictures and from symbols
+    times[f"evaluation of {answers} answers"] = seconds * answers
+    hours = ", ".join(f"{name} {time / 3600:.1f} h" for name, time in times.items())
+    return (f"{seconds:.2g} s an answer, {min(len(rows), args.rollout_batch)} at a time; at that "
+            f"pace, within a factor of three, with the preset's numbers: {hours}")
+
+
+def last_words(args, rows, pool, gaps, seconds):
+    """What to do next: of the base alone always, else where its gap is in doubt; or nothing."""
+    gap, alone = gaps.get("base-image", {}).get("macro"), args.adapter == ["base"]
+    if args.responses or not gap:
+        return ""
+    own = any(isinstance(row, gen_data.OwnRow) for row in rows)
+    if own and args.model == common.BACKBONES["tiny"]["model"]:
+        return ("the bundled backbone knows only its own words: with other data it shows that "
+                "everything runs, and no number here means more")
+    if not alone:
+        return "" if gap["ci"][0] > 0 else decide(gap, rows)
+    sentences = [decide(gap, rows)]
+    if seconds:
+        sentences.append(outlook(seconds, rows, pool, args))
+    return ". ".join(sentences)
 
 
 # ---------------------------------------------------------------- main
 
-def check_folder(out):
-    """Fails where `out` holds anything but an evaluation."""
-    foreign = gen_data.foreign_name(out, "evaluation")
-    if foreign:
-        fail(f"{out} holds {foreign} and is not the folder of an evaluation: choose another --out")
-
-
-def mark_folder(out):
-    """Say that `out` is an evaluation: all is checked, now it is written to."""
-    write_text(Path(out, "args.json"), json.dumps({"kind": "evaluation"}) + "\n")
-
-
-def finished_conditions(out, rows):
-    """{condition: its summary.json} of those in `out` that answered `rows`, stages first."""
-    finished, wanted = {}, gen_data.digest_rows(rows)
-    for path in sorted(Path(out).glob("*/summary.json")):
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        if summary["rows"] == wanted:
-            finished[path.parent.name] = summary
-        else:
-            print(f"{path.parent.name} answered other rows: left out of the tables")
-    stages = [f"{stage}-{source}" for stage in STAGES for source in INPUTS]
-    order = [name for name in stages if name in finished]
-    return {name: finished[name] for name in dict.fromkeys([*order, *finished])}
-
-
 def main(args):
-    adapters, out = {} if args.responses else find_adapters(args), Path(args.out)
+    out = Path(args.out)
+    adapters = {} if args.responses else find_adapters(args)
     check_folder(out)
     if not args.responses:
-        common.fetch(args.model)
+        common.fetch(args.model)  # refused before data are made
     args.data = gen_data.ensure(args.data, args.preset, args.seed)
     pool = gen_data.load_rows(args.data, args.split)
     rows = gen_data.choose_rows(pool, args.tasks, args.limit)
     out.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(out)
+    lock, seconds = lock_folder(out), None
     try:
+        # 1. Answers: what is not there yet is asked.
         if args.responses:
             gen_data.check_pictures(rows)  # the page shows them
-            score_responses(args, rows, pool)
+            asked = [store_responses(args, rows, pool)]
         else:
-            score_model(args, rows, pool, adapters)
-        write_tables(args, rows, pool)
+            asked, jobs = plan_jobs(args, rows, pool, adapters)
+            check_names(out, asked)
+            seconds = ask(args, jobs)
+
+        # 2. Verdicts: anew, on the stored answers of every condition that answered these rows.
+        conditions, verdicts, perception = find_conditions(out, asked), {}, {}
+        for name, condition in conditions.items():
+            verdicts[name], perception[name] = judge(out, condition, rows, pool)
+
+        # 3. Numbers: of each condition, and what takes two.
+        summaries = {}
+        for name, condition in conditions.items():
+            summaries[name] = {**asdict(condition), "table": summarise(verdicts[name]),
+                               "diagnosis": diagnose(verdicts[name]),
+                               "perception": summarise_perception(perception[name])}
+        comparison = compare(conditions, verdicts, args.reference)
+
+        # 4. Files.
+        for name, summary in summaries.items():
+            for kind, lines in (("predictions", verdicts[name]), ("perception", perception[name])):
+                text = "".join(json.dumps(line) + "\n" for line in lines)
+                write_text(out / name / f"{kind}.jsonl", text)
+            write_text(out / name / "summary.json", json.dumps(summary, indent=1) + "\n")
+        tables = report.make_tables(summaries, comparison)
+        write_text(out / "results.md", report.make_text(tables, summaries))
+        write_text(out / "results.json",
+                   json.dumps({"conditions": summaries, **comparison}, indent=1) + "\n")
+        write_text(out / "report.html",
+                   report.make_page(rows, pool, tables, summaries, verdicts))
     finally:
         lock.release()
-
-
-def score_responses(args, rows, pool):
-    """The condition whose answers are in a file."""
-    folder = Path(args.out, args.name or Path(args.responses).name.removesuffix(".jsonl"))
-    if (folder / "answers").is_dir():
-        fail(f"{folder} holds answers that were asked for here: choose another --name")
-    lines = read_responses(args.responses, rows, pool)
-    mark_folder(args.out)
-    conclude(folder, rows, lines, [], {"responses": Path(args.responses).name}, args)
-
-
-def score_model(args, rows, pool, adapters):
-    """The conditions of every adapter and input. All is checked before the first is written."""
-    trained = {adapter: common.read_trained_rows(adapter) if adapter else set()
-               for adapter in adapters.values()}
-    jobs = plan_jobs(args, rows, pool, adapters)
-    if any(job.missing(args.rollout_batch) for job in jobs):
-        model, processor = common.load(args.model, args.bits, args.max_pixels)
-        check_jobs(model, processor, jobs, args.max_new_tokens)
-        mark_folder(args.out)
-        ask_model(args, jobs, model, processor)
-    perception = {job.folder: job.answers() for job in jobs if job.kind == "perception"}
-    for job in jobs:
-        if job.kind == "predictions":
-            lines = with_pictures(job.answers(), job.questions, pool)
-            conclude(job.folder, rows, lines, perception.get(job.folder, []), job.settings,
-                     args, trained[job.adapter])
-
-
-def write_tables(args, rows, pool):
-    """results.md, results.json and report.html of all conditions that answered these rows."""
-    out = Path(args.out)
-    summaries = finished_conditions(out, rows)
-    verdicts = {name: report.read_lines(out / name / "predictions.jsonl") for name in summaries}
-    comparison = compare(verdicts, args.reference)
-    tables = report.make_tables(summaries, comparison)
-    runs = [Path(run) for summary in summaries.values()
-            for run in summary["args"].get("adapter") or () if run != "base"]
-    page = report.make_page(rows, pool, tables, summaries, verdicts, list(dict.fromkeys(runs)))
-    write_text(out / "results.md", report.make_text(tables))
-    write_text(out / "results.json",
-               json.dumps({"conditions": summaries, **comparison}, indent=1) + "\n")
-    write_text(out / "report.html", page)
+    seen = {condition.run: condition.trained_on for condition in asked}
+    for run, ids in seen.items():
+        if run != "base" and ids is not None:
+            print(f"{run}: {len(ids)} of {len(rows)} rows were seen in training")
     print(f"\n{report.differing(summaries)}{report.markdown(tables[0])}\nmore in {out}/results.md "
           f"and {out}/report.html; every answer in {out}/<condition>/predictions.jsonl")
+    if words := last_words(args, rows, pool, comparison["gaps"], seconds):
+        print(f"\n{words}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What the distillation step costs at its real vocabulary, as ratios measured in one run. Linux.
 
     python tests/bench_distill.py               # all tables, about half an hour on two cores
-    python tests/bench_distill.py loss          # only this one: loss, step, rollout, length
+    python tests/bench_distill.py loss          # only this one: loss, step, rollout
 
 Every measurement is a process of its own: seconds, and peak memory over what the process held
 before. With trl and liger-kernel installed (tested: trl 1.16.0, liger-kernel 0.8.5) they are
@@ -99,7 +99,8 @@ def loss(how, positions, chunk=64, divergence="reverse_kl", hidden_size=2560):
             logits @ lm_head.weight
 
     def ours():
-        distill.chunked_divergence(hidden, teacher, token, torch.ones(positions), lm_head, formula,
+        ones = torch.ones(positions)
+        distill.chunked_divergence(hidden, teacher, token, ones, ones, lm_head, lm_head, formula,
                                    chunk)
 
     def closed_form():  # ours with the gradient derived by hand instead of by autograd
@@ -263,29 +264,25 @@ def line(*cells):
     print("| " + " | ".join(texts) + " |", flush=True)
 
 
-def loss_table(sizes=(1024, 2048), hidden_size=2560):
+def loss_table(positions=2048, hidden_size=2560):
     import distill
-    default = distill.SETTINGS["4b"]["chunk"]
-    head(f"The loss and its gradient, hidden size {hidden_size}, 151,936 tokens, bfloat16; "
-         "products: the matrix products alone; unchunked: at all positions at once", "positions",
-         "divergence", "how", "chunk", "s", "peak GB", "time / unchunked", "unchunked memory / its")
-    others = [("closed form", default), ("products", default), ("torch kl_div", 0)]
-    others += [("trl", 0), ("trl gold", 0)] if have("trl") else []
-    others += [("liger", default)] if have("liger_kernel") else []
-    for positions in sizes:
-        for name in distill.DIVERGENCES:
-            whole = run("loss", "unchunked", positions, hidden_size=hidden_size, divergence=name)
-            line(positions, name, "unchunked", "", whole["s"], whole["gb"], 1.0, 1.0)
-            hows = [("ours", default)]
-            if name == "reverse_kl":
-                hows += [("ours", 32), ("ours", 128), *others]
-            for how, chunk in hows:
-                settings = {"chunk": chunk} if chunk else {}
-                got = run("loss", how, positions, hidden_size=hidden_size, divergence=name,
-                          **settings)
-                if got:
-                    line(positions, name, how, chunk or "", got["s"], got["gb"],
-                         got["s"] / whole["s"], whole["gb"] / got["gb"])
+    chunk = distill.SETTINGS["4b"]["chunk"]
+    head(f"The loss and its gradient at {positions} positions, hidden size {hidden_size}, 151,936 "
+         f"tokens, bfloat16, chunks of {chunk}; products: the matrix products alone; unchunked: at "
+         "all positions at once", "divergence", "how", "s", "peak GB", "time / unchunked",
+         "unchunked memory / its")
+    others = ["closed form", "products", "torch kl_div"]
+    others += ["trl", "trl gold"] if have("trl") else []
+    others += ["liger"] if have("liger_kernel") else []
+    for name in distill.DIVERGENCES:
+        settings = {"hidden_size": hidden_size, "divergence": name, "chunk": chunk}
+        whole = run("loss", "unchunked", positions, **settings)
+        line(name, "unchunked", whole["s"], whole["gb"], 1.0, 1.0)
+        for how in ("ours", *(others if name == "reverse_kl" else ())):
+            got = run("loss", how, positions, **settings)
+            if got:
+                line(name, how, got["s"], got["gb"], got["s"] / whole["s"],
+                     whole["gb"] / got["gb"])
 
 
 def step_table(folder, data, batch=8, tokens=128):
@@ -311,19 +308,10 @@ def rollout_table(folder, data, batches=(8, 32, 96), tokens=128):
         line(batch, "ours", batch * tokens / ours["s"], generate["s"] / ours["s"])
 
 
-def length_table(folder, data, sizes=((8, 64), (8, 128), (8, 256), (4, 128), (16, 128))):
-    head("Cost against length and batch, one step", "batch", "new tokens", "s", "ms per token",
-         "loss, s", "peak GB")
-    for batch, tokens in sizes:
-        got = run("step", "ours", folder, data, batch=batch, tokens=tokens)
-        line(batch, tokens, got["s"], 1000 * got["s"] / batch / tokens, got["phases"]["loss"],
-             got["gb"])
-
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    tables = ("loss", "step", "rollout", "length")
+    tables = ("loss", "step", "rollout")
     add("tables", nargs="*", metavar="TABLE", help=f"which ones: {', '.join(tables)} (default all)")
     add("--small", action="store_true", help="sizes that only show that everything runs")
     add("--measure", help=argparse.SUPPRESS)  # a fresh process's measurement, JSON
@@ -349,13 +337,11 @@ def main(args):
                  "frozenlake:4", "--out", data, "--train", "16", "--val", "1", "--test", "1"],
                 check=True, capture_output=True)
         if "loss" in args.tables:
-            loss_table(**({"sizes": (128,), "hidden_size": 64} if args.small else {}))
+            loss_table(**({"positions": 128, "hidden_size": 64} if args.small else {}))
         if "step" in args.tables:
             step_table(model, data, **({"batch": 2, "tokens": 8} if args.small else {}))
         if "rollout" in args.tables:
             rollout_table(model, data, **({"batches": (2,), "tokens": 8} if args.small else {}))
-        if "length" in args.tables:
-            length_table(model, data, **({"sizes": ((2, 8),)} if args.small else {}))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """What both stages cost on the card at hand, at the real sizes, with random weights: no download.
 
     python tests/bench_gpu.py                           # preset 4b in 4 bits; Markdown
-    python tests/bench_gpu.py --quick                   # a shorter step, and how a token is decoded
+    python tests/bench_gpu.py --quick                   # steps of 8 rows, fewer tokens
     python tests/bench_gpu.py --presets 2b 4b 8b --bits 4 16 --max_new_tokens 340
     python tests/bench_gpu.py --device cpu --tiny       # the same code on the bundled sizes
+    python tests/bench_gpu.py --row out/hour            # a run as a line of docs/gpu.md's table
 
-docs/gpu.md has what one card gave. Each stage's own main takes two steps, of
-which the second is timed. Weights are made on the device matrix by matrix, in the precisions of
-common.load, so that 24 GB suffice for 8b in 4 bits. Random weights hardly ever draw an EOS: every
-response has --max_new_tokens, so a step costs more than one of a trained model.
+docs/gpu.md has what one card gave. Each stage's own main takes two steps, of which the second is
+timed. Weights are made on the device matrix by matrix, in the precisions of common.load, so that
+24 GB suffice for 8b in 4 bits. Random weights hardly ever draw an EOS: every response has
+--max_new_tokens, so a step costs more than one of a trained model.
 Needs requirements-dev.txt (Qwen's tokenizer). trl's Triton kernel is measured where trl is there.
 """
 import argparse
@@ -33,8 +34,10 @@ sys.path.insert(0, str(ROOT))
 import coldstart  # noqa: E402
 import common  # noqa: E402
 import distill  # noqa: E402
+import evaluate  # noqa: E402
 import gen_data  # noqa: E402
 from tools import estimate  # noqa: E402
+from tools.report import percent, read_lines  # noqa: E402
 
 # ---------------------------------------------------------------- random weights
 
@@ -42,7 +45,7 @@ def random_network(config, bits, device):
     """The network of a configuration as `common.load` would return it, with random weights."""
     from accelerate import init_empty_weights
     from transformers import Qwen3VLForConditionalGeneration
-    dtype = torch.float32 if bits == 32 else torch.bfloat16
+    dtype = common.compute_dtype(bits)
     with init_empty_weights(include_buffers=False):
         model = Qwen3VLForConditionalGeneration(config)
     quantised = common.linears(model) if bits == 4 else []
@@ -73,10 +76,11 @@ def random_network(config, bits, device):
 def random_nf4(linear, device):
     """A Linear4bit of the same shape, quantised on the device as `common.load` has it done."""
     from bitsandbytes.nn import Linear4bit, Params4bit
+    dtype = common.compute_dtype(4)
     with torch.device("meta"):
         new = Linear4bit(linear.in_features, linear.out_features, bias=False, quant_type="nf4",
-                         compute_dtype=torch.bfloat16, compress_statistics=True)
-    weight = torch.empty(linear.weight.shape, dtype=torch.bfloat16, device=device)
+                         compute_dtype=dtype, compress_statistics=True)
+    weight = torch.empty(linear.weight.shape, dtype=dtype, device=device)
     new.weight = Params4bit(weight.normal_(std=0.02), requires_grad=False, quant_type="nf4",
                             compress_statistics=True, module=new).to(device)
     new.support_avx512bf16_for_cpu = False
@@ -165,7 +169,7 @@ def measure_model(preset, bits, data, own):
     print_seconds(title, args, cold, found)
     model = common.add_lora(network(), args.lora_rank, args.lora_vision).eval()
     print_sampling(title, model, processor, rows, own)
-    print_policy(title, model, processor, rows, own)
+    print_policy(title, model, processor, rows, own, args)
     print_decoding(title, model, processor, rows, own)
     print_patches(title, common.network(model).model.visual.patch_embed.proj)
     if importlib.util.find_spec("trl") and own.device == "cuda":
@@ -180,15 +184,16 @@ def print_memory(title, args, cold, words, rows, processor, found):
     head(f"Memory, {title}: rollout batch {args.rollout_batch}, micro-batch {args.micro_batch}, "
          f"{args.max_new_tokens} new tokens; GB of torch's allocator",
          "stage", "phase", "predicted", "measured", "ratio")
-    compared = [(distill, "sample", "sampling"), (distill, "loss", "loss"),
-                (distill, "backward", "backward"), (coldstart, "loss", "cold start")]
-    for stage, phase, part in compared:
+    compared = [(distill, "sample", ("sampling",)), (distill, "student", ("loss", "backward")),
+                (coldstart, "loss", ("cold start",))]
+    for stage, phase, parts in compared:
         batch = args.batch if stage is distill else cold.batch
         about = estimate.parse_args([
             *words, "--batch", str(batch), "--prompt_tokens", str(prompts["input_ids"].shape[1]),
             "--answer_tokens", str(answers.shape[1])])
         _, throughout, phases = estimate.parts(about, estimate.count_weights(about))
-        needed = max(estimate.total(some) for name, some in phases.items() if name.startswith(part))
+        needed = max(estimate.total(some) for name, some in phases.items()
+                     if name.startswith(parts))
         predicted = estimate.total(throughout) - estimate.CUDA_BYTES + needed
         peak = found[stage][1].get(phase) if found[stage] else None
         line(stage.__name__, phase, f"{predicted / 1e9:.2f}", f"{peak / 1e9:.2f}" if peak else "-",
@@ -233,21 +238,28 @@ def print_sampling(title, model, processor, rows, own):
         line(batch, *cells)
 
 
-def print_policy(title, model, processor, rows, own):
-    """Of the first tokens: the log-probabilities they were drawn with, and those they score."""
+def print_policy(title, model, processor, rows, own, args):
+    """How far tokens' scores are from the log-probabilities that they were drawn with."""
     batch = own.rollout_batches[-1]
     chosen = [rows[i % len(rows)] for i in range(batch)]
     prompt, _ = distill.encode_roles(processor, chosen, "picture", model.device)
     uniforms = np.random.default_rng(0).random((batch, own.new_tokens))
-    drawn = torch.zeros(batch, own.new_tokens, device=model.device)
     weights = common.adapter_weights(model)
     ups = [weight for weight in weights if not weight.any()]  # lora_B of a fresh adapter
     for weight in ups:
         weight.data.normal_(std=0.01)
-    ids, mask = common.sample(model.eval(), processor, prompt, own.new_tokens, uniforms,
-                              drawn=drawn)
-    print(f"\nSampling and scoring, {title}, adapters far from zero: ", end="")
-    common.check_sampling(model.train(), prompt, ids, mask, drawn)
+    sampled = common.sample(model.eval(), processor, prompt, own.new_tokens, uniforms)
+    lm_head, gaps = common.head(model), []
+    for ids, mask, drawn, part in common.micro_batches(args.micro_batch, sampled, (prompt,)):
+        with torch.no_grad():
+            hidden = common.response_hidden(model.train(), part, ids, mask)
+        valid, ones = mask.bool(), hidden.new_ones(len(hidden))
+        _, scores = distill.chunked_divergence(hidden, hidden, ids[valid], drawn[valid], ones,
+                                               lm_head, lm_head, distill.reverse_kl, args.chunk)
+        gaps += [gap.mean().item() for gap in scores[3].split(mask.sum(1).tolist())]
+    print(f"\nSampling and scoring, {title}, adapters far from zero: a token's log-probability "
+          f"differs by {np.mean(gaps):.2g} nats, in the worst row by {max(gaps):.2g} (the log's "
+          "sampling_gap).")
     model.eval()
     for weight in ups:
         weight.data.zero_()
@@ -289,7 +301,7 @@ def print_facts(own):
     """An NF4 linear on this device against the same weights in float64."""
     from bitsandbytes.functional import dequantize_4bit
     layer = random_nf4(torch.nn.Linear(512, 256, device="meta"), own.device)
-    x = torch.randn(7, 512, device=own.device, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(7, 512, device=own.device, dtype=common.compute_dtype(4), requires_grad=True)
     y = layer(x)
     y.float().square().sum().backward()
     weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).double().cpu()
@@ -363,9 +375,10 @@ def print_losses(title, lm_head, args):
     hidden, teacher = (torch.randn(N, lm_head.in_features, dtype=weight.dtype, device=weight.device)
                        for _ in range(2))
     token = torch.randint(lm_head.out_features, (N,), device=weight.device)
+    ones = hidden.new_ones(N)
 
     def ours(chunk):
-        distill.chunked_divergence(hidden, teacher, token, hidden.new_ones(N), lm_head,
+        distill.chunked_divergence(hidden, teacher, token, ones, ones, lm_head, lm_head,
                                    distill.reverse_kl, chunk)
 
     def trl():
@@ -378,6 +391,25 @@ def print_losses(title, lm_head, args):
         line(name, *((f"{got[0]:.3f}", f"{got[1] / 1e9:.3f}") if got else ("out of memory", "-")))
 
 
+def print_row(run):
+    """Card, hours of both trainings and success from pictures, as a line of docs/gpu.md's table.
+
+    run: a folder with coldstart/, distill/ and eval/.
+    """
+    hours, rates = 0.0, []
+    with gen_data.in_one_line(f"--row {run}"):
+        for stage in evaluate.STAGES[1:]:
+            record = json.loads(Path(run, stage, "args.json").read_text(encoding="utf-8"))
+            log = read_lines(Path(run, stage, "metrics.jsonl"))
+            hours += sum(line.get("step_seconds", 0) for line in log) / 3600
+        results = json.loads(Path(run, "eval/results.json").read_text(encoding="utf-8"))
+        for stage in evaluate.STAGES:
+            table = results["conditions"][f"{stage}-image"]["table"]
+            whole = next(row for row in table if row["task"] == "macro" and not row["bucket"])
+            rates.append(f"{percent(whole['success'])}%")
+        line(record["versions"]["device"], f"{hours:.2f}", " -> ".join(rates))
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -385,14 +417,19 @@ def parse_args(argv=None):
     add("--bits", nargs="+", type=int, default=[4], choices=(4, 16))
     add("--device", default="cuda", choices=("cuda", "cpu"))
     add("--tiny", action="store_true", help="bundled sizes and a short step: does it all run?")
-    add("--quick", action="store_true", help="steps of 8 rows, 32 rows of 32 tokens sampled")
-    add("--rollout_batches", nargs="+", type=int, default=[4, 8, 16, 32, 64])
+    add("--quick", action="store_true", help="steps of 8 rows, 32 rows of 32 tokens sampled: by "
+        "its launches about 3 minutes on an RTX 4090, 5 to 6 where the CPU is slow")
+    add("--rollout_batches", nargs="+", type=int, help="of the table of tokens a second (default: "
+        "4 8 16 32 64, with --quick 32)")
     add("--new_tokens", type=int, default=64, help="of the table of tokens a second")
+    add("--row", metavar="RUN", help="print the line of a run, with an evaluation in RUN/eval, for "
+        "docs/gpu.md's table, and stop")
     args, args.settings = parser.parse_known_args(argv)  # the rest: flags of both stages
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if not args.row and args.device == "cuda" and not torch.cuda.is_available():
         gen_data.fail("no CUDA device: --device cpu --tiny runs the same code on a small model")
+    args.rollout_batches = args.rollout_batches or ([32] if args.quick else [4, 8, 16, 32, 64])
     if args.quick:
-        args.rollout_batches, args.new_tokens = [32], 32
+        args.new_tokens = 32
         args.settings += ["--batch", "8", "--max_new_tokens", "128"]
     if args.tiny:
         args.presets, args.rollout_batches, args.new_tokens = ["tiny"], [2, 4], 4
@@ -402,6 +439,8 @@ def parse_args(argv=None):
 
 
 def main(args):
+    if args.row:
+        return print_row(args.row)
     torch.manual_seed(0)
     versions = ", ".join(f"{name} {value}" for name, value in common.versions().items())
     print(f"{versions}; random weights, pictures of 256x256")

@@ -216,7 +216,8 @@ def pretended():
         with mock.patch.object(torch.cuda, "is_available", lambda: False):
             model, processor = load(*words)
         model = move_model(model)
-        model.base_probe = to_device(model.base_probe)
+        model.base_logits = to_device(model.base_logits)
+        model.fixed_batch = tree_map(to_device, model.fixed_batch)
         # without preserve_rng_state: there are no generators to ask
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={
             "use_reentrant": False, "preserve_rng_state": False})

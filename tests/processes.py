@@ -5,11 +5,13 @@ and edited copies of the scripts can be run the same way.
 """
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload([
@@ -17,6 +19,7 @@ processes.set_forkserver_preload([
     "transformers.models.qwen3_vl.modeling_qwen3_vl",
     "transformers.models.qwen3_vl.processing_qwen3_vl",
     "transformers.models.auto.processing_auto"])
+ROOT = Path(__file__).parents[1]
 SCRIPTS = ("gen_data", "common", "coldstart", "distill", "evaluate")
 
 
@@ -80,6 +83,25 @@ def collect(folder, started):
                  for name in ("out", "err")]
         done.append(Done(process.exitcode, *texts))
     return done
+
+
+def edit(file, old, new):
+    """Put `new` in the place of `old`, which stands in the file once."""
+    text = file.read_text(encoding="utf-8")
+    assert text.count(old) == 1, f"{file.name}: {text.count(old)} times: {old}"
+    file.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def fork(folder, *edits):
+    """A copy of the scripts with edits (script, old, new): a `root` of `start`."""
+    folder.mkdir()
+    for script in SCRIPTS:
+        shutil.copy(ROOT / f"{script}.py", folder)
+    for name in ("tools", "tiny"):
+        (folder / name).symlink_to(ROOT / name)
+    for script, old, new in edits:
+        edit(folder / script, old, new)
+    return folder
 
 
 def run(folder, script, *words, **options):

@@ -10,6 +10,7 @@ from conftest import stops
 import common
 import gen_data
 from tools import answer
+from tools.report import read_lines
 
 ROOT = Path(__file__).parents[1]
 RUN = str(ROOT / "docs/run/distill")
@@ -27,6 +28,9 @@ def pictures(tmp_path_factory):
     for i, row in enumerate(rows):
         row.puzzle.render(32).save(folder / f"{i}.png")
     (folder / "notes.txt").write_text("no picture")
+    (folder / "table.png").write_text("no picture either")
+    (folder / "._0.png").write_bytes(b"of macOS, beside a picture")
+    (folder / "sub.png").mkdir()
     return folder, rows
 
 
@@ -34,8 +38,7 @@ def test_the_readmes_lines_and_the_command_say_the_same(pictures, monkeypatch, c
     """As they stand, from the repository's root: the answer solves the maze."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     code, = (text for text in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-             if "common.sample" in text)
-    assert 5 <= len(code.splitlines()) <= 7
+             if "common.load(" in text)
     monkeypatch.chdir(ROOT)
     exec(code, {})
     printed = capsys.readouterr().out.strip()
@@ -51,7 +54,7 @@ def test_a_folder(pictures, tmp_path, capsys):
     folder, rows = pictures
     words = ["--adapter", RUN, "--task", "maze", "--picture", folder, "--out", tmp_path / "a.jsonl"]
     ask(*words)
-    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    lines = read_lines(tmp_path / "a.jsonl")
     assert [line["id"] for line in lines] == [str(folder / "0.png"), str(folder / "1.png")]
     assert all(line["answer"] == gen_data.parse("maze", line["response"]) for line in lines)
     assert rows[0].judge(lines[0]["response"])["outcome"] == "success"
@@ -59,6 +62,28 @@ def test_a_folder(pictures, tmp_path, capsys):
         f"{line['id']}: {','.join(line['answer'] or ['none that could be read'])}"
         for line in lines]
     assert "a.jsonl exists: choose another" in stops(capsys, ask, *words)
+
+
+def test_an_answer_that_is_cut_says_so(pictures, capsys):
+    """Alone and among others; a plan that was begun is none."""
+    words = ["--adapter", RUN, "--task", "maze", "--max_new_tokens", "9", "--picture"]
+    ask(*words, pictures[0] / "0.png")
+    assert capsys.readouterr().out.endswith(
+        "\nplan: none that could be read\ncut at --max_new_tokens 9\n")
+    ask(*words, pictures[0])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[2] for line in said] == 2 * [
+        "none that could be read (cut at --max_new_tokens 9)"]
+
+
+def test_a_question_of_ones_own(pictures, tmp_path, capsys):
+    """It is asked as it stands. The bundled backbone does not know its words, and that is said."""
+    row = pictures[1][0]
+    question = row.ask(("size",))
+    ask("--adapter", RUN, "--prompt", question, "--picture", pictures[0], "--out",
+        tmp_path / "a.jsonl")
+    assert {line["answer"] for line in read_lines(tmp_path / "a.jsonl")} == {"4x4"}
+    assert "knows only the words of its puzzles" in capsys.readouterr().err
 
 
 def test_symbols_are_asked_as_the_teacher_is(pictures, tmp_path, capsys):
@@ -92,33 +117,33 @@ def test_prompts_are_those_of_the_data():
         assert asked.student_prompt() == row.student_prompt()
 
 
-def test_model_and_bits_are_the_runs(tmp_path, capsys):
-    """args.json beside the adapter; another value is refused, as everywhere."""
+def test_model_and_bits_are_the_runs(tmp_path):
+    """args.json beside the adapter."""
     record = {"kind": "run", "args": {"preset": "tiny", "model": "own", "bits": 16,
                                       "lora_rank": 4, "lora_vision": 0, "max_pixels": 99}}
     (tmp_path / "adapter").mkdir()
     (tmp_path / "args.json").write_text(json.dumps(record))
     for run in (tmp_path, tmp_path / "adapter"):
-        words = ["--adapter", str(run), "--task", "maze", "--symbols", "x"]
-        args = answer.parse_args(words)
+        args = answer.parse_args(["--adapter", str(run), "--task", "maze", "--symbols", "x"])
         assert (args.model, args.bits, args.max_pixels) == ("own", 16, 99)
-        assert "has --bits 16" in stops(capsys, answer.parse_args, [*words, "--bits", "32"])
     args = answer.parse_args(["--adapter", "base", "--task", "maze", "--symbols", "x"])
     assert (args.model, args.bits, args.max_pixels) == ("tiny", 32, common.MAX_PIXELS)
 
 
-def test_other_files_than_the_runs_are_refused(pictures, tmp_path, capsys):
+def test_another_backbone_than_the_runs_is_refused(pictures, tmp_path, capsys):
+    words = ["--task", "maze", "--picture", pictures[0] / "0.png", "--adapter"]
+    assert "--bits 16" in stops(capsys, ask, *words, RUN, "--bits", "16")
     shutil.copytree(RUN, tmp_path / "run")
     record = json.loads(Path(RUN, "args.json").read_text())
     record["inputs"]["model"] = "0" * 16
     (tmp_path / "run/args.json").write_text(json.dumps(record))
-    line = stops(capsys, ask, "--adapter", tmp_path / "run", "--task", "maze", "--picture",
-                 pictures[0] / "0.png")
-    assert "other files than" in line
+    line = stops(capsys, ask, *words, tmp_path / "run")
+    assert "--model tiny" in line
 
 
 @pytest.mark.parametrize("words, message", [
-    ("--adapter base --picture {}/0.png", "neither --prompt nor --task"),
+    ("--adapter base --picture {}/0.png", "one of the arguments --task --prompt is required"),
+    ("--adapter base --picture {}/0.png --task maze --prompt x", "not allowed with"),
     ("--adapter base --picture {}/0.png --task chess", "invalid choice: 'chess'"),
     ("--adapter base --task maze", "one of the arguments --picture --symbols is required"),
     ("--adapter base --task maze --picture {}/0.png --symbols x", "not allowed with"),
@@ -128,7 +153,8 @@ def test_other_files_than_the_runs_are_refused(pictures, tmp_path, capsys):
     ("--adapter base --task maze --picture {}/empty", "no picture there"),
     ("--adapter base --task maze --picture {}/notes.txt", "cannot be read as a picture"),
     ("--adapter base --task maze --symbols {}/notes.txt", "no maze that has a solution"),
-    ("--adapter base --task maze --symbols {}/9.txt", "9.txt: no such file")])
+    ("--adapter base --task maze --symbols {}/0.png", "0.png: UnicodeDecodeError"),
+    ("--adapter base --task maze --symbols {}/9.txt", "9.txt: FileNotFoundError")])
 def test_bad_input(pictures, tmp_path, capsys, words, message):
     """One line, before any weights are read."""
     folder = shutil.copytree(pictures[0], tmp_path / "pictures")

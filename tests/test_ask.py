@@ -1,6 +1,9 @@
 """tools/ask.py against a scripted server, and against `transformers serve` with the backbone."""
+import base64
+import io
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -11,8 +14,10 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import stops
+from PIL import Image
 
 import common
 import evaluate
@@ -114,7 +119,9 @@ def test_a_busy_server_and_a_row_that_fails(data, tmp_path, monkeypatch, capsys)
     lines = read_lines(out)
     assert [line["id"] for line in lines] == [row.id for row in rows]
     assert "503" in lines[2]["error"] and (lines[0]["tokens"], lines[0]["cut"]) == (7, False)
-    assert "7 of 8 rows answered; the same command" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "7 of 8 rows answered; the same command" in said.out
+    assert said.err.count("warning: ") == 1                # the first error
     verdicts, macro = score(data, out, tmp_path / "eval")
     assert [v["outcome"] for v in verdicts] == ["success", "success", "error", *["success"] * 5]
     assert macro | {"n": 8, "success": 0.875, "failures": {"error": 1}, "tokens": 7} == macro
@@ -123,7 +130,7 @@ def test_a_busy_server_and_a_row_that_fails(data, tmp_path, monkeypatch, capsys)
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("org/m", 0, 1024)
     assert body["messages"][0]["content"][1]["text"] == rows[0].student_prompt()
     assert server.most_at_once <= 3
-    assert max(server.attempts.values()) == 1 + ask.RETRIES
+    assert max(server.attempts.values()) <= 2 + ask.RETRIES
     broken["yes"] = False
     before = len(server.bodies)
     ask_for(server.url, data, out)
@@ -165,6 +172,30 @@ def test_a_stopped_run_resumes_and_other_settings_want_another_file(data, tmp_pa
     assert len(set(seeds)) == 2                                      # one for each row
 
 
+def test_the_first_error_is_said_at_once(data, tmp_path, capsys):
+    """Before the retries, which take a quarter of a minute and more for every row."""
+    told = []
+
+    def script(body, attempt):
+        if attempt > 1:
+            told.append(capsys.readouterr().err)
+        return 500, {"error": {"message": "image input is not supported"}}
+    line = stops(capsys, ask_for, Server(script).url, data, tmp_path / "a", "--concurrency", "1",
+                 "--limit", "1")
+    assert "warning: " in told[0] and "image input is not supported" in told[0]
+    assert "none of 2 rows was answered" in line and "image input is not supported" in line
+
+
+def test_the_first_rows_alone_do_not_say_that_there_is_no_server(data, tmp_path, capsys):
+    """No model for one row of them, the others are answered: the run goes on."""
+    first = gen_data.load_rows(data, "test")[0].teacher_prompt("symbols")
+    server = Server(lambda body, attempt: (404, None) if body["messages"][0]["content"][0][
+        "text"] == first else (200, "<answer>U</answer>"))
+    ask_for(server.url, data, tmp_path / "a", "--input", "text", "--concurrency", "1")
+    assert "7 of 8 rows answered" in capsys.readouterr().out
+    assert "404" in read_lines(tmp_path / "a")[0]["error"]
+
+
 @pytest.mark.parametrize("status", [401, 404, None])
 def test_a_server_of_no_use_stops_the_run(data, tmp_path, monkeypatch, capsys, status):
     """A refused key, an unknown model, nobody there: one line, exit code 2, no row is spent."""
@@ -189,16 +220,25 @@ def reply_of(finish, **message):
     return {"choices": [choice], "id": "x", "object": "chat.completion", "created": 0, "model": "m"}
 
 
-REPLIES = [
-    ((200, reply_of("stop", content="<answer>U</answer>")), None),
-    ((200, reply_of("length", content="cut")), None), ((200, reply_of("stop", content="")), None),
+PARTS = [{"type": "thinking", "thinking": [{"type": "text", "text": "<answer>D</answer>"}]},
+         {"type": "text", "text": "<answer>"}, {"type": "text", "text": "U</answer>"}]
+ANSWERS = [  # (finish reason, message, response, cut)
+    ("stop", {"content": "<answer>U</answer>"}, "<answer>U</answer>", False),
+    ("stop", {"content": ""}, "", False), ("STOP", {"content": "x"}, "x", False),
+    ("eos_token", {"content": "x"}, "x", False), ("end_turn", {"content": "x"}, "x", False),
+    ("stop", {"content": PARTS}, "<answer>U</answer>", False),
+    ("length", {"content": "half"}, "half", True),
+    ("MAX_TOKENS", {"content": "half"}, "half", True),
+    ("length", {"content": None, "reasoning_content": "Let me see"}, "", True),
+    ("length", {"content": None, "reasoning": "Hm"}, "", True),
+    ("length", {"content": PARTS[:1]}, "", True), ("length", {}, "", True)]
+REPLIES = [  # ((status, reply), what the error says)
     ((200, reply_of("content_filter", content="half")), "content_filter"),
     ((200, reply_of("tool_calls", content=None)), "tool_calls"),
     ((200, reply_of(None, content="x")), '"finish_reason":null'),
     ((200, reply_of("stop", content=None)), '"content":null'),
     ((200, reply_of("stop", content=None, reasoning_content="Let me see")), "Let me see"),
-    ((200, reply_of("length", content=None, reasoning="Hm")), '"reasoning":"Hm"'),
-    ((200, reply_of("stop", content=[{"type": "text", "text": "U"}])), '"content":[{'),
+    ((200, reply_of("stop", content=PARTS[:1])), '"content":[{'),
     ((200, {"error": {"message": f"overloaded, {KEY}", "code": 529}}), "overloaded, ***"),
     ((200, {"choices": []}), '"choices":[]'),
     ((400, {"error": {"message": "too long"}}), "too long"),
@@ -214,8 +254,19 @@ def quick(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
+@pytest.mark.parametrize("finish, message, response, cut", ANSWERS)
+def test_what_is_an_answer(data, tmp_path, finish, message, response, cut):
+    """It is asked for, and paid for, once."""
+    server = Server(lambda body, attempt: (200, reply_of(finish, **message)))
+    for _ in range(2):
+        ask_for(server.url, data, tmp_path / "a", "--input", "text", "--limit", "1")
+        for line in read_lines(tmp_path / "a"):
+            assert (line["response"], line["cut"]) == (response, cut) and "error" not in line
+    assert len(server.bodies) == 2
+
+
 @pytest.mark.parametrize("reply, error", REPLIES)
-def test_what_is_an_answer(data, tmp_path, capsys, quick, reply, error):
+def test_what_is_no_answer(data, tmp_path, capsys, quick, reply, error):
     """The last row gets this reply, the others an answer; then all of them get it."""
     last = gen_data.load_rows(data, "test")[-1].teacher_prompt("symbols")
     server = Server(lambda body, attempt: reply if body["messages"][0]["content"][0][
@@ -224,10 +275,6 @@ def test_what_is_an_answer(data, tmp_path, capsys, quick, reply, error):
     ask_for(server.url, data, tmp_path / "a", *words)
     lines = read_lines(tmp_path / "a")
     assert len(lines) == 8 and not any("error" in line for line in lines[:-1])
-    if error is None:
-        assert "error" not in lines[-1]
-        assert lines[-1]["cut"] == (lines[-1]["response"] == "cut")
-        return
     assert error in lines[-1]["error"] and lines[-1]["response"] == ""
     assert "7 of 8 rows answered" in capsys.readouterr().out
     everywhere = Server(lambda body, attempt: reply)
@@ -282,9 +329,69 @@ def test_another_split(data, tmp_path, capsys):
     assert "--split val" in capsys.readouterr().out
 
 
-def test_extra_fields_that_are_no_json(capsys):
-    words = ["--api_base", "http://x/v1", "--api_model", "m", "--out", "x", "--extra", "{"]
-    assert "--extra: " in stops(capsys, ask.parse_args, words)
+@pytest.mark.parametrize("text", ["{", "[1]", "{top_p: 0.9}", "7"])
+def test_extra_fields_that_are_no_json_object(capsys, text):
+    words = ["--api_base", "http://x/v1", "--api_model", "m", "--out", "x", "--extra", text]
+    line = stops(capsys, ask.parse_args, words)
+    assert f"argument --extra: invalid json_object value: {text!r}" in line
+
+
+def test_the_printed_command_runs_as_it_is_printed(data, tmp_path, capsys):
+    """With blanks in the paths, and the split that was asked about."""
+    folder = tmp_path / "Colab Notebooks"
+    shutil.copytree(data, folder / "my data")
+    server = Server(lambda body, attempt: (200, "<answer>U</answer>"))
+    ask_for(server.url, folder / "my data", folder / "my answers.jsonl", "--split", "val")
+    printed = shlex.split(capsys.readouterr().out.rpartition("; next: ")[2])
+    assert printed[:2] == ["python", "evaluate.py"]
+    evaluate.main(evaluate.parse_args([*printed[2:], "--out", str(tmp_path / "eval")]))
+    files = list(tmp_path.glob("eval/*/predictions.jsonl"))
+    assert len(files) == 1 and len(read_lines(files[0])) == 2
+
+
+def test_a_message_is_masked_only_where_there_is_a_key(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server = Server(lambda body, attempt: (401, {"error": {"message": "no key, none was given"}}))
+    line = stops(capsys, ask_for, server.url, data, tmp_path / "a", "--input", "text")
+    assert "no key, none was given" in line
+
+
+# ---------------------------------------------------------------- pictures
+
+def test_pictures_are_sent_as_they_are(tmp_path):
+    """The file's own bytes where they show what the stages see; else a PNG of that."""
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    image, turned = Image.fromarray(pixels), Image.Exif()
+    turned[0x0112] = 6                                     # lies on its side
+    clear = image.convert("RGBA")
+    clear.putalpha(100)
+    kinds = {"a.jpg": (image, {}), "b.png": (image, {}), "c.webp": (image, {}),
+             "d.jpg": (image.convert("L"), {}), "turned.jpg": (image, {"exif": turned}),
+             "clear.png": (clear, {}), "e.bmp": (image, {}), "f.gif": (image, {})}
+    for name, (picture, options) in kinds.items():
+        file = tmp_path / name
+        picture.save(file, **options)
+        head, _, content = ask.data_url(file).partition(";base64,")
+        content = base64.b64decode(content)
+        seen, sent = gen_data.open_picture(file), Image.open(io.BytesIO(content))
+        assert head == f"data:image/{sent.format.lower()}"
+        assert np.array_equal(np.asarray(seen), np.asarray(sent.convert("RGB"))), name
+        assert (content == file.read_bytes()) == (len(name.partition(".")[0]) == 1
+                                                  and name[0] in "abcd"), name
+
+
+@pytest.mark.parametrize("form", ["{}", "../../{name}", "sub/../../../{name}"])
+def test_a_foreign_folder_sends_no_other_pictures(tmp_path, capsys, form):
+    """Names of pictures are relative and below their folder, else nothing is asked."""
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (64, 64), "red").save(secret)
+    (tmp_path / "data/test/sub").mkdir(parents=True)
+    name = form.format(secret, name=secret.name)
+    row = {"file_name": name, "id": "a", "prompt": "What?", "symbols": "x"}
+    (tmp_path / "data/test/metadata.jsonl").write_text(json.dumps(row) + "\n")
+    server = Server(lambda body, attempt: (200, "x"))
+    assert "line 1" in stops(capsys, ask_for, server.url, tmp_path / "data", tmp_path / "a")
+    assert not server.bodies
 
 
 def test_a_broken_picture_is_told_before_the_first_request(data, tmp_path, capsys):
@@ -305,9 +412,8 @@ def test_a_server_on_this_machine_needs_no_proxy(data, tmp_path, monkeypatch, ca
         monkeypatch.delenv(known.lower(), raising=False)
     monkeypatch.setenv(name, value)
     words = ["--input", "text", "--limit", "1"]
-    with pytest.raises((SystemExit, ValueError)) as stop:
-        ask_for("http://example.invalid/v1", data, tmp_path / "a", *words)
-    assert "hidden" not in capsys.readouterr().err + str(stop.value)
+    assert "hidden" not in stops(
+        capsys, ask_for, "http://example.invalid/v1", data, tmp_path / "a", *words)
     server = Server(lambda body, attempt: (200, "<answer>U</answer>"))
     ask_for(server.url, data, tmp_path / "b", *words)
     ask_for(server.url.replace("127.0.0.1", "localhost"), data, tmp_path / "c", *words)
@@ -333,7 +439,7 @@ def test_files_whose_names_differ_behind_a_dot(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("key", [KEY + "\r\n", f"{KEY}\n", f" {KEY} ", KEY[:5] + "\n" + KEY[5:]])
-def test_a_key_is_stripped_and_never_shown(data, tmp_path, monkeypatch, capsys, key):
+def test_a_key_is_stripped_and_never_shown(data, tmp_path, monkeypatch, capsys, quick, key):
     """A .env of Windows leaves a line end; a broken key is refused without being told."""
     monkeypatch.setenv("OPENAI_API_KEY", key)
     server = Server(lambda body, attempt: (401, None))
@@ -354,8 +460,7 @@ def test_answers_of_a_torn_file_are_not_asked_for_again(data, tmp_path, capsys):
     for file, content in ((out, b"\0\n" + out.read_bytes()), (record, b"[")):
         before = file.read_bytes()
         file.write_bytes(content)
-        with pytest.raises((SystemExit, ValueError)):
-            ask_for(server.url, data, out, "--input", "text")
+        stops(capsys, ask_for, server.url, data, out, "--input", "text")
         assert file.read_bytes() == content
         file.write_bytes(before)
     ask_for(server.url, data, out, "--input", "text")

@@ -96,7 +96,7 @@ def in_precision(model, dtype, attention="sdpa"):
     """A copy, as if loaded so."""
     model = copy.deepcopy(model).to(dtype)
     model.set_attn_implementation(attention)
-    model.base_probe = common.probe(model)
+    model.base_logits = common.fixed_logits(model)
     return model
 
 
@@ -147,7 +147,7 @@ def test_sampling_is_plain_sampling(loaded, monkeypatch, greedy, with_pictures):
     monkeypatch.setattr(common, "captured", lambda work: work)
     for way in ((common.Decoder, 1), (common.GraphDecoder, 2)):   # the second as on CUDA
         monkeypatch.setattr(common, "decoder_of", lambda net, way=way: way)
-        ids, mask = common.sample(model, processor, prompt, 12, uniforms, rollout_batch=4)
+        ids, mask, _ = common.sample(model, processor, prompt, 12, uniforms, rollout_batch=4)
         assert [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)] == wanted
 
 
@@ -164,8 +164,8 @@ def test_scoring_is_the_plain_model(loaded):
         torch.testing.assert_close(found, torch.cat(wanted), atol=1e-4, rtol=1e-4)
 
 
-def test_adapters_sit_on_every_linear(loaded, checkpoint, capsys):
-    """Off, the network is the base; what is left without one is named."""
+def test_adapters_sit_on_every_linear(loaded, checkpoint):
+    """Off, the network is the base."""
     language, tower = LINEARS[Path(checkpoint).name]
     net, processor = copy.deepcopy(loaded[0]).float(), loaded[1]
     texts, images = prompts(processor, 2)
@@ -180,10 +180,6 @@ def test_adapters_sit_on_every_linear(loaded, checkpoint, capsys):
             names = [name for name, _ in model.named_parameters() if "lora_A" in name]
             assert sum(".language_model." in name for name in names) == language
             assert sum(".visual." in name for name in names) == (tower if vision else 0)
-            capsys.readouterr()
-            common.print_adapters(model)
-            left = capsys.readouterr().out.splitlines()[1]
-            assert left == "no adapter on lm_head" if vision else ".attn.qkv" in left
             assert not torch.equal(common.response_hidden(model, prompt, ids, mask), base)
             with model.disable_adapter():
                 assert torch.equal(common.response_hidden(model, prompt, ids, mask), base)
@@ -230,7 +226,7 @@ def test_a_class_that_is_not_served(tmp_path, capsys):
     folder = shutil.copytree(common.TINY, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "llava"}))
-    assert "is a llava: wanted qwen3_vl or " in stops(capsys, common.load, str(folder), 32)
+    assert str(folder) in stops(capsys, common.load, str(folder), 32)
 
 
 def test_a_thinking_template_is_asked_not_to_think(tiny):
@@ -279,26 +275,22 @@ def test_padding_makes_nothing_that_is_read_nan(loaded, monkeypatch, attention, 
 
     def draw(logits, *words):
         read.append(logits)
-        return logits.argmax(-1)
+        return logits.argmax(-1), 0.0
     monkeypatch.setattr(common, "draw_token", draw)
     common.sample(model, processor, prompt, 3, np.zeros((2, 3)))
     assert len(read) >= 2 and not torch.cat(read).isnan().any()
 
 
-def test_cards_without_bfloat16(monkeypatch, capsys):
+def test_cards_without_bfloat16(monkeypatch):
     """They compute in float16, in 4 bits too; one function decides."""
-    args = SimpleNamespace(preset="2b", model="some", bits=4)
     for has_cuda, has_bfloat16, wanted in (
             (False, False, torch.bfloat16), (True, True, torch.bfloat16),
             (True, False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda value=has_cuda: value)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                             lambda including_emulation, value=has_bfloat16: value)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some card")
         assert common.compute_dtype(16) == common.compute_dtype(4) == wanted
         assert common.compute_dtype(32) == torch.float32
-        common.announce(args)
-        assert ("float16" in capsys.readouterr().out) == (wanted == torch.float16)
 
 
 @pytest.mark.parametrize("bits", [16, 4])

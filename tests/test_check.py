@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import stops
+from conftest import row_of, stops
 from PIL import Image
 from test_report import CHROMIUM, EVIL, browser  # noqa: F401
 
@@ -64,19 +64,21 @@ def said(capsys, folder, *words):
 
 
 def warnings(text):
-    return re.findall(r"^warning: (.*)$", text, re.MULTILINE)
+    """Those about rows."""
+    found = re.findall(r"^warning: (.*)$", text, re.MULTILINE)
+    return [line for line in found if not line.startswith("the bundled backbone")]
 
 
 def test_a_sound_folder_has_no_findings(tmp_path, capsys):
     code, text = said(capsys, write(tmp_path, **sound()))
-    assert code == 0 and not warnings(text) and "6 rows that the stages take; warnings: 0" in text
+    assert code == 0 and "6 rows that the stages take; warnings: 0" in text
     line = next(line for line in text.splitlines() if line.startswith("| train "))
     assert line.startswith("| train | bars | 2 | 2 | 64 | 64 | 4 |")
 
 
 def test_generated_puzzles(toy_data, capsys):
     code, text = said(capsys, toy_data)
-    assert code == 0 and not warnings(text)
+    assert code == 0 and "warning: " not in text
     splits = re.findall(r"^\| (\w+) \| (\w+ \d) \| (\d+) \|", text, re.MULTILINE)
     assert len(splits) == 15 and ("test", "maze 4", "4") in splits
 
@@ -86,9 +88,8 @@ def test_generated_puzzles(toy_data, capsys):
     ({"picture": noise(1, (1024, 1024))}, "picture of 1024x1024 px is seen as 512x512: 25% of its "
      "pixels remain under --max_pixels 262144"),
     ({"picture": noise(1, (400, 10))}, "picture of 400x10 px is seen as 224x32: stretched"),
-    ({"answer": "the tag <answer>"}, "the answer is never right, as words are compared"),
     ({"answer": "a </think> b", "compare": "exact"}, "the answer is never right, as exact are"),
-    ({"answer": ["B", "a <answer>"]}, "the answer is never right, as words are compared"),
+    ({"answer": ["B", "a </think> b"]}, "the answer is never right, as words are compared"),
     ({"questions": [{"question": "?", "answer": "a </think> b </think>"}]},
      "the answer to question 1 is never right"),
     ({"answer": "B " * 200}, "the right response has more tokens than --max_new_tokens 120"),
@@ -99,10 +100,11 @@ def test_generated_puzzles(toy_data, capsys):
     ({"answer": "c1ccccc1"}, "the answer looks like LaTeX, SMILES or code, compared by words"),
     ({"answer": "print(a)"}, "the answer looks like LaTeX, SMILES or code, compared by words"),
     ({"answer": "4"}, "the answer is a number, compared by words"),
-    ({"symbols": "A,2"}, "the same symbols and prompt more than once: "),
     ({"symbols": "A,2", "answer": "C"},
-     "the same symbols and prompt more than once, with other answers"),
-    ({"picture": noise(2)}, "the same picture and prompt more than once: "),
+     "the same symbols and prompt more than once, with other answers or symbols: "),
+    ({"picture": noise(2), "symbols": "A,2"}, "the same picture and prompt more than once: "),
+    ({"picture": noise(2)},
+     "the same picture and prompt more than once, with other answers or symbols: "),
     ({"symbols": "A,3"}, "the same symbols and prompt in train and val: "),
     ({"symbols": "A,3", "prompt": "Why? <answer></answer>"}, "the same symbols in train and val: "),
     ({"picture": noise(5)}, "the same picture and prompt in test and train: ")])
@@ -162,9 +164,24 @@ def test_a_puzzle_that_stands_twice(toy_data, tmp_path, capsys):
     files["val"].write_text(files["val"].read_text() + json.dumps(moved) + "\n")
     code, text = said(capsys, data)
     kinds = "\n".join(warnings(text))
-    assert code == 0 and "the same id more than once: " in kinds
-    assert kinds.count("the same ") == 2
-    assert "the same symbols and prompt in train and val: " in kinds
+    assert code == 0 and kinds.count("the same ") == 1
+    assert "the same picture and prompt in train and val: " in kinds
+
+
+def test_other_questions_about_one_thing_are_fine(tmp_path, capsys):
+    """So are several pictures of it, such as those of a class."""
+    alike = {"picture": noise(1), "symbols": "A,9"}
+    splits = sound(alike, {**alike, "prompt": "Why? <answer></answer>"}, {"symbols": "A,9"})
+    assert not warnings(said(capsys, write(tmp_path, **splits))[1])
+
+
+def test_own_rows_with_the_tiny_preset_are_told_so_at_once(tmp_path, toy_data, capsys):
+    """It knows no other words. Puzzles are what it was made for."""
+    sentence = "with rows of your own it tests the plumbing and no more"
+    data = write(tmp_path, **sound())
+    check.main(check.parse_args([str(data)]))
+    assert capsys.readouterr().err.lstrip().startswith("warning: ")
+    assert sentence in said(capsys, data)[1] and sentence not in said(capsys, toy_data)[1]
 
 
 # ---------------------------------------------------------------- what the stages refuse
@@ -185,6 +202,20 @@ def test_all_errors_are_told(tmp_path, capsys):
                          (f"no {data}/test/metadata.jsonl", "your_own_task.md")):
         assert any(error.startswith(where) and words in error for error in errors), where
     assert f"{data}: a stage would refuse it; errors above: 4" in text
+
+
+def test_without_a_validation_split(tmp_path, capsys):
+    """The stages train without one."""
+    data = write(tmp_path, **sound())
+    shutil.rmtree(data / "val")
+    code, text = said(capsys, data)
+    assert code == 0 and "warning: no validation split" in text
+    assert "no validation split" not in said(capsys, data, "--splits", "test")[1]
+
+
+def test_a_folder_without_a_row_that_can_be_read(tmp_path, capsys):
+    code, text = said(capsys, tmp_path, "--html", tmp_path / "page.html")
+    assert code == 2 and "error: no " in text and "| split" not in text
 
 
 def test_the_words_are_the_stages_own(tmp_path, capsys):
@@ -211,7 +242,7 @@ def test_places_are_cut_short_unless_asked_for(tmp_path, capsys):
 def test_bad_commands(tmp_path, capsys):
     for words, message in (
             ([tmp_path / "nothing"], "no such folder"),
-            ([write(tmp_path, **sound()), "--model", tmp_path / "train"], "no checkpoint folder"),
+            ([write(tmp_path, **sound()), "--model", tmp_path / "train"], "cannot be used"),
             ([tmp_path, "--splits", "all"], "invalid choice: 'all'")):
         assert message in stops(capsys, lambda words: check.main(
             check.parse_args(list(map(str, words)))), words)
@@ -258,6 +289,17 @@ def test_the_page_shows_every_kind_of_row(page_file):
     row = next(row for row in gen_data.load_rows(data, "test") if row.task == "maze")
     assert row.student_prompt() in page and row.teacher_prompt("symbols+plan") in page
     assert row.response() in page
+
+
+def test_the_plan_is_drawn_on_the_picture_of_a_puzzle():
+    """In units of cells, from the centre of the start to that of the goal; rings at PICK, DROP."""
+    puzzle = gen_data.MiniBehaviour([".P...", "A....", ".....", "TTT..", "TTT.."])
+    drawn = check.drawn_plan(row_of(puzzle, level=5))
+    assert 'viewBox="0 0 5 5"' in drawn
+    path, _ = gen_data.execute(puzzle, gen_data.solve(puzzle))
+    points = re.search(r'points="(.*?)"', drawn)[1].split()
+    assert points == [f"{pos[1] + 0.5},{pos[0] + 0.5}" for pos in path]
+    assert len(re.findall(r'<circle cx="[^"]+" cy="[^"]+"', drawn)) == 2
 
 
 @pytest.mark.slow

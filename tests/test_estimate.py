@@ -155,9 +155,10 @@ def test_the_copies_of_a_chunk_of_logits():
     lm_head = torch.nn.Linear(hidden, vocabulary, bias=False, device="meta").requires_grad_(False)
     student, teacher = torch.empty(2, 3 * chunk, hidden, device="meta")
     token = torch.empty(3 * chunk, dtype=torch.long, device="meta")
+    ones = torch.ones(3 * chunk, device="meta")
     with LiveBytes() as live:
-        distill.chunked_divergence(student, teacher, token, torch.ones(3 * chunk, device="meta"),
-                                   lm_head, distill.reverse_kl, chunk)
+        distill.chunked_divergence(student, teacher, token, ones, ones, lm_head, lm_head,
+                                   distill.reverse_kl, chunk)
     copies = live.peak / (chunk * vocabulary * 4)
     assert copies == pytest.approx(estimate.LOGIT_COPIES, abs=0.1)
 

@@ -2,6 +2,7 @@
 import json
 import shutil
 import signal
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_rates_by_hand():
     assert (error["outcome"], error["plan"], error["optimal"]) == ("error", None, False)
     assert lines_by_key([*verdicts, error])["maze", None, None] | {
         "n": 2, "success": 0, "failures": {"no answer": 1, "error": 1}, "tokens": 40,
-        "cut": 0.5} \
+        "cut": 1, "cut_n": 1} \
         == lines_by_key([*verdicts, error])["maze", None, None]
 
 
@@ -99,7 +100,7 @@ def test_several_samples_by_hand():
 def test_rows_that_were_trained_on_are_told_apart():
     """Of three lakes, the run knew one, which it solves; the maze it knew too."""
     other = row_of(FrozenLake(["SFF", "FFF", "FFG"]), ["D", "D", "R", "R"], bucket="easy")
-    trained = {LAKE.key(), MAZE.key()}
+    trained = {"lake", "maze"}
     verdicts = [judged(LAKE, GOOD, trained=trained), judged(MAZE, NONE, "no map", trained=trained)]
     verdicts += [judged(named(other, name), answer, trained=trained)
                  for name, answer in (("a", GOOD), ("b", EDGE))]
@@ -115,6 +116,23 @@ def test_rows_that_were_trained_on_are_told_apart():
     assert (none["trained_on"], none["success_unseen"]) == (0, 1)
 
 
+class Keyed:
+    def __init__(self, name, key):
+        self.id, self.key = name, lambda: key
+
+
+def test_a_record_of_the_older_form_is_not_known(capsys):
+    """Keys of own rows have a word in front now; what has none may be theirs, or a puzzle's."""
+    own, puzzle = Keyed("own", "picture 12ab"), Keyed("puzzle", "34cd")
+    for known, rows, wanted in (
+            (None, [own], None), (set(), [own, puzzle], []), ({"12ab"}, [own], None),
+            ({"12ab"}, [own, puzzle], None), ({"34cd"}, [puzzle], ["puzzle"]),
+            ({"picture 12ab"}, [own], ["own"]), ({"picture 12ab"}, [puzzle], []),
+            ({"picture 56ef", "34cd"}, [own, puzzle], ["puzzle"])):
+        assert evaluate.trained_ids("mine", known, rows) == wanted
+    assert capsys.readouterr().err.count("which own rows it was trained on is not known") == 2
+
+
 def answers(wins, ids=(0, 1, 2, 3)):
     """The frame of answers to these rows, a success where the id is below `wins`."""
     return evaluate.answer_frame([
@@ -123,37 +141,85 @@ def answers(wins, ids=(0, 1, 2, 3)):
 
 
 def test_intervals_against_theory():
-    from scipy.stats import norm
+    """Agresti and Coull's for a rate; the normal approximation where there are many rows."""
     low, high = evaluate.rate("x", [np.array([1.0] * 7 + [0.0] * 13)])["x_ci"]
-    n, p, z = 20, 7 / 20, norm.ppf(0.975)    # Wilson's definition: |p - q| = z sqrt(q (1 - q) / n)
-    for q in (low, high):
-        assert abs(p - q) == pytest.approx(z * np.sqrt(q * (1 - q) / n), rel=1e-6)
+    p, n = (7 + 2) / (20 + 4), 20 + 4             # two successes and two failures are added
+    half = 1.96 * np.sqrt(p * (1 - p) / n)
+    assert (low, high) == pytest.approx((p - half, p + half))
     rng = np.random.default_rng(0)
     wins = (rng.random((2, 400)) < [[0.8], [0.6]]).astype(float)
     values = wins[0] - wins[1]
-    half = 1.96 * values.std() / 20          # the normal approximation of 400 paired differences
-    assert evaluate.interval(values) == pytest.approx(
+    half = 1.96 * values.std() / 20               # of 400 paired differences
+    assert evaluate.interval([values], -1, share=1) == pytest.approx(
         [values.mean() - half, values.mean() + half], abs=0.01)
-    assert evaluate.interval(values * 0) is None
+    # Bonett and Price (2012): 1 is added to either discordant count, 2 to the rows.
+    more, fewer = (values == 1).sum() + 1, (values == -1).sum() + 1
+    middle = (more - fewer) / 402
+    half = 1.96 * np.sqrt(((more + fewer) / 402 - middle**2) / 402)
+    assert evaluate.interval([values], -1, share=1) == pytest.approx([middle - half, middle + half])
     groups = [rng.random(300), rng.random(50)]                 # the mean of two tasks' means
     half = 1.96 * np.sqrt(sum(g.var() / len(g) for g in groups)) / 2
     middle = np.mean([g.mean() for g in groups])
-    assert evaluate.interval(*groups) == pytest.approx([middle - half, middle + half], abs=0.01)
+    assert evaluate.interval(groups) == pytest.approx([middle - half, middle + half], abs=0.02)
+
+
+def test_an_interval_everywhere():
+    """Where all values are equal too, with the mean inside and never of no width."""
+    for value in (0.0, 0.5, 1.0):
+        for sizes in ([1], [1, 1, 1], [6], [100, 3], [1000]):
+            groups = [np.full(size, value) for size in sizes]
+            for low, share, shift in ((0.0, 2.0, 0.0), (-1.0, 1.0, 0.5)):
+                ends = evaluate.interval([2 * shift * (g - 0.5) + (1 - 2 * shift) * g
+                                          for g in groups] if shift else groups, low, share=share)
+                mean = (value - 0.5) * 2 * shift if shift else value
+                assert low <= ends[0] <= mean <= ends[1] <= 1 and ends[1] - ends[0] > 0.001
+
+
+# (what a row's value is: mean of `samples` answers, or the difference of two) for coverage
+@pytest.mark.parametrize("tasks", [1, 3])
+@pytest.mark.parametrize("rows", [6, 20, 100])
+@pytest.mark.parametrize("p", [0.5, 0.9, 0.95, 0.999])
+def test_intervals_hold_the_truth(tasks, rows, p):
+    """Simulated: rates, means of 8 samples, paired differences. 95% intervals, at least 92%."""
+    rng, rounds = np.random.default_rng(0), 1500
+    other = max(0.0, p - 0.3)
+    kinds = {"rate": (1, p, None), "samples": (8, p, None), "paired": (1, p - other, other)}
+    for kind, (samples, truth, minus) in kinds.items():
+        held = 0
+        for _ in range(rounds):
+            values = (rng.random((tasks, rows, samples)) < p).mean(2)
+            if minus is None:
+                low, high = evaluate.interval(list(values))
+            else:
+                values = values - (rng.random((tasks, rows)) < minus)
+                low, high = evaluate.interval(list(values), -1.0, share=1.0)
+            held += low <= truth <= high
+        assert held / rounds > 0.92, kind
 
 
 def test_differences_are_joined_by_id():
     """In whatever order the rows stand, over those that both answered."""
     found = evaluate.difference(answers(3), answers(1, ids=[3, 1, 0, 2]))
     assert found["maze"]["mean"] == found["macro"]["mean"] == 0.5
-    assert evaluate.difference(answers(3), answers(1, ids=[2, 1]))["maze"] == {
-        "mean": 1.0, "ci": None}
+    both = evaluate.difference(answers(3), answers(1, ids=[2, 1]))["maze"]
+    assert (both["mean"], both["n"], both["ci"][1]) == (1.0, 2, 1.0) and both["ci"][0] < 0.5
+
+
+def condition_of(name):
+    """A condition of a run without a dash; "mine" has no input."""
+    run, _, source = name.partition("-")
+    return evaluate.Condition(run, source or None, "", {}, None, {"adapter": None}, {})
+
+
+def compared(verdicts, reference=None):
+    return evaluate.compare({name: condition_of(name) for name in verdicts}, verdicts, reference)
 
 
 def test_comparisons_by_hand():
     """base: 0 of 4 from pictures, 2 of 4 from symbols; coldstart 1 of 4: closes a half."""
     wins = {"base-image": 0, "base-text": 2, "coldstart-image": 1, "distill-image": 3, "mine": 4}
     verdicts = {name: answers(count).to_dict("records") for name, count in wins.items()}
-    found = evaluate.compare(verdicts)
+    found = compared(verdicts)
     assert found["reference"] == "base-image"
     assert {name: gap["macro"]["mean"] for name, gap in found["gaps"].items()} == {
         "base-image": 0.5}
@@ -161,30 +227,70 @@ def test_comparisons_by_hand():
         "base-text": 0.5, "coldstart-image": 0.25, "distill-image": 0.75, "mine": 1}
     assert {name: share["macro"] for name, share in found["closed"].items()} == {
         "coldstart-image": 0.5, "distill-image": 1.5, "mine": 2}
-    other = evaluate.compare(verdicts, "distill-image")
+    other = compared(verdicts, "distill-image")
     assert other["differences"]["mine"]["macro"]["mean"] == 0.25 and other["closed"] == {}
-    assert evaluate.compare({"mine": verdicts["mine"]})["reference"] == "mine"
+    assert compared({"mine": verdicts["mine"]})["reference"] == "mine"
     for text in (0, 1):                               # no gap, or one the other way: none is closed
         some = {"base-image": verdicts["coldstart-image"], "mine": verdicts["mine"],
                 "base-text": answers(text).to_dict("records")}
-        assert evaluate.compare(some)["closed"]["mine"]["macro"] is None
-    table = report.difference_table(found)
+        assert compared(some)["closed"]["mine"]["macro"] is None
+    table = report.difference_table({name: {"run": condition_of(name).run} for name in wins}, found)
     assert table["head"] == ["difference", "maze", "macro"]
     assert table["lines"][0][0] == "base-text minus base-image"      # the gap, and said only once
     assert [line[0] for line in table["lines"]].count(table["lines"][0][0]) == 1
-    assert table["lines"][3] == ["mine minus base-image", "+100", "+100"]
-    assert table["lines"][-1] == ["of the gap of base-image, closed by mine", "200%", "200%"]
+    assert table["lines"][3] == ["mine minus base-image", "+100 [+7, +100]", "+100 [+7, +100]"]
+    assert table["lines"][-1] == ["share of the gap closed by mine", "200%", "200%"]
+
+
+def test_a_gap_belongs_to_a_run_and_not_to_its_name():
+    """my-image-lora and image have theirs; answers whose input is not said have none."""
+    lines = {"image": answers(1).to_dict("records"), "text": answers(3).to_dict("records")}
+    conditions, verdicts = {}, {}
+    for run in ("my-image-lora", "image", "x-text"):
+        for source in lines:
+            condition = evaluate.Condition(run, source, "", {}, None, {}, {})
+            conditions[condition.name], verdicts[condition.name] = condition, lines[source]
+    silent = evaluate.Condition("gpt-image", None, "", {}, None, {}, {})
+    conditions[silent.name], verdicts[silent.name] = silent, lines["image"]
+    found = evaluate.compare(conditions, verdicts)
+    assert list(found["gaps"]) == ["my-image-lora-image", "image-image", "x-text-image"]
+    assert all(gap["macro"]["mean"] == 0.5 for gap in found["gaps"].values())
+
+
+def test_is_there_a_gap(capsys):
+    """Go, none, or how many rows would tell: with so many, at the same mean, it can be told."""
+    def gap(n, mean):
+        wins = round(n * abs(mean))
+        values = np.array([np.sign(mean)] * wins + [0.0] * (n - wins))
+        return {"mean": values.mean(), "ci": evaluate.interval([values], -1.0, share=1.0), "n": n}
+
+    rows = [LAKE, MAZE]
+    assert "+50 [+21, +70] points over 20 rows: go" in evaluate.decide(gap(20, 0.5), rows)
+    assert "no gap of 10 points" in evaluate.decide(gap(200, 0.0), rows)
+    assert "no gap of 10 points" in evaluate.decide(gap(100, -0.2), rows)
+    for n, mean in ((5, 0.4), (10, 0.1), (20, 0.0), (6, -0.5)):
+        words = evaluate.decide(gap(n, mean), rows)
+        assert f"cannot be told with {n} rows" in words
+        wanted = int(words.split("about ")[1].split()[0])
+        assert wanted > n and f"(--limit {(wanted + 1) // 2})" in words
+        assert "cannot be told" not in evaluate.decide(gap(2 * wanted, mean), rows)
 
 
 def test_perception_by_hand():
     rights = {"a": (True, True), "b": (True, False), "c": (False, True)}
-    answers = [{"id": name, "task": "maze", "question": question, "right": right}
-               for name, pair in rights.items()
+    answers = [{"id": name, "task": "maze", "level": level, "question": question, "right": right}
+               for level, (name, pair) in zip((3, 3, 4), rights.items(), strict=True)
              for question, right in zip(("size", "goal"), pair, strict=True)]
     table = evaluate.summarise_perception(answers)
-    assert {line["question"]: line["exact"] for line in table} == {
-        name: pytest.approx(share)
-        for name, share in (("size", 2 / 3), ("goal", 2 / 3), ("all", 1 / 3))}
+    found = {(line["level"], line["question"]): (line["exact"], line["n"]) for line in table}
+    assert found == {
+        (None, "size"): (pytest.approx(2 / 3), 3), (None, "goal"): (pytest.approx(2 / 3), 3),
+        (None, "all"): (pytest.approx(1 / 3), 3), (3, "size"): (1, 2), (3, "goal"): (0.5, 2),
+        (3, "all"): (0.5, 2), (4, "size"): (0, 1), (4, "goal"): (1, 1), (4, "all"): (0, 1)}
+    shown = report.perception_table({"mine": {"perception": table}})
+    assert [line[:2] for line in shown["lines"]] == [
+        ["maze: size", 3], ["maze: goal", 3], ["maze: all", 3], ["maze 3: all", 2],
+        ["maze 4: all", 1]]
 
 
 # ---------------------------------------------------------------- files and runs
@@ -234,15 +340,20 @@ def test_responses_from_elsewhere(data, tmp_path, capsys):
                        "trained_on": None, "level": 3, "bucket": rows[0].bucket} == found[0]
     summary = json.loads((out / "gpt/summary.json").read_text())
     macro = next(cell for cell in summary["table"] if cell["task"] == "macro")
-    assert {"args", "versions"} <= summary.keys() and (macro["n"], macro["success"]) == (8, 0.625)
-    assert "| gpt | 63 [" in capsys.readouterr().out
+    assert (summary["run"], summary["input"], macro["n"], macro["success"]) == (
+        "gpt", None, 8, 0.625)
+    assert "| gpt | 8 | 63 [" in capsys.readouterr().out
     run(*words, "--limit", 1, "--name", "short")      # answers to more rows than are judged
     assert len(lines_of(out / "short/predictions.jsonl")) == 2
     for broken, message in (
-            (lines[:-1], f"no response for 1 rows, the first '{rows[-1].id}'"),
+            (lines[:-1], "1 of 8 responses are missing; a line such as " + json.dumps(
+                {"id": rows[-1].id, "response": ""}) + " makes one a failure"),
             ([{"id": rows[0].id, "answer": "U"}], "line 1: wanted an object"),
             ([*lines, lines[0]], f"'{rows[0].id}' is a duplicate"),
             ([*lines, {"id": "x", "response": ""}], "'x' is not among"),
+            ([{**lines[0], "plan": "UUR"}], "\"plan\" is 'UUR'"),
+            ([{**lines[0], "id": 7}], '"id" is \'7\''),
+            ([{**lines[0], "picture": ["a.png"]}], "\"picture\" is"),
             ([[1]], "line 1: wanted an object")):
         write(broken)
         with pytest.raises(SystemExit) as stop:
@@ -253,11 +364,140 @@ def test_responses_from_elsewhere(data, tmp_path, capsys):
     few = lines_of(out / "few/predictions.jsonl")
     assert len(few) == len(rows) and few[-1]["outcome"] == "no answer"
     text = (out / "results.md").read_text()
-    assert "few minus gpt" in text and "| frozenlake | all |  | 4 |" in text
+    assert "few minus gpt" in text and "| frozenlake | 4 |" in text
     assert json.loads((out / "results.json").read_text())["reference"] == "gpt"
-    (out / "few/answers").mkdir()                    # as if a model here had been asked for them
-    assert "few holds answers that were asked for here" in stops(
-        capsys, run, *words, "--name", "few")
+
+
+def test_answers_of_a_model_and_of_a_file_never_share_a_name(data, tmp_path, capsys):
+    """Whichever came first keeps it; so does its folder."""
+    rows, file = gen_data.load_rows(data, "test"), tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps({"id": row.id, "response": ""}) + "\n" for row in rows))
+    words = ["--data", data, "--out", tmp_path / "eval"]
+    asked = ["--adapter", "base", "--input", "text", "--max_new_tokens", 2]
+    run(*words, "--responses", file, "--input", "text")
+    assert "mine-text holds answers of the file mine.jsonl" in stops(
+        capsys, run, *words, *asked, "--name", "mine")
+    run(*words, *asked)
+    before = files(tmp_path / "eval/base-text")
+    assert "base-text holds answers asked for here" in stops(
+        capsys, run, *words, "--responses", file, "--name", "base", "--input", "text")
+    assert files(tmp_path / "eval/base-text") == before
+
+
+def test_samples_of_other_models(data, tmp_path, capsys):
+    """Mean and pass@k; a row that has fewer answers than another is told."""
+    rows, file = gen_data.load_rows(data, "test"), tmp_path / "many.jsonl"
+    lines = [{"id": row.id, "sample": sample, "response": row.response() if i <= sample else ""}
+             for i, row in enumerate(rows) for sample in range(4)]
+    words = ["--responses", file, "--data", data, "--out", tmp_path / "eval"]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run(*words)                                  # rows succeed in 4, 3, 2, 1, 0, 0, 0, 0 of 4
+    assert "pass@k" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "eval/many/summary.json").read_text())
+    macro = next(cell for cell in summary["table"] if cell["task"] == "macro")
+    assert (macro["n"], macro["success"], macro["pass_at_k"]) == (8, 10 / 32, 0.5)
+    shuffled = [lines[i] for i in np.random.default_rng(0).permutation(len(lines))]
+    file.write_text("".join(json.dumps(line) + "\n" for line in shuffled))
+    before = files(tmp_path / "eval/many")["predictions.jsonl"]
+    run(*words)
+    assert files(tmp_path / "eval/many")["predictions.jsonl"] == before
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
+    last = json.dumps({"id": rows[-1].id, "response": "", "sample": 3})
+    assert f"1 of 32 responses are missing; a line such as {last}" in stops(capsys, run, *words)
+
+
+def test_one_judge_for_all(data, tmp_path, monkeypatch):
+    """What judges was changed between two evaluations: the first is judged anew, from its answers.
+
+    Perception answers too; the file that the responses came in is not needed again.
+    """
+    rows, out = gen_data.load_rows(data, "test"), tmp_path / "eval"
+    words = ["--data", data, "--out", out]
+    for name in "AB":
+        (tmp_path / f"{name}.jsonl").write_text("".join(
+            json.dumps({"id": row.id, "response": f"plan: {','.join(row.plan)}"}) + "\n"
+            for row in rows))
+    run(*words, "--adapter", "base", "--input", "image", "--perception", "--max_new_tokens", 2)
+    run(*words, "--responses", tmp_path / "A.jsonl")
+    assert {v["outcome"] for v in lines_of(out / "A/predictions.jsonl")} == {"no answer"}
+    assert not all(v["right"] for v in lines_of(out / "base-image/perception.jsonl"))
+    (tmp_path / "A.jsonl").unlink()
+
+    def parse(task, text, cut=False):
+        return text.removeprefix("plan: ").split(",")
+    monkeypatch.setattr(gen_data, "parse", parse)
+    monkeypatch.setattr(gen_data.Row, "score", lambda row, names, text: dict.fromkeys(names, True))
+    monkeypatch.setattr(common, "load", None)
+    run(*words, "--responses", tmp_path / "B.jsonl")
+    for name in "AB":
+        assert {v["outcome"] for v in lines_of(out / name / "predictions.jsonl")} == {"success"}
+    assert all(v["right"] for v in lines_of(out / "base-image/perception.jsonl"))
+    results = json.loads((out / "results.json").read_text())
+    assert results["conditions"]["base-image"]["perception"][0]["exact"] == 1
+    same = evaluate.compare(
+        {name: condition_of(name) for name in "AB"},
+        {name: lines_of(out / name / "predictions.jsonl") for name in "AB"})
+    assert same["differences"]["B"]["macro"]["mean"] == 0
+
+
+def test_a_share_is_over_the_rows_it_is_judged_on(tmp_path, capsys):
+    """Own rows, of which some have no answer: n, how many are not judged, how many unreadable."""
+    (tmp_path / "data/test").mkdir(parents=True)
+    lines, said = [], []
+    for i, answer in enumerate(("7", "8", "9", None, None)):
+        gen_data.Image.new("RGB", (32, 32)).save(tmp_path / f"data/test/{i}.png")
+        lines.append({"file_name": f"{i}.png", "id": f"r{i}", "prompt": "Number?",
+                      "symbols": f"s{i}", "answer": answer})
+        said.append({"id": f"r{i}", "response": "" if i == 2 else "<answer>7</answer>",
+                     "cut": False})
+    for file, content in (("data/test/metadata.jsonl", lines), ("mine.jsonl", said)):
+        (tmp_path / file).write_text("".join(json.dumps(line) + "\n" for line in content))
+    run("--data", tmp_path / "data", "--responses", tmp_path / "mine.jsonl", "--out",
+        tmp_path / "eval")
+    cell = json.loads((tmp_path / "eval/mine/summary.json").read_text())["table"][-1]
+    assert (cell["rows"], cell["n"], cell["not_judged"], cell["success_n"], cell["cut_n"]) == (
+        5, 3, 2, 3, 5)
+    assert cell["success"] == 1 / 3 and cell["failures"] == {"wrong": 1, "no answer": 1}
+    assert ("| condition | n | not judged | success | answer | cut | failures |\n"
+            in capsys.readouterr().out)
+
+
+def test_an_evaluation_lies_beside_what_it_evaluates(tmp_path, monkeypatch):
+    """Of a given run; everything else in the preset's own folder."""
+    monkeypatch.chdir(tmp_path)
+    for words, out in (
+            ([], "out/tiny/eval"), (["--adapter", "base"], "out/tiny/eval"),
+            (["--adapter", "base", "out/mine/cold", "out/mine/distill"], "out/mine/eval"),
+            (["--adapter", "out/mine/distill/adapter-best"], "out/mine/eval"),
+            (["--adapter", "out/mine/distill/"], "out/mine/eval"),
+            (["--adapter", "out/mine/distill", "--out", "here"], "here"),
+            (["--responses", "x.jsonl"], "out/tiny/eval"), (["--preset", "4b"], "out/4b/eval")):
+        assert Path(evaluate.parse_args(words).out) == Path(out)
+    Path("out/mine/distill").mkdir(parents=True)
+    monkeypatch.chdir("out/mine/distill")
+    assert Path(evaluate.parse_args(["--adapter", "."]).out) == tmp_path / "out/mine/eval"
+
+
+def test_the_last_line_of_a_base_alone(data, tmp_path, capsys):
+    """It decides and gives hours; with the bundled backbone and other data it says what it is."""
+    words = ["--data", data, "--out", tmp_path / "a blank/eval", "--adapter", "base",
+             "--max_new_tokens", 2]
+    run(*words)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("base, symbols minus pictures: +0 [-28, +28] points over 8 rows: cannot")
+    assert "s an answer, 8 at a time" in line and "evaluation of 48 answers 0.0 h" in line
+    run(*words)                                          # nothing was asked, so nothing measured
+    assert "s an answer" not in capsys.readouterr().out.splitlines()[-1]
+    (tmp_path / "own/test").mkdir(parents=True)
+    gen_data.Image.new("RGB", (32, 32)).save(tmp_path / "own/test/a.png")
+    (tmp_path / "own/test/metadata.jsonl").write_text(json.dumps(
+        {"file_name": "a.png", "id": "a", "prompt": "Number?", "symbols": "s", "answer": 7}))
+    run("--data", tmp_path / "own", "--out", tmp_path / "eval", "--adapter", "base",
+        "--max_new_tokens", 2)
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1].startswith("the bundled backbone knows only its own words")
+    head = next(line for line in said.splitlines() if line.startswith("| condition"))
+    assert not {"map", "overrun", "shortest plan"} & set(head.split(" | "))
 
 
 def test_a_plan_that_another_reader_read(data, tmp_path, capsys):
@@ -318,25 +558,9 @@ def test_overruns_and_cut_plans():
     assert all(v["optimal"] for v in verdicts if v["outcome"] == "success")
     table = evaluate.summarise(verdicts)
     assert {cell["overrun"] for cell in table} == {3}
-    shown = report.macro_table({"mine": {"table": table, "args": {}, "asked": {}}})
+    shown = report.macro_table({"mine": {"run": "mine", "input": None, "table": table,
+                                         "asked": {}}})
     assert dict(zip(shown["head"], shown["lines"][0], strict=True))["overrun"] == 3
-    for cell in table:                                # of a summary from before there was a column
-        del cell["overrun"]
-    shown = report.macro_table({"mine": {"table": table, "args": {}, "asked": {}}})
-    assert "overrun" not in shown["head"]
-
-
-def test_the_picture_that_was_read_is_named(data):
-    """By its name in the data: the row's own, another row's, none."""
-    rows = gen_data.load_rows(data, "test")
-    for source in evaluate.INPUTS:
-        asked = evaluate.planning_questions(rows, source, rows)
-        lines = evaluate.with_pictures([{"id": row.id} for row in rows], asked, rows)
-        for row, line, (_, _, path) in zip(rows, lines, asked, strict=True):
-            assert line["id"] == row.id and (line["picture"] is None) == (source == "text")
-            if path:
-                assert str(Path(data, "test", line["picture"])) == path
-                assert (line["picture"] == row.data["file_name"]) == (source == "image")
 
 
 def test_what_is_asked(data):
@@ -344,26 +568,27 @@ def test_what_is_asked(data):
     rows = gen_data.load_rows(data, "test")
     for source in ("image", "text"):
         asked = evaluate.planning_questions(rows, source, rows)
-        for row, (key, prompt, path) in zip(rows, asked, strict=True):
-            assert key == {"id": row.id} and "reference plan" not in prompt
-            assert path == (row.path if source == "image" else None)
-            assert (row.symbols() in prompt) == (source == "text")
+        for row, question in zip(rows, asked, strict=True):
+            assert question.key == {"id": row.id} and "reference plan" not in question.prompt
+            assert question.picture == (row.path if source == "image" else None)
+            assert (row.symbols() in question.prompt) == (source == "text")
     pictures = evaluate.other_pictures(rows, rows)
     assert sorted(pictures.values()) == sorted(row.path for row in rows)
     assert all(pictures[row.id] != row.path for row in rows)
     assert all(Path(pictures[row.id]).name.startswith(row.task) for row in rows)
     swapped = evaluate.planning_questions(rows[:2], "swapped", rows, samples=2)
-    assert [path for _, _, path in swapped] == [rows[1].path, rows[2].path] * 2
+    assert [question.picture for question in swapped] == [rows[1].path, rows[2].path] * 2
     again = gen_data.PuzzleRow({**rows[0].data, "id": "again"}, "copy.png")  # the same puzzle
     assert evaluate.other_pictures([again], [*rows, again]) == {"again": rows[1].path}
     with pytest.raises(SystemExit):
         evaluate.other_pictures(rows[:1], [rows[0], again, *rows[4:]])
     about = evaluate.perception_questions(rows[:1])
-    assert [key["question"] for key, _, _ in about] == list(rows[0].questions())
-    assert {path for _, _, path in about} == {rows[0].path}
+    assert [question.key["question"] for question in about] == list(rows[0].questions())
+    assert {question.picture for question in about} == {rows[0].path}
     texts = {name: question for name, (question, _) in rows[0].questions().items()}
-    for key, prompt, _ in about:                                     # one at a time
-        assert [name for name in texts if texts[name] in prompt] == [key["question"]]
+    for question in about:                                           # one at a time
+        assert [name for name in texts if texts[name] in question.prompt] == [
+            question.key["question"]]
 
 
 def test_rows_are_chosen(data):
@@ -382,24 +607,29 @@ def test_rows_are_chosen(data):
         ("frozenlake", 3), ("maze", 3), ("frozenlake", 4)]
 
 
-def test_conditions_stand_in_the_order_of_the_stages(data, tmp_path):
+def test_conditions_stand_in_the_order_of_the_stages(tmp_path, capsys):
     """Base first, the picture before the symbols; what has another name comes after them."""
-    rows = gen_data.load_rows(data, "test")
     order = ["base-image", "base-text", "base-swapped", "coldstart-image", "distill-image",
-             "a-image"]
+             "a-image", "a-text", "other"]
     for name in order:
         (tmp_path / name).mkdir()
-        (tmp_path / name / "summary.json").write_text(
-            json.dumps({"rows": gen_data.digest_rows(rows)}))
-    assert list(evaluate.finished_conditions(tmp_path, rows)) == order
+        condition = condition_of(name)
+        condition.rows = "others" if name == "other" else "these"
+        (tmp_path / name / "summary.json").write_text(json.dumps(asdict(condition)))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/summary.json").write_text(json.dumps({"rows": "these", "table": []}))
+    now = condition_of("now")
+    now.rows = "these"
+    assert list(evaluate.find_conditions(tmp_path, [now])) == [*order[:-1], "now"]
+    said = capsys.readouterr().out
+    assert "other answered other rows" in said and "old is of an earlier form" in said
 
 
 def test_batches_are_asked_whole(tmp_path):
     """What is left of one would be another batch, and round in another way."""
-    questions = [({"id": str(i)}, "", None) for i in range(5)]
-    job = evaluate.Job(None, tmp_path, "predictions", questions, {})
-    job.file().parent.mkdir()
-    job.file().write_text("".join(json.dumps({"id": str(i)}) + "\n" for i in range(3)))
+    questions = [evaluate.Question({"id": str(i)}, "", None) for i in range(5)]
+    job = evaluate.Job(None, "mine", questions, {}, tmp_path / "answers.jsonl")
+    job.file.write_text("".join(json.dumps({"id": str(i)}) + "\n" for i in range(3)))
     assert job.missing(2) == [questions[2:4], questions[4:]]
 
 
@@ -407,7 +637,8 @@ def test_a_question_is_its_prompt_and_its_picture(tmp_path):
     """By their contents: another prompt or another byte of the picture is another question."""
     def digest(prompt, content, name="a.png"):
         (tmp_path / name).write_bytes(content)
-        return evaluate.digest_questions([({"id": "a"}, prompt, str(tmp_path / name))])
+        return evaluate.digest_questions([
+            evaluate.Question({"id": "a"}, prompt, str(tmp_path / name))])
     assert digest("x", b"1") == digest("x", b"1", "b.png")
     assert len({digest("x", b"1"), digest("y", b"1"), digest("x", b"2")}) == 3
 
@@ -420,7 +651,7 @@ def test_a_question_is_its_prompt_and_its_picture(tmp_path):
     (["--responses", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["--responses", "deep.jsonl"], "deep.jsonl, line 1: not JSON"),
     (["--adapter", "nowhere"], "--adapter nowhere: no adapter there"),
-    (["--model", "mine", "--adapter", "base"], "mine is no checkpoint folder"),
+    (["--model", "mine", "--adapter", "base"], "--model mine: "),
     (["--tasks", "chess"], "unknown task 'chess'"),
     (["--out", "mine"], "mine holds notes.txt and is not the folder of an evaluation"),
 ])
@@ -568,7 +799,7 @@ def test_cut_and_length_are_those_of_the_tokens(data, tmp_path, monkeypatch):
         word, = processor.tokenizer("U", add_special_tokens=False)["input_ids"]
         end = processor.tokenizer.eos_token_id
         ids = torch.tensor([[word, word, end], [word, end, 0], [word] * 3, [end, 0, 0]])   # [4, 3]
-        return ids, torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 0]])
+        return ids, torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 0]]), None
     monkeypatch.setattr(common, "sample", sample)
     run("--data", data, "--out", tmp_path, "--input", "text", "--tasks", "maze")
     found = [(v["response"], v["tokens"], v["cut"])
@@ -605,18 +836,18 @@ def test_a_run_with_an_adapter(data, tmp_path, monkeypatch, capsys):
     assert given[-1][0] == [row.teacher_prompt("symbols") for row in some]
     assert given[-1][1] == [None] * 4
     said = capsys.readouterr().out
-    assert "mine-image: success 0%; 1 of its 4 rows are puzzles it was trained on" in said
-    assert "base-image: success 0%; 0 of its 4 rows" in said
+    assert "mine: 1 of 4 rows were seen in training\n" in said
     verdicts, texts = lines_of(out / "mine-image/predictions.jsonl"), {}
     assert [v["trained_on"] for v in verdicts] == [True, False, False, False]
     text = (out / "results.md").read_text()
-    assert "## Rows that were trained on" in text and "| 4 | 0: 0 | 0: 0 | 1: 0 | 1: 0 |" in text
+    seen = "| macro | 0 of 4 | 0 of 4 | 1 of 4; 0% without | 1 of 4; 0% without |"
+    assert "## Rows seen in training" in text and seen in text
     perception = lines_of(out / "mine-image/perception.jsonl")
     record = Path(f"{answer_file(out / 'mine-image', 'perception')}.settings.json")
     settings = json.loads(record.read_text())
     assert settings | {"temperature": 0, "seed": None} == settings   # perception is asked greedily
     assert len(perception) == sum(len(row.questions()) for row in some)
-    assert "| maze | all | 2 | 0 [" in text.split("## Perception questions")[1]
+    assert "| maze: all | 2 | 0 [" in text.split("## Perception questions")[1]
     for folder in ("eval/base", "eval/mine", "alone/base"):
         lines = lines_of(tmp_path / f"{folder}-text/predictions.jsonl")
         texts[folder] = [v["response"] for v in lines]
@@ -630,7 +861,7 @@ def test_a_run_with_an_adapter(data, tmp_path, monkeypatch, capsys):
 def test_a_run_brings_its_model_and_every_condition_has_a_name(data, tmp_path, monkeypatch, capsys):
     """Model and bits are those of the run; two runs of one name, or --name for base."""
     monkeypatch.chdir(tmp_path)
-    model = gen_data.digest(common.digest_folder("tiny"))
+    model = gen_data.digest(common.digest_folder(common.TINY))
     record = {"kind": "run", "inputs": {"model": model},
               "args": {"preset": "tiny", "model": "tiny", "bits": 16, "lora_rank": 4,
                        "lora_vision": 1}}
@@ -641,8 +872,8 @@ def test_a_run_brings_its_model_and_every_condition_has_a_name(data, tmp_path, m
     Path("c/other/args.json").write_text(json.dumps(record))
     assert evaluate.parse_args(["--adapter", "a/run/"]).bits == 16
     for words, message in ((["--adapter", "a/run", "b/run"], "two runs are called 'run'"),
-                           (["--adapter", "a/run", "c/other"], "with --bits 32, not with 16"),
-                           (["--adapter", "a/run", "--bits", 32], "the run in a/run has --bits 16"),
+                           (["--adapter", "a/run", "c/other"], "--bits 16 is not what the run"),
+                           (["--adapter", "a/run", "--bits", 32], "--bits 32 is not what the run"),
                            (["--adapter", "a/run", "--preset", "4b"], "has --preset tiny")):
         with pytest.raises(SystemExit):
             evaluate.main(evaluate.parse_args([*map(str, words), "--data", str(data)]))
@@ -698,7 +929,7 @@ def test_perception_answers_are_those_of_the_summary(data, tmp_path):
     assert json.loads(first["summary.json"])["perception"]
     run(*words)
     assert json.loads((folder / "summary.json").read_text())["perception"] == []
-    assert not (folder / "perception.jsonl").exists()
+    assert lines_of(folder / "perception.jsonl") == []
     with pytest.MonkeyPatch.context() as patch:                      # nothing is asked again
         patch.setattr("common.load", None)
         run(*words, "--perception")
@@ -715,31 +946,19 @@ def test_a_models_files_count_and_not_its_name(data, tmp_path, monkeypatch):
     run(*words, "--model", tmp_path / "moved", "--bits", 32)
 
 
-def test_a_hubs_model_that_is_not_here_yet(data, tmp_path, monkeypatch, capsys):
-    """It is loaded first: only then can its files be told, and compared with those of a run."""
+def test_a_hubs_model(data, tmp_path, monkeypatch, capsys):
+    """It is downloaded first: only then can its files be compared with those of a run."""
     monkeypatch.chdir(tmp_path)
-    here, load, checkpoint_folder = [], common.load, common.checkpoint_folder
-
-    def download(model, bits, max_pixels):
-        here.append(model)
-        return load(common.TINY, bits)
-
-    def cached(model):
-        if model == "org/model":
-            return Path(common.TINY) if here else None
-        return checkpoint_folder(model)
-    monkeypatch.setattr(common, "load", download)
-    monkeypatch.setattr(common, "checkpoint_folder", cached)
-    adapted(load(common.TINY, 32)[0]).save_pretrained("mine/adapter")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: common.TINY)
+    adapted(common.load(common.TINY, 32)[0]).save_pretrained("mine/adapter")
     record = {"kind": "run", "args": {"preset": "tiny", "model": "org/model", "bits": 32,
                                       "lora_rank": 4, "lora_vision": 1}}
     words = ["--data", data, "--adapter", "mine", "--input", "text", "--limit", 1,
-             "--max_new_tokens", 2]
+             "--max_new_tokens", 2, "--out", "eval"]
     other, own = "0" * 16, gen_data.digest(common.digest_folder(common.TINY))
     Path("mine/args.json").write_text(json.dumps(record | {"inputs": {"model": other}}))
-    assert "with other files than org/model" in stops(capsys, run, *words)
-    assert here and not Path("out/tiny/eval/mine-text").exists()
-    here.clear()
+    assert "--model org/model is not what the run" in stops(capsys, run, *words)
+    assert not Path("eval/mine-text").exists()
     Path("mine/args.json").write_text(json.dumps(record | {"inputs": {"model": own}}))
     run(*words)
     monkeypatch.setattr(common, "load", None)                        # as the second command does

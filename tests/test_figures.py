@@ -34,7 +34,7 @@ def test_pictures_from_files(tmp_path, capsys):
     words = ["--eval", str(tmp_path / "eval"), "--distill", str(tmp_path / "run"), "--data",
              str(tmp_path / "data"), "--out", str(tmp_path / "docs"), "--conditions", *texts]
     figures.main(figures.parse_args(words))
-    for name in ("success", "answers", "training"):
+    for name in ("method", "success", "answers", "training"):
         width, height = Image.open(tmp_path / f"docs/{name}.png").size
         assert width > height / 2 > 80
     chosen = figures.choose_puzzles(rows, {row.id for row in rows})

@@ -2,7 +2,6 @@
 import copy
 import json
 import shutil
-import signal
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,14 +89,18 @@ def test_the_picture_limit_belongs_to_a_run(toy_data, tmp_path, capsys, monkeypa
     assert sizes and all((one["image_grid_thw"].prod(1) <= 16).all() for one in sizes)
     assert evaluate.parse_args(["--adapter", out]).max_pixels == 4096
     assert distill.parse_args(["--init", out]).max_pixels == 4096
-    assert "has --max_pixels 4096" in stops(
-        capsys, distill.parse_args, ["--init", out, "--max_pixels", "8192"])
+    other = distill.parse_args(["--init", out, "--max_pixels", "8192", "--data", str(toy_data),
+                                "--out", str(tmp_path / "new")])
+    assert "--max_pixels" in stops(capsys, distill.main, other)
     again = coldstart.parse_args([*words, "--steps", "2"])
     assert again.max_pixels == 262_144
-    assert "differs in --max_pixels" in stops(capsys, coldstart.main, again)
-    args = evaluate.parse_args(["--adapter", "docs/run/coldstart"])
-    args.adapter.append(out)
-    assert "was trained with --max_pixels 4096" in stops(capsys, evaluate.find_adapters, args)
+    assert "--max_pixels" in stops(capsys, coldstart.main, again)
+    other = shutil.copytree(out, tmp_path / "other")
+    record = json.loads((other / "args.json").read_text())
+    record["args"]["max_pixels"] = 8192
+    (other / "args.json").write_text(json.dumps(record))
+    args = evaluate.parse_args(["--adapter", out, str(other)])
+    assert "--max_pixels" in stops(capsys, evaluate.find_adapters, args)
 
 
 def test_room_for_the_picture_and_the_response(tiny, capsys):
@@ -143,13 +146,13 @@ def test_greedy_sampling_equals_generate_given_two_eos(tiny, student, monkeypatc
     processor, net = copy.deepcopy(tiny[1]), common.network(student)
     rows, images = make_rows(5)
     prompt = common.encode(processor, [row.student_prompt() for row in rows], images)
-    free, _ = common.sample(student, processor, prompt, 12)
+    free, *_ = common.sample(student, processor, prompt, 12)
     second = int(free[0, 2])  # a token that does come; and it is the padding too, as Qwen's second
     ends = [processor.tokenizer.eos_token_id, second]
     monkeypatch.setattr(net.generation_config, "eos_token_id", ends)
     processor.tokenizer.pad_token = processor.tokenizer.convert_ids_to_tokens(second)
     assert processor.tokenizer.pad_token_id == second
-    ids, mask = common.sample(student, processor, prompt, 20)
+    ids, mask, _ = common.sample(student, processor, prompt, 20)
     cut = common.was_cut(student, processor, ids, mask)
     theirs = net.generate(**prompt, max_new_tokens=20, do_sample=False, eos_token_id=ends,
                           pad_token_id=second)[:, prompt["input_ids"].shape[1]:]
@@ -178,10 +181,10 @@ def test_mask_goes_through_the_first_eos(tiny, monkeypatch, decoder):
     if decoder == "Decoder":
         script = [[7, 7], [end, 8], [end]]
     script = iter(torch.tensor(tokens) for tokens in script)
-    monkeypatch.setattr(common, "draw_token", lambda *words: next(script))
+    monkeypatch.setattr(common, "draw_token", lambda *words: (next(script), 0.0))
     rows, images = make_rows(2)
     prompt = common.encode(processor, [row.student_prompt() for row in rows], images)
-    ids, mask = common.sample(model, processor, prompt, 9, np.zeros((2, 9)))
+    ids, mask, _ = common.sample(model, processor, prompt, 9, np.zeros((2, 9)))
     assert ids.tolist() == [[7, end, pad], [7, 8, end]]
     assert mask.tolist() == [[1, 1, 0], [1, 1, 1]] and next(script, None) is None
     assert common.decode(processor, ids, mask) == [
@@ -196,11 +199,11 @@ def test_a_token_depends_on_its_own_number_only(tiny, decoder):
     uniforms = np.random.default_rng(0).random((5, 30))
     whole = common.sample(model, processor, prompt, 30, uniforms)
     for size in (1, 2, 4):
-        for one, other in zip(whole, common.sample(model, processor, prompt, 30, uniforms,
-                                                   rollout_batch=size), strict=True):
-            assert torch.equal(one, other)
+        ids, mask, drawn = common.sample(model, processor, prompt, 30, uniforms, rollout_batch=size)
+        assert torch.equal(ids, whole[0]) and torch.equal(mask, whole[1])
+        torch.testing.assert_close(drawn, whole[2])
     uniforms[1] = 1 - uniforms[1]
-    other, _ = common.sample(model, processor, prompt, 30, uniforms)
+    other, *_ = common.sample(model, processor, prompt, 30, uniforms)
     width = min(other.shape[1], whole[0].shape[1])
     same = (other[:, :width] == whole[0][:, :width]).all(1)
     assert same.tolist() == [True, False, True, True, True]
@@ -241,7 +244,8 @@ def test_fixed_memory_draws_the_same_tokens(tiny, monkeypatch, with_pictures):
     for way in ((common.Decoder, 1), (common.GraphDecoder, 2)):
         monkeypatch.setattr(common, "decoder_of", lambda device, way=way: way)
         found.append(common.sample(model, processor, prompt, 60, uniforms, rollout_batch=6))
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
     lengths = found[0][1].sum(1)
     assert kept and len(set(lengths.tolist())) > 3
 
@@ -258,7 +262,7 @@ def test_picture_placeholders_are_never_sampled(tiny):
         hidden = model.model(**prompt, position_ids=position_ids).last_hidden_state[:, -1].mean(0)
         model.lm_head.weight[placeholders] = 100 * hidden
     for uniforms in (None, np.random.default_rng(0).random((2, 8))):
-        ids, mask = common.sample(model, processor, prompt, 8, uniforms)
+        ids, mask, _ = common.sample(model, processor, prompt, 8, uniforms)
         assert not torch.isin(ids[mask.bool()], torch.tensor(placeholders)).any()
 
 
@@ -415,7 +419,6 @@ def test_nf4_gradients_are_the_same_after_sampling():
 def test_both_stages_change_only_the_adapter(toy_data, tmp_path, bits, monkeypatch):
     """Both scripts' main, plain and in NF4; the base model's logits stay bit-identical."""
     monkeypatch.setattr(coldstart, "validate", lambda *words: {})
-    handler = signal.getsignal(signal.SIGTERM)
     model, processor = common.load(common.TINY, bits)
     if bits == 4:
         from bitsandbytes.nn import Linear4bit
@@ -432,16 +435,19 @@ def test_both_stages_change_only_the_adapter(toy_data, tmp_path, bits, monkeypat
              "--batch", "4", "--micro_batch", "3"]
     first, second = tmp_path / "coldstart", tmp_path / "distill"
     coldstart.main(coldstart.parse_args([*flags, "--out", str(first)]))
-    keys = json.loads((first / "trained_rows.json").read_text())
-    (first / "trained_rows.json").write_text(json.dumps([*keys, "f" * 16]))  # of a run before it
+    keys = json.loads((first / "trained_rows.json").read_text())["rows"]
+    keys.append("f" * 16)                                                    # of a run before it
+    (first / "trained_rows.json").write_text(json.dumps({"rows": keys}))
     distill.main(distill.parse_args([*flags, "--out", str(second), "--init", str(first),
                                      "--max_new_tokens", "10", "--eval_every", "0"]))
-    trained = set(json.loads((second / "trained_rows.json").read_text()))
+    trained = set(json.loads((second / "trained_rows.json").read_text())["rows"])
     assert trained == {row.key() for row in gen_data.load_rows(toy_data, "train")} | {"f" * 16}
-    assert signal.getsignal(signal.SIGTERM) == handler  # given back
     weights = [load_file(out / "adapter/adapter_model.safetensors") for out in (first, second)]
     assert weights[0].keys() == weights[1].keys() and all("lora_" in name for name in weights[0])
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    targets = [json.loads((out / "adapter/adapter_config.json").read_text())["target_modules"]
+               for out in (first, second)]
+    assert targets[0] == targets[1] == sorted(common.linears(model, True))  # names, in one order
 
     model = common.add_lora(model, path=str(second / "adapter"))
     assert not torch.equal(logits(model, prompt, ids, mask), before)
@@ -478,7 +484,7 @@ def test_the_backbone_plans_from_symbols_and_not_from_pictures(tiny):
             prompts = {"symbols": common.encode(processor, texts["symbols"]),
                        "pictures": common.encode(processor, texts["pictures"], images)}
             for source, prompt in prompts.items():
-                texts = common.decode(processor, *common.sample(model, processor, prompt, 120))
+                texts = common.decode(processor, *common.sample(model, processor, prompt, 120)[:2])
                 outcomes = [row.judge(text)["outcome"]
                             for row, text in zip(rows, texts, strict=True)]
                 wins[source].append(outcomes.count("success") / len(rows))
@@ -493,9 +499,18 @@ def test_adapters_do_not_decay():
 
 
 def test_the_schedule():
-    """A tenth of warm-up, then half a cosine; neither the first nor the last step is wasted."""
-    rates = [common.learning_rate(step, 100, 2.0) for step in range(100)]
+    """A tenth of warm-up, then half a cosine; neither the first nor the last step is wasted.
+
+    A second group has the same of its own peak.
+    """
+    groups = [{"params": torch.nn.Parameter(torch.zeros(1)), "lr": lr, "initial_lr": lr}
+              for lr in (2.0, 32.0)]
+    optimizer = torch.optim.SGD(groups)
+    rates = [common.schedule(optimizer, step, 100) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert rates[9] == max(rates) == 2.0 and rates[9:] == sorted(rates[9:], reverse=True)
-    assert 0 < rates[99] < 0.001 and common.learning_rate(0, 1, 2.0) == 2.0
+    assert 0 < rates[99] < 0.001 and common.schedule(optimizer, 0, 1) == 2.0
     assert rates[9 + 91 // 7] == pytest.approx(1 + np.cos(np.pi / 7))
+    for step in (0, 40, 99):
+        first = common.schedule(optimizer, step, 100)
+        assert [group["lr"] for group in optimizer.param_groups] == [first, 16 * first]

@@ -1,6 +1,7 @@
 """The report in headless Chromium: what it shows, how it reacts, and that nothing in it runs."""
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 from conftest import row_of
@@ -76,17 +77,14 @@ def own_page(tmp_path_factory):
     (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "kl_map": 0.1, "kl_route": None}))
     (run / "args.json").write_text(json.dumps({"args": {"data": str(folder / "data")}}))
     (run / "trained_rows.json").write_text(json.dumps([row.key() for row in rows[:3]]))
-    for name in ("mine", "mine-text", "mine-swapped"):
-        lines = []
-        for i, (*_, response) in enumerate(OWN):
-            seen = {"mine-text": None, "mine-swapped": f"{(i + 1) % len(OWN)}.png"}
-            lines.append({"id": f"test{i}", "response": response, "cut": False, "tokens": 9}
-                         | ({"picture": seen[name]} if name in seen else {}))
-        file = folder / f"{name}.jsonl"
-        file.write_text("\n".join(map(json.dumps, lines)))
+    file = folder / "mine.jsonl"
+    file.write_text("\n".join(json.dumps(
+        {"id": f"test{i}", "response": response, "cut": False, "tokens": 9})
+        for i, (*_, response) in enumerate(OWN)))
+    for source in ([], ["--input", "text"], ["--input", "swapped"]):
         evaluate.main(evaluate.parse_args([
             "--preset", "tiny", "--data", str(folder / "data"), "--out", str(folder / "eval"),
-            "--responses", str(file), "--adapter", str(run)]))
+            "--responses", str(file), "--adapter", str(run), *source]))
     return folder / "eval/report.html"
 
 
@@ -124,11 +122,11 @@ def test_the_page_is_whole_and_nothing_in_it_runs(browser, page_file):
     page = open_page(browser, page_file, 390)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     lines = page.locator("#tables tr").all_inner_texts()
-    assert any(line.startswith("macro\tall\t\t24\t") and "100 (100)" in line for line in lines)
+    assert any(line.startswith("macro\t24\t") and "100 (100)" in line for line in lines)
     titles = page.locator("#tables h2").all_inner_texts()
     assert titles == ["All tasks", "By task and board size", "Perception or planning?",
                       "Differences of success"]
-    assert page.locator("#training img").count() == 1
+    assert page.locator("#training img").count() == 3                # KL, rollouts, length
     assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
     page.get_by_label("condition").select_option("bad-image")
     assert EVIL in page.locator("#gallery .card pre").last.inner_text()
@@ -250,10 +248,10 @@ def test_a_page_of_own_rows(browser, own_page, width):
 def test_tables_of_own_rows(own_page):
     """Only columns that are filled; what is not judged is no failure."""
     text = (own_page.parent / "results.md").read_text()
-    assert "| condition | success | answer | cut | tokens | failures |" in text
-    assert "| mine | 33 [6, 79] | 100 | 0 | 9 | wrong 2 |" in text
-    assert not any(word in text for word in ("puzzle", "shortest", "not judged", "By task", "map"))
-    assert ("text: what the teacher reads, without the hint; swapped: the picture of another row;"
+    assert "| condition | n | not judged | success | answer | cut | tokens | failures |" in text
+    assert "| mine | 3 | 1 | 33 [6, 80] | 100 | 0 of 4 | 9 | wrong 2 |" in text
+    assert not any(word in text for word in ("puzzle", "shortest", "By task", "map", "tasks"))
+    assert ("text: what the teacher reads, without the hint; swapped: the picture of another row."
             in text)
 
 
@@ -262,12 +260,14 @@ def test_tables_of_rows_without_answers():
     verdicts = [{"id": "a", "task": "own", "level": None, "bucket": None, "outcome": "not judged",
                  "plan": None, "optimal": None, "map_right": None, "cut": True, "tokens": 5,
                  "trained_on": True, "overrun": False, "failure": None}]
+    condition = evaluate.Condition("mine", None, "", {}, None, {}, {})
     summary = {"table": evaluate.summarise(verdicts), "diagnosis": evaluate.diagnose(verdicts),
-               "args": {}, "asked": {}, "perception": []}
-    tables = report.make_tables({"mine": summary}, evaluate.compare({"mine": verdicts}))
+               "perception": [], **asdict(condition)}
+    comparison = evaluate.compare({"mine": condition}, {"mine": verdicts})
+    tables = report.make_tables({"mine": summary}, comparison)
     assert [(table["title"], table["head"], table["lines"][0]) for table in tables] == [
-        ("All rows", ["condition", "cut", "tokens"], ["mine", 100, 5]),
-        ("Rows that were trained on", ["group", "n", "mine"], ["own", 1, "1"])]
+        ("All rows", ["condition", "not judged", "cut", "tokens"], ["mine", 1, "100 of 1", 5]),
+        ("Rows seen in training", ["group", "mine"], ["own", "1 of 1"])]
 
 
 def test_plans_as_they_are_drawn():

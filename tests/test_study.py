@@ -3,6 +3,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,11 +14,19 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import make_rows
+from test_backbones import random_checkpoint
 
 import coldstart
+import common
+import distill
+import evaluate
+import gen_data
 from tools import foreign, retention, study, study_results
 
 ROOT = Path(__file__).parents[1]
+SCRIPTS = {"gen_data.py": gen_data, "coldstart.py": coldstart, "distill.py": distill,
+           "evaluate.py": evaluate}
+
 
 @pytest.mark.parametrize("target", coldstart.TARGETS)
 def test_supervised_tokens_of_a_target(tiny, tmp_path, target):
@@ -202,7 +211,8 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     for name, command in study.VARIANTS.items():
         if command:
             found = re.findall(rf"/runs/{name}-(\d+)-\d-lr", "\n".join(trained))
-            wanted = study.SIZES if name in study.ALL_SIZES else study.SIZES[:1]
+            sizes = study.TINY["rows"]
+            wanted = sizes if name in study.ALL_SIZES else sizes[:1]
             assert sorted(set(map(int, found))) == sorted(wanted)
 
 
@@ -214,6 +224,66 @@ def test_the_best_of_mgsd_is_measured_in_its_line(capsys):
     assert sum("mgsd_best" in line for line in lines) == 1 and len(lines) == 3
     assert line.startswith("python distill.py ") and "--lr 0.0005 " in line
     assert "--adapter out/study/runs/mgsd-40-0-lr0.0005/adapter-best --name model " in line
+
+
+@pytest.mark.parametrize("preset", ["2b", "4b", "8b"])
+def test_the_commands_of_a_real_backbone(preset, capsys):
+    """Every script reads its line; what the presets say is what is run; nothing unseen is trained.
+    """
+    found = []
+    for what in ("coldstart", "variants"):
+        for line in printed(capsys, what, "--preset", preset):
+            for script, words in commands_of(line):
+                found.append((script, SCRIPTS[script].parse_args(words)))
+    data = {args.out: args for script, args in found if script == "gen_data.py"}
+    unseen = data[f"out/study-{preset}/data/unseen"].tasks
+    for script, args in found:
+        assert args.preset == preset
+        if script in ("coldstart.py", "distill.py"):
+            trained = data[args.data].tasks
+            assert not any(set(trained[task]) & set(unseen[task]) for task in trained)
+            like = distill if "-lr" in args.out else coldstart
+            settings = like.SETTINGS[preset]
+            assert all(getattr(args, name) == settings[name] for name in ("steps", "batch", "lr"))
+    written = [args.out for script, args in found if script != "gen_data.py"]
+    assert len(written) == len(set(written))
+    assert "tools.retention" not in "".join(printed(capsys, "variants", "--preset", preset))
+
+
+def commands_of(line):
+    """[(script, its words)] of a printed line, with what makes data where there are none."""
+    commands = []
+    for command in line.split(" && "):
+        words = shlex.split(re.sub(r"^\(test -d \S+ \|\| (.*)\)$", r"\1", command))
+        assert words[0] == "python"
+        commands.append((words[1], words[2:]))
+    return commands
+
+
+@pytest.mark.slow
+def test_the_study_of_a_real_backbone_runs(tmp_path, monkeypatch, capsys):
+    """With a small network of random weights in its place: every line, then the tables."""
+    folder = random_checkpoint(tmp_path / "checkpoint", "qwen3_vl")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(common.BACKBONES, "4b", {
+        **common.BACKBONES["4b"], "model": folder, "bits": 32})
+    for stage in (coldstart, distill, evaluate):
+        monkeypatch.setitem(stage.SETTINGS, "4b", {**stage.SETTINGS["4b"], "max_new_tokens": 6})
+    small = ["--preset", "4b", "--seeds", "0", "--steps", "2", "--coldstart_steps", "2",
+             "--batch", "2", "--coldstart_batch", "2", "--test", "2", "--rows", "3",
+             "--tasks", "frozenlake:3", "maze:3", "minibehaviour:5", "--unseen", "frozenlake:4"]
+    for what in ("coldstart", "variants"):
+        for line in printed(capsys, what, *small):
+            for script, words in commands_of(line):
+                SCRIPTS[script].main(SCRIPTS[script].parse_args(words))
+    study.main(study.parse_args(["tables", *small]))
+    results = Path("out/study-4b/results.md").read_text(encoding="utf-8")
+    assert f"|  | {' | '.join(study.PAPER)} |" in results
+    for measure in ("success", "symbols", "questions", "swapped", "new sizes", "pass@8"):
+        cells = re.search(rf"^\| {re.escape(measure)} \|(.*)\|$", results, re.MULTILINE)[1]
+        assert all(cell.strip() for cell in cells.split("|")), measure
+    assert "not run" in results and "undecided" in results
+    assert not list(Path("out/study-4b").glob("*.png"))  # one size, one rate
 
 
 def test_foreign_references(tiny):
@@ -243,7 +313,8 @@ def test_numbers_as_they_are_shown():
 def test_killed_and_run_again(tmp_path, capsys):
     """Every printed line is killed once and run again: the same tables as without."""
     toy = ["--variants", "mgsd", "sft_response", "--seeds", "0", "--rows", "4", "--lrs", "0.001",
-           "--lr", "0.001", "--steps", "3", "--coldstart_steps", "2", "--batch", "6", "--test", "3"]
+           "--lr", "0.001", "--steps", "3", "--coldstart_steps", "2", "--batch", "6",
+           "--coldstart_batch", "6", "--test", "3"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for out in ("whole", "killed"):
         for what in ("coldstart", "variants"):
@@ -269,8 +340,6 @@ def test_killed_and_run_again(tmp_path, capsys):
         for measured in runs.values():
             measured.pop("seconds", None)
     assert values[0] == values[1] and len(values[0]) == 2
-    for plot in ("success_by_rows", "rates"):
-        assert (tmp_path / f"killed/{plot}.png").is_file()
 
 
 # ---------------------------------------------------------------- docs/study.md
@@ -286,6 +355,7 @@ def test_the_committed_tables_come_again(tmp_path):
     """docs/study/results.md is made of values.json beside it, but for the ends of intervals."""
     shutil.copy(STUDY / "values.json", tmp_path)
     study.main(study.parse_args(["tables", "--out", str(tmp_path)]))
+    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in STUDY.iterdir()}
     made, kept = (without_intervals((folder / "results.md").read_text(encoding="utf-8"))
                   for folder in (tmp_path, STUDY))
     assert made == kept

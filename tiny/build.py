@@ -12,10 +12,8 @@ nothing is there to see. A picture in the tasks' own art is never seen. Some pla
 without symbols: the response states the map, and only what follows from it is learned; in some
 with a picture, only the map. Boards come from the train split only.
 
-The committed weights had the first cycle under an earlier wording of the prompts (`tiny/` of commit
-1622411) and then `--init` from there: 36 minutes on one core of an AMD EPYC (with AVX-512 bf16).
-Both cycles in one go, as `--out` alone does it, were never run. The layers are compiled, which
-needs a C++ compiler; nothing else in this repository does.
+How the committed weights were made, and what of them can be made again: docs/backbone.md. The
+layers are compiled, which needs a C++ compiler; nothing else in this repository does.
 """
 import random
 import re
@@ -270,7 +268,7 @@ def build_tokenizer(seed=0):
                     row.picture_and_legend(), row.ask_plan()}
     corpus.append(" ".join(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES))
     corpus += [generic_picture(rng)[2] for _ in range(2000)]
-    for phrase in sorted(phrases):
+    for phrase in sorted(phrases):  # a set has another order in every process
         corpus = [text.replace(phrase, "") for text in corpus]
     pieces = (r"\nrow \d+:|\nRoute: from|Map: |\.\n<answer>|</?answer>| ?\(\d+,\d+\)"
               r"| [.SG](?=[UDLR])|,(?:PICK|DROP|[UDLR])|[UDLR]+(?=[\s,<]|$)"
@@ -292,7 +290,11 @@ def build_tokenizer(seed=0):
 
 
 def build_checkpoint(folder):
-    """Write tokenizer and random weights into `folder`; all shapes are those of config.json here"""
+    """Write a checkpoint of random weights into `folder` -> (model, processor).
+
+    Its tokenizer is new; shapes, processor and chat template are those of the files beside this
+    script.
+    """
     from transformers import (
         AutoProcessor,
         Qwen3VLConfig,
@@ -303,8 +305,9 @@ def build_checkpoint(folder):
     tokenizer = build_tokenizer()
     processor = Qwen3VLProcessor(here.image_processor, tokenizer, here.video_processor,
                                  chat_template=here.chat_template)
-    text, ids = config.text_config, dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL),
-                                             strict=True))
+    text, ids = config.text_config, {}
+    for token in SPECIAL:
+        ids[token] = tokenizer.convert_tokens_to_ids(token)
     text.vocab_size = len(tokenizer)
     text.pad_token_id, text.eos_token_id = ids["<|endoftext|>"], ids["<|im_end|>"]
     config.image_token_id, config.video_token_id = ids["<|image_pad|>"], ids["<|video_pad|>"]
@@ -551,7 +554,8 @@ def pretrain(args):
 def greedy(model, processor, prompts, images=None):
     """Greedy answers, one per prompt."""
     batch = common.encode(processor, prompts, images)
-    return common.decode(processor, *common.sample(model, processor, batch, 140))
+    ids, mask, _ = common.sample(model, processor, batch, 140)
+    return common.decode(processor, ids, mask)
 
 
 def report(model, processor, count, split):

@@ -1,34 +1,55 @@
 """Ask any OpenAI-compatible server for plans: {"id", "response"} lines that evaluate.py scores.
 
     pip install openai                                 # the key, if one is needed: $OPENAI_API_KEY
-    python -m tools.ask --api_base http://localhost:8000/v1 --api_model NAME --out answers.jsonl
-    python -m tools.lenient answers.jsonl --out read.jsonl
-    python evaluate.py --responses read.jsonl
+    python -m tools.ask --api_base http://localhost:8000/v1 --api_model NAME --out out/answers.jsonl
+    python -m tools.lenient out/answers.jsonl --out out/read.jsonl
+    python evaluate.py --responses out/read.jsonl
 
 Answers are written as they come: the same command resumes where it was stopped, and asks again for
 the rows that failed. How was asked stands in FILE.settings.json; other settings want another FILE.
 A row that got no answer has an "error", in the server's words, and is a failure of the evaluation,
-never a row less. Only a text that ends with "stop" or "length" is an answer. The first row is asked
-alone: if it meets no server, no such model or a refused key, the run ends.
+never a row less. An answer that reached the length limit is one, if only of thoughts: it is "cut".
+The first error is said at once. The run ends where the first rows meet nothing but no server, no
+such model or a refused key.
 """
 import base64
 import io
 import json
 import os
 import re
-from itertools import chain
+import shlex
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from threading import Lock
 
+from PIL import Image
 from tqdm import tqdm
 
 import common
 import evaluate
 import gen_data
-from gen_data import Parser, digest, fail, lock_file, real_number, whole_number, write_text
+from gen_data import (
+    Parser,
+    digest,
+    fail,
+    in_one_line,
+    lock_file,
+    real_number,
+    whole_number,
+    write_text,
+)
 
-RETRIES = 5     # of 408, 409, 429, 5xx, a time-out or a broken connection; 0.5 to 8 s apart
-FATAL = ("AuthenticationError", "NotFoundError", "APIConnectionError", "APITimeoutError")
+RETRIES = 5  # of 408, 409, 429, 5xx, a time-out or a broken connection; 0.5 to 8 s apart
+FEW = 8      # rows that show whether there is a server
+SENT = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg", "WEBP": "webp"}  # formats that servers read
+# How an answer ends, by the servers' names: was it cut by the length limit?
+ENDS = {"stop": False, "eos": False, "eos_token": False, "stop_sequence": False, "end_turn": False,
+        "length": True, "max_tokens": True, "model_length": True}
+
+
+def json_object(text):
+    """The `type=` of --extra."""
+    return dict(json.loads(text))
 
 
 def parse_args(argv=None):
@@ -50,56 +71,89 @@ def parse_args(argv=None):
     add("--concurrency", type=whole_number(1), default=8, help="requests at a time")
     add("--timeout", type=real_number(above=True), default=60.0,
         help="seconds that a request may take; it is made again a few times")
-    add("--extra", type=json.loads, metavar="JSON",
-        help="""more fields of each request, for example '{"top_p": 0.9}'""")
+    add("--extra", type=json_object, metavar="JSON", help="more fields of each request, for "
+        """example '{"top_p": 0.9}' (for cmd.exe and PowerShell 5: "{\\"top_p\\": 0.9}")""")
     return parser.parse_args(argv)
 
 
 def data_url(path):
-    """The picture as the stages see it."""
-    file = io.BytesIO()
-    gen_data.open_picture(path).save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    """A picture for a server: the file's own bytes if they show what the stages see, else a PNG."""
+    seen, content = gen_data.open_picture(path), Path(path).read_bytes()
+    with Image.open(path) as image:
+        kind, plain = image.format, image.convert("RGB")
+    if kind not in SENT or (plain.size, plain.tobytes()) != (seen.size, seen.tobytes()):
+        kind, file = "PNG", io.BytesIO()
+        seen.save(file, kind)
+        content = file.getvalue()
+    return f"data:image/{SENT[kind]};base64,{base64.b64encode(content).decode()}"
+
+
+def text_of(content):
+    """The text of a message's content: it is one, or a list of parts of which some are texts.
+
+    None without one.
+    """
+    if isinstance(content, list):
+        texts = [part["text"] for part in content if part.get("type") == "text"]
+        return "".join(texts) if texts else None
+    return content
 
 
 def read_reply(reply):
     """What a row's line holds of the server's reply. ValueError: it is no answer."""
+    if isinstance(reply, str):
+        raise ValueError(f"wanted JSON, got {reply}")  # a web page: --api_base is another's
     choice = reply.choices[0] if reply.choices else None
-    if not choice or choice.finish_reason not in ("stop", "length") \
-            or not isinstance(choice.message.content, str):
+    cut = ENDS.get(str(choice.finish_reason).lower()) if choice else None
+    text = text_of(choice.message.content) if choice else None
+    if cut and text is None:
+        text = ""  # all of it was thought, which stands elsewhere
+    if cut is None or not isinstance(text, str):
         raise ValueError(reply.to_json(indent=None, warnings=False))
-    return {"response": choice.message.content, "cut": choice.finish_reason == "length",
-            "tokens": reply.usage and reply.usage.completion_tokens}
+    return {"response": text, "cut": cut, "tokens": reply.usage and reply.usage.completion_tokens}
 
 
 class Asker:
-    """A client of the server: `asker(question)` is the row's line, with an "error" if it failed."""
+    """A client of the server: `asker(question)` is the row's line, with an "error" if it failed.
+
+    useful: has the server ever said more than that it is not there, or not for this model and key?
+    """
 
     def __init__(self, args):
-        try:
-            import openai
-        except ImportError:
-            fail("the client for the server is missing: pip install openai")
-        self.args, self.openai = args, openai
+        self.args, self.useful, self.warned, self.lock = args, False, False, Lock()
+        self.folder = Path(args.data, args.split)
         self.fields = {"max_tokens": args.max_new_tokens, "temperature": args.temperature}
-        self.secret = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key"  # a .env's line end
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip()  # a .env's line end
         here = re.match(r"https?://(localhost|127\.|\[::1\])", args.api_base)  # needs no proxy
-        self.client = openai.OpenAI(
-            base_url=args.api_base, api_key=self.secret, max_retries=RETRIES, timeout=args.timeout,
-            http_client=openai.DefaultHttpxClient(trust_env=not here))
+        with in_one_line("the client of the server (pip install openai)"):
+            import openai
+            self.openai = openai
+            self.client = openai.OpenAI(
+                base_url=args.api_base, api_key=self.key or "none", max_retries=RETRIES,
+                timeout=args.timeout, http_client=openai.DefaultHttpxClient(trust_env=not here))
 
-    def masked(self, text):
-        """A text of the server or the client, cut off, without the key."""
-        for form in (self.secret, repr(self.secret)[1:-1]):
+    def masked(self, error):
+        """The words of the server or the client, cut off, without the key."""
+        text = f"{type(error).__name__}: {error} {error.__cause__ or ''}"
+        for form in {self.key, repr(self.key)[1:-1]} - {""}:
             text = text.replace(form, "***")
         return " ".join(text.split())[:300]
+
+    def warn(self, text):
+        """The first trouble is said at once; the run's last line counts the rows that failed."""
+        with self.lock:
+            if not self.warned:
+                common.warn(f"{self.args.api_base}: {text}")
+            self.warned = True
 
     def request(self, content, sampling):
         """The server's reply; asked again in the form that it names where it refuses ours."""
         while True:
             fields = self.fields
+            # Retries may take minutes: the first error comes without them, and is followed by them.
+            client = self.client if self.warned else self.client.with_options(max_retries=0)
             try:
-                return self.client.chat.completions.create(
+                return client.chat.completions.create(
                     model=self.args.api_model, messages=[{"role": "user", "content": content}],
                     extra_body=self.args.extra, **fields, **sampling)
             except (self.openai.BadRequestError, self.openai.UnprocessableEntityError) as error:
@@ -115,31 +169,41 @@ class Asker:
                     self.fields = {k: fields[k] for k in fields if k != name} | other
                     common.warn(f"{self.args.api_base} takes no {name}: asked "
                                 f"{'with ' if other else 'without'}{', '.join(other)}")
+            except self.openai.OpenAIError as error:
+                if client is self.client:
+                    raise
+                self.warn(self.masked(error))
 
     def __call__(self, question):
         key, prompt, picture = question
-        content, sampling = [{"type": "text", "text": prompt}], {}
+        content, sampling, name = [{"type": "text", "text": prompt}], {}, None
         if picture:
-            content.insert(0, {"type": "image_url", "image_url": {"url": data_url(picture)}})
+            url = data_url(picture)
+            content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+            name = Path(picture).relative_to(self.folder).as_posix()
         if self.args.temperature:
             sampling["seed"] = int(digest(self.args.seed, key), 16) % 2**31
-        line = {**key, "model": self.args.api_model}
+        line = {**key, "model": self.args.api_model, "picture": name}
         try:
-            return line | read_reply(self.request(content, sampling))
-        except (self.openai.OpenAIError, ValueError, TypeError, AttributeError) as problem:
-            error = f"{type(problem).__name__}: {problem} {problem.__cause__ or ''}"
-            return line | {"response": "", "error": self.masked(error)}
+            line |= read_reply(self.request(content, sampling))
+            self.useful = True
+        except (self.openai.OpenAIError, ValueError, LookupError, TypeError,
+                AttributeError) as error:
+            line |= {"response": "", "error": self.masked(error)}
+            self.warn(line["error"])
+            self.useful |= not isinstance(error, (
+                self.openai.AuthenticationError, self.openai.NotFoundError,
+                self.openai.APIConnectionError))
+        return line
 
 
 def check_settings(out, settings):
     """Fails if FILE holds answers that were asked for otherwise; else remembers how."""
     record = Path(f"{out}.settings.json")
     if out.is_file() and out.stat().st_size:
-        try:
+        with in_one_line(f"{out} is there, and {record} does not say how it was asked for: choose "
+                         "another --out"):
             old = dict(json.loads(record.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            fail(f"{out} is there, and {record} does not say how it was made ({error}): choose "
-                 "another --out")
         other = [f"{name} was {old.get(name)!r} and is {value!r}"
                  for name, value in settings.items() if old.get(name) != value]
         if other:
@@ -149,17 +213,19 @@ def check_settings(out, settings):
 
 
 def ask_all(args, asked, asker, lines):
-    """Asks what has no answer in `lines` yet, and appends each answer to args.out."""
+    """Asks what has no answer in `lines` yet; each line is added, each answer in args.out too."""
     todo = [question for question in asked if evaluate.label(question[0]) not in lines]
-    first = [asker(question) for question in todo[:1]]
-    if first and not lines and first[0].get("error", "").startswith(FATAL):
-        fail(f"{args.api_base} does not answer for {args.api_model}: {first[0]['error']}")
+    asker.useful, failed = bool(lines), 0
     with ThreadPool(args.concurrency) as pool, evaluate.append_answers(Path(args.out)) as file:
-        answers = chain(first, pool.imap_unordered(asker, todo[1:]))
-        for line in tqdm(answers, total=len(todo), unit="row"):
+        for line in tqdm(pool.imap_unordered(asker, todo), total=len(todo), unit="row"):
             lines[evaluate.label(line)] = line
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+            if "error" not in line:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                continue
+            failed += 1
+            if not asker.useful and failed == min(FEW, len(todo)):
+                fail(f"{args.api_base} does not answer for {args.api_model}: {line['error']}")
 
 
 def main(args):
@@ -174,19 +240,20 @@ def main(args):
     lock = lock_file(f"{out}.lock", out)
     try:
         check_settings(out, settings)
-        lines = evaluate.read_answers(out)
+        with in_one_line(f"{out} cannot be read"):
+            lines = evaluate.read_answers(out)
         ask_all(args, asked, asker, lines)
-        lines = evaluate.with_pictures([lines[evaluate.label(key)] for key, _, _ in asked], asked,
-                                       pool)
+        lines = [lines[evaluate.label(key)] for key, _, _ in asked]
         write_text(out, "".join(json.dumps(line) + "\n" for line in lines))  # in their order
     finally:
         lock.release()
     failed = sum("error" in line for line in lines)
     if failed == len(lines):
         fail(f"{out}: none of {failed} rows was answered; the first error: {lines[0]['error']}")
-    print(f"{out}: {len(lines) - failed} of {len(lines)} rows answered" + (
-        "; the same command asks again for the others" if failed else "")
-        + f"; next: python evaluate.py --responses {out} --split {args.split} --data {args.data}")
+    again = "; the same command asks again for the others" if failed else ""
+    following = shlex.join(["python", "evaluate.py", "--responses", args.out, "--split", args.split,
+                            "--data", args.data])
+    print(f"{out}: {len(lines) - failed} of {len(lines)} rows answered{again}; next: {following}")
 
 
 if __name__ == "__main__":

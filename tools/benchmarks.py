@@ -9,7 +9,6 @@ visualplanning: a JSONL file of VisualPlanning, one task a file; the pictures ar
 The first record that is broken, or whose stated length is not that of the shortest plan, ends the
 import with its file and line; nothing is written then.
 """
-import json
 import os
 import re
 from collections import Counter
@@ -17,7 +16,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import gen_data
-from gen_data import FrozenLake, Maze, MiniBehaviour, Parser, at, fail, run_script, whole_number
+from gen_data import (
+    FrozenLake,
+    Maze,
+    MiniBehaviour,
+    Parser,
+    at,
+    fail,
+    in_one_line,
+    run_script,
+    whole_number,
+)
 
 CELLS = {"@": "S", "*": "G", "#": "H", "_": "F"}  # VSP's
 SIDES = {"U": "north", "D": "south", "L": "west", "R": "east"}  # VisualPlanning's
@@ -27,14 +36,15 @@ SIDES = {"U": "north", "D": "south", "L": "west", "R": "east"}  # VisualPlanning
 
 def vsp_records(folder):
     """Yields (where, task, level, puzzle or None, stated lengths, picture), level by level."""
-    tables = sorted(Path(folder).glob("level*/table/*.txt"), key=numbers_in)
+    tables = sorted(Path(folder).glob("level*/table/[!.]*.txt"), key=numbers_in)  # none of macOS
     if not tables:
         fail(f"no VSP tables in {folder}: wanted {folder}/level3/table/0.txt and so on")
     for table in tables:
         picture = table.parents[1] / "img" / f"{table.stem}.png"
-        gen_data.decode_all([picture])
-        level, = numbers_in(table.parents[1].name)
-        yield table.as_posix(), "frozenlake", level, FrozenLake.read(vsp_cells(table)), [], picture
+        gen_data.open_picture(picture)
+        with in_one_line(f"{table}: not a table of VSP"):
+            level, puzzle = int(table.parts[-3].removeprefix("level")), read_table(table)
+        yield table.as_posix(), "frozenlake", level, puzzle, [], picture
 
 
 def numbers_in(path):
@@ -42,26 +52,24 @@ def numbers_in(path):
     return [int(number) for number in re.findall(r"\d+", str(path))]
 
 
-def vsp_cells(table):
-    """The cells of a Markdown table, "| Row 1 | @ | _ |" under "| | Col 1 | Col 2 |"."""
-    lines = table.read_text(encoding="utf-8").rstrip().splitlines()[1:]
-    return [[CELLS.get(cell.strip(), "?") for cell in line.strip().strip("|").split("|")[1:]]
-            for line in lines]
+def read_table(file):
+    """The lake of a Markdown table, "| Row 1 | @ | _ |" under "| | Col 1 | Col 2 |"; None if none.
+    """
+    rows = []
+    for line in file.read_text(encoding="utf-8").rstrip().splitlines()[1:]:
+        cells = line.strip().strip("|").split("|")[1:]
+        rows.append([CELLS.get(cell.strip(), "?") for cell in cells])
+    return FrozenLake.read(rows)
 
 
 # ---------------------------------------------------------------- VisualPlanning
 
 def visualplanning_records(file, task):
     """Yields (where, task, level, puzzle or None, stated lengths, None) of each line."""
-    for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
-        where = f"{Path(file).as_posix()}, line {number}"
-        try:
-            record = json.loads(line)
+    for where, record in gen_data.read_jsonl(Path(file).as_posix()):
+        with in_one_line(f"{where}: not a {task} record of VisualPlanning"):
             meta = record["meta"]
             puzzle, stated = READERS[task](meta, meta["level"]), stated_lengths(record)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            fail(f"{where}: not a {task} record of VisualPlanning "
-                 f"({type(error).__name__}: {error})")
         yield where, task, meta["level"], puzzle, stated, None
 
 
@@ -149,16 +157,16 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if (args.benchmark == "visualplanning") != bool(args.task):
         fail("--task: wanted with visualplanning, and only there")
-    if args.task and not Path(args.source).is_file():
-        fail(f"{args.source}: no such file")
     if args.image_size is None:
         args.image_size = 256 if args.task else 0
     return args
 
 
 def main(args):
-    records = visualplanning_records(args.source, args.task) if args.task \
-        else vsp_records(args.source)
+    if args.task:
+        records = visualplanning_records(args.source, args.task)
+    else:
+        records = vsp_records(args.source)
     rows = list(benchmark_rows(records, args.source))  # all are checked before one is written
     gen_data.write_dataset(args.out, {"test": rows}, vars(args), args.cell_size, args.image_size,
                            len(rows))

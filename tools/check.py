@@ -1,13 +1,13 @@
 """Check a data folder before hours of training, and look at it.
 
     python -m tools.check data/mine --preset 4b
-    python -m tools.check data/mine --preset 4b --html mine.html
+    python -m tools.check data/mine --preset 4b --html out/mine.html
 
 Every row is read and every picture opened as the stages do it, and every text is counted in the
 backbone's tokens, for which its tokenizer is loaded and no weights. What a stage would refuse is an
 error, and the exit code is 2; what only deserves a look is a warning. The page shows, of every task
-or group, rows with their pictures, prompt, what the teacher reads, answer and questions; those with
-findings first.
+or group, rows with their pictures (the shortest plan drawn on a puzzle's), prompt, what the teacher
+reads, answer and questions; those with findings first.
 """
 import contextlib
 import hashlib
@@ -33,8 +33,10 @@ EXAMPLES = 5  # places that a warning names
 STRETCHED = 1.25  # how far a picture's sides may change their ratio
 # What looks like LaTeX, code or SMILES, where a letter's case, a blank or a bracket has a meaning.
 LETTERS = re.compile(r"[\\^;#]|\$.*\$|==|\w\(|\[\w|[a-z]\d[a-z]")
-NUMBERS = ["rows", "with answer", "width", "height", "image", "prompt", "teacher's", "response"]
-ALIKE = ["id", "symbols and prompt", "picture and prompt", "picture", "symbols"]
+COUNTS = ["rows", "with answer"]  # columns of the table: sums, and what has a largest value
+LARGEST = ["width, px", "height, px", "picture, tokens", "prompt, tokens", "teacher's, tokens",
+           "response, tokens"]
+ALIKE = ["picture and prompt", "symbols and prompt", "picture", "symbols"]  # the strongest first
 STYLE = """
 body { margin: 1.5rem; font: 16px/1.5 system-ui, sans-serif; color: #1c2330; }
 p, article { overflow-wrap: anywhere; }
@@ -43,7 +45,10 @@ article div { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
 table { display: block; overflow-x: auto; }
 th, td { padding: .1rem .7rem; text-align: left; }
-img { max-width: 100%; max-height: 20rem; }
+img { max-width: 100%; max-height: 20rem; vertical-align: bottom; }
+.board { position: relative; display: inline-block; }
+.board svg { position: absolute; inset: 0; width: 100%; height: 100%; stroke: #d6009a;
+  stroke-width: .06; fill: none; }
 h4 { margin: 0; color: #5b6575; }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 20rem;
   overflow: auto; }
@@ -108,7 +113,7 @@ class Findings:
 
 
 def label(row):
-    return row.task if row.level is None else f"{row.task} {row.level}"
+    return row.task if isinstance(row, OwnRow) else f"{row.task} {row.level}"
 
 
 # ---------------------------------------------------------------- one row
@@ -132,6 +137,16 @@ def seen_size(image, processor):
     images = processor.image_processor
     return smart_resize(image.height, image.width, images.patch_size * images.merge_size,
                         images.size["shortest_edge"], images.size["longest_edge"])[::-1]
+
+
+def facts_of_picture(image, processor):
+    """Its size, its tokens, and a text that is the same for the same pixels."""
+    width, height = seen_size(image, processor)
+    images = processor.image_processor
+    tokens = width * height // (images.patch_size * images.merge_size) ** 2
+    pixels = hashlib.sha256(image.tobytes()).hexdigest()
+    return {"width, px": image.width, "height, px": image.height, "picture, tokens": tokens,
+            "picture": f"{image.size} {pixels}"}
 
 
 def check_answers(row, tokens, limit):
@@ -159,7 +174,8 @@ def check_own(row):
     if not texts:
         yield "no answer: the evaluation judges nothing"
     elif "<answer>" not in prompt:
-        yield "the prompt does not ask for <answer></answer>: the last line counts"
+        yield ("the prompt does not ask for <answer></answer>: what is answered has to be found in "
+               "the response")
     if row.compare == "words" and any(map(LETTERS.search, texts)):
         yield ('the answer looks like LaTeX, SMILES or code, compared by words, without case: '
                '"compare": "exact" compares letters')
@@ -170,33 +186,28 @@ def check_own(row):
 
 def check_row(row, split, model, processor, args, found):
     """All of one row. Returns its facts: numbers of the table, and what it may share with others"""
-    own = isinstance(row, OwnRow)
-    prompt, teacher, response = (
-        row.student_prompt(), row.teacher_prompt("symbols+plan"), row.response())
+    own, prompt, symbols = isinstance(row, OwnRow), row.student_prompt(), row.symbols()
+    teacher, response = row.teacher_prompt("symbols+plan"), row.response()
     facts = {"where": row.where, "split": split, "task or group": label(row), "rows": 1,
-             "with answer": int(not own or "answer" in row.data), "id": row.id,
-             "symbols and prompt": row.key(), "symbols": row.symbols(),
-             "answers": str(row.data.get("answer", row.symbols()))}
+             "with answer": int(not own or "answer" in row.data), "symbols": symbols,
+             "symbols and prompt": symbols and symbols + prompt,
+             "said of it": str([symbols, row.data.get("answer")])}
     for name, text in (("prompt", prompt), ("teacher's", teacher), ("response", response)):
-        facts[name] = len(processor.tokenizer.tokenize(text, verbose=False))
+        facts[f"{name}, tokens"] = len(processor.tokenizer.tokenize(text, verbose=False))
     for text, new_tokens in ((f"{row.ask()}\n{row.answers()}", 0), (teacher, args.max_new_tokens)):
         if row.where not in found.of_row:
             found.refused(row.where, common.check_lengths, model, processor, {row.where: text},
                           new_tokens)
-    kinds = [*check_answers(row, facts["response"], args.max_new_tokens),
-             *(check_own(row) if own else ())]
-    for path in reversed(row.pictures()):                               # the student's is the last
+    kinds = list(check_answers(row, facts["response, tokens"], args.max_new_tokens))
+    if own:
+        kinds += check_own(row)
+    for path in row.pictures():
         image = found.refused(row.where, gen_data.open_picture, path)
-        if not image:
-            break
-        kinds += check_picture(image, processor, args.max_pixels)
-    else:
-        width, height = seen_size(image, processor)
-        images = processor.image_processor
-        pixels = f"{image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
-        facts |= {"width": image.width, "height": image.height, "picture": pixels,
-                  "image": width * height // (images.patch_size * images.merge_size) ** 2,
-                  "picture and prompt": pixels + prompt}
+        if image:
+            kinds += check_picture(image, processor, args.max_pixels)
+        if image and path == row.path:              # the teacher's may be the same in many rows
+            facts |= facts_of_picture(image, processor)
+            facts["picture and prompt"] = facts["picture"] + prompt
     for kind in kinds:
         found.warn(kind, row.where)
     return facts
@@ -205,18 +216,22 @@ def check_row(row, split, model, processor, args, found):
 # ---------------------------------------------------------------- rows beside each other
 
 def check_duplicates(facts, found):
-    """What several splits hold, and rows that one split holds twice."""
+    """What several splits hold, and examples that one split holds twice."""
     told = set()                                     # rows that a stronger likeness was told of
     for what in ALIKE:
         for _, some in facts.groupby(what, sort=False):
             places, splits = tuple(some["where"]), sorted(some["split"].unique())
             if len(some) == 1 or places in told:
                 continue
+            kind, contradict = f"the same {what}", some["said of it"].nunique() > 1
             if len(splits) > 1:
-                found.warn(f"the same {what} in {' and '.join(splits)}", *places)
-            elif what not in ("picture", "symbols"):  # several questions about one are fine
-                more = ", with other answers" if some["answers"].nunique() > 1 else ""
-                found.warn(f"the same {what} more than once{more}", *places)
+                kind += f" in {' and '.join(splits)}"
+            elif what == "picture and prompt" or (what == "symbols and prompt" and contradict):
+                kind += " more than once"
+                kind += ", with other answers or symbols" if contradict else ""
+            else:
+                continue                             # several questions about one thing are fine
+            found.warn(kind, *places)
             told.add(places)
 
 
@@ -232,19 +247,34 @@ def check_groups(splits, found):
 
 def make_table(facts):
     """A line per split and task, group or board size: numbers of rows, the largest of all else."""
-    how = dict.fromkeys(NUMBERS[:2], "sum") | dict.fromkeys(NUMBERS[2:], "max")
+    how = dict.fromkeys(COUNTS, "sum") | dict.fromkeys(LARGEST, "max")
     table = facts.groupby(["split", "task or group"], sort=False).agg(how)
-    return table.reset_index().convert_dtypes()
+    # Whole numbers, which a column with a gap would turn into fractions; "" for a gap.
+    return table.reset_index().convert_dtypes().astype(object).fillna("")
 
 
 # ---------------------------------------------------------------- the page
 
+def drawn_plan(row):
+    """SVG of the shortest plan over a puzzle's picture, in cells; a ring where it does not move."""
+    path, _ = gen_data.execute(row.puzzle, row.plan)
+    dots = [(pos[1] + 0.5, pos[0] + 0.5) for pos in path]                            # (x, y)
+    line, size = " ".join(f"{x},{y}" for x, y in dots), len(row.puzzle.cells())
+    shapes = f'<polyline points="{line}"/>'
+    for (x, y), after in zip(dots, dots[1:], strict=False):
+        if (x, y) == after:
+            shapes += f'<circle cx="{x}" cy="{y}" r=".2"/>'
+    return f'<svg viewBox="0 0 {size} {size}">{shapes}</svg>'
+
+
 def card(row, split, found):
     """A row: its pictures, and every text that a model reads or writes."""
     notes, pictures = found.of_row.get(row.where, []), ""
+    plan = "" if isinstance(row, OwnRow) else drawn_plan(row)
     for path in row.pictures():
         source = found.refused(None, report.small_picture, path)
-        pictures += f'<img alt="" src="{source}"> ' if source else "cannot be read"
+        image = f'<img alt="" src="{source}">{plan}' if source else "cannot be read"
+        pictures += f'<div class="board">{image}</div> '
     answer = " or ".join(row.answer_texts()) if isinstance(row, OwnRow) else row.response()
     asked = [f"{row.ask((name,))}\n→ {row.answers((name,))}" for name in row.questions()]
     texts = {"prompt": row.student_prompt(),
@@ -285,26 +315,46 @@ def load_tokens(args):
     return SimpleNamespace(config=config), processor
 
 
+def load_splits(args, found):
+    """{split: its rows} of what can be loaded. A run trains without a validation split."""
+    splits = {}
+    for split in args.splits:
+        if split == "val" and not Path(args.data, split, "metadata.jsonl").is_file():
+            found.warn("no validation split: the stages train without one", f"{args.data}/{split}")
+            continue
+        rows = found.refused(None, gen_data.load_rows, args.data, split)
+        if rows:
+            splits[split] = rows
+    return splits
+
+
 def main(args):
-    found, splits, facts = Findings(), {}, []
+    found, facts = Findings(), []
     if not Path(args.data).is_dir():
         fail(f"{args.data}: no such folder")
     model, processor = load_tokens(args)
-    for split in args.splits:
-        if rows := found.refused(None, gen_data.load_rows, args.data, split):
-            splits[split] = rows
-            for row in tqdm(rows, desc=split, unit="row", leave=False):
-                facts.append(check_row(row, split, model, processor, args, found))
-    columns = ["where", "split", "task or group", "answers", *ALIKE, *NUMBERS]
+    splits = load_splits(args, found)
+    own = any(isinstance(row, OwnRow) for rows in splits.values() for row in rows)
+    if own and args.model == common.BACKBONES["tiny"]["model"]:
+        common.warn("the bundled backbone knows only the words of its puzzles: with rows of your "
+                    "own it tests the plumbing and no more, and tokens are counted by its own "
+                    "tokenizer; take --preset 2b, 4b or 8b")
+    for split, rows in splits.items():
+        for row in tqdm(rows, desc=split, unit="row", leave=False):
+            facts.append(check_row(row, split, model, processor, args, found))
+    columns = ["where", "split", "task or group", "said of it", *ALIKE, *COUNTS, *LARGEST]
     facts = pd.DataFrame(facts, columns=columns)
     check_duplicates(facts, found)
     check_groups(splits, found)
     table, context = make_table(facts), model.config.text_config.max_position_embeddings
-    about = ("The largest picture, px; then the most tokens: of the picture, the student's prompt, "
-             f"the teacher's with the hint or plan, and the right response. The context of "
-             f"{args.model} has {context}.")
-    print("\n".join([about, "", report.markdown({"head": table.columns, "lines": table.to_numpy()}),
-                     *found.lines(args.all)]))
+    about = ("The largest width and height of a picture; then the most tokens of a picture, the "
+             "student's prompt, the teacher's with the hint or plan, and the right response. The "
+             f"context of --model {args.model} has {context}.")
+    if len(table):
+        lines = {"head": table.columns, "lines": table.to_numpy()}
+        print(f"{about}\n\n{report.markdown(lines)}")
+    for line in found.lines(args.all):
+        print(line)
     if args.html:
         Path(args.html).parent.mkdir(parents=True, exist_ok=True)
         write_text(args.html, make_page(args, splits, about, table, found))

@@ -14,6 +14,7 @@ from PIL import Image, ImageFilter
 from gen_data import (
     SPLITS,
     Parser,
+    PuzzleRow,
     choose_rows,
     fail,
     load_rows,
@@ -52,7 +53,7 @@ def degraded_rows(rows, split, seed, folder):
     """A row for every puzzle of a split; their pictures are drawn into `folder`."""
     rng = np.random.default_rng([seed, SPLITS.index(split)])
     for row in rows:
-        if row.level is None:
+        if not isinstance(row, PuzzleRow):
             fail(f"{row.where}: wanted a puzzle, which its pictures are degraded of")
         file = f"{folder}/{split}_{row.id}.png"
         degrade(open_picture(row.path), rng).save(file)

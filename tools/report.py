@@ -38,9 +38,10 @@ def markdown(table):
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
-def make_text(tables):
+def make_text(tables, summaries):
     """results.md."""
-    return "\n".join(f"## {t['title']}\n\n{t['about']}\n\n{markdown(t)}" for t in tables)
+    parts = [f"## {t['title']}\n\n{t['about']}\n\n{markdown(t)}" for t in tables]
+    return "\n".join([f"{explained(summaries)}\n", *parts])
 
 
 def differing(summaries):
@@ -53,7 +54,7 @@ def differing(summaries):
         asked = summary["asked"]
         for key, value in asked.items():
             if key == "questions":
-                key = f"prompts or pictures ({name.rpartition('-')[2]})"
+                key = f"prompts or pictures ({summary['input']})"
             if key == "model":  # two may have one name
                 value = f"{value}, files {gen_data.digest(asked['files'])[:6]}"
             if key not in ("adapter", "files", "responses") and (key, value) != ("seed", None):
@@ -69,26 +70,33 @@ def differing(summaries):
 
 
 # ---------------------------------------------------------------- tables
-# Each is {"title", "about", "head": [text], "lines": [[text or number]]}.
-# summaries: {condition: its summary.json}; comparison: from evaluate.compare.
+# Each is {"title", "about", "head": [text], "lines": [[text or number]]}; the first column names
+# the line. summaries: {condition: its summary.json}; comparison: from evaluate.compare.
 
 def make_tables(summaries, comparison):
     """All tables that there is something to say in, the shortest summary first."""
     tables = [macro_table(summaries), level_table(summaries), trained_table(summaries),
-              diagnosis_table(summaries), difference_table(comparison), perception_table(summaries)]
+              diagnosis_table(summaries), difference_table(summaries, comparison),
+              perception_table(summaries)]
     return [table for table in tables if table["lines"]]
 
 
-def inputs_of(summaries):
-    """What the conditions read, for the line above a table."""
+def explained(summaries):
+    """What the conditions are."""
     own = not has_puzzles(summaries)
-    texts = {
+    runs = {"base": "the model without adapters", "coldstart": "after the cold start",
+            "distill": "after the distillation"}
+    inputs = {
         "image": "the picture",
         "text": "what the teacher reads, without the hint" if own
                 else "the symbols, without a reference plan",
         "swapped": f"the picture of another {'row' if own else 'puzzle'}"}
-    used = {name.rpartition("-")[2] for name in summaries}
-    return "; ".join(f"{name}: {text}" for name, text in texts.items() if name in used)
+    parts = []
+    for key, texts in (("run", runs), ("input", inputs)):
+        used = {summary[key] for summary in summaries.values()}
+        parts += [f"{name}: {text}" for name, text in texts.items() if name in used]
+    text = f"Conditions, a model with what it read: {', '.join(summaries)}."
+    return f"{text} {'; '.join(parts)}." if parts else text
 
 
 def has_puzzles(summaries):
@@ -104,6 +112,15 @@ def filled(head, lines, keep=1):
             "lines": [[line[i] for i in columns] for line in lines]}
 
 
+def share_of(cell, name, ci=None):
+    """A rate in % as it stands in a line; over how many rows where these are not the line's n."""
+    if cell[name] is None:
+        return ""
+    n = cell[f"{name}_n"]
+    text = with_interval(cell[name], ci)
+    return text if n == cell["n"] else f"{text} of {n}"
+
+
 def macro_table(summaries):
     """All tasks, a line per condition."""
     puzzles, lines = has_puzzles(summaries), []
@@ -111,78 +128,88 @@ def macro_table(summaries):
              for name, summary in summaries.items()}
     rates = {"success": "success", "pass_at_k": "pass@k", "optimal": "shortest plan"}
     if any(cell["trained_on"] for cell in whole.values()):
-        rates["success_unseen"] = "success, rows not trained on"
+        rates["success_unseen"] = "success, rows not seen in training"
     for name, cell in whole.items():
-        line = [name, *(with_interval(cell.get(key), cell.get(f"{key}_ci")) for key in rates)]
-        line += [percent(cell[key]) for key in ("parsed", "map_right", "cut")]
-        line.append(cell.get("overrun", "") if puzzles else "")
+        line = [name, cell["n"] or "", cell["not_judged"] or ""]
+        line += [share_of(cell, key, cell[f"{key}_ci"]) if key in cell else "" for key in rates]
+        line += [share_of(cell, key) for key in ("parsed", "map_right", "cut")]
+        line.append(cell["overrun"] if puzzles else "")
         line.append("" if cell["tokens"] is None else round(cell["tokens"]))
-        failures = [f"{outcome} {count}" for outcome, count in cell["failures"].items()
-                    if outcome != "not judged"]
-        judged = cell["success"] is not None
-        lines.append([*line, ", ".join(failures) or ("none" if judged else "")])
-    table = filled(["condition", *rates.values(), "answer", "map", "cut", "overrun", "tokens",
-                    "failures"], lines)
-    words = {"answer": "one could be read", "map": "the one described is right",
-             "cut": "no EOS within the limit", "overrun": "how many plans reach the goal and go "
-             "on, which is not executed and does not count"}
-    about = [inputs_of(summaries)] + [f"{word}: {text}" for word, text in words.items()
-                                      if word in table["head"]]
-    weights = f"the {'tasks' if puzzles else 'groups'} weigh the same and every row counts"
+        failures = ", ".join(f"{outcome} {count}" for outcome, count in cell["failures"].items())
+        lines.append([*line, failures or ("none" if cell["n"] else "")])
+    table = filled(["condition", "n", "not judged", *rates.values(), "answer", "map", "cut",
+                    "overrun", "tokens", "failures"], lines)
+    words = {"n": "rows that success is over", "not judged": "rows without an answer to compare "
+             "with", "answer": "one could be read where it was asked for (else: no answer)",
+             "map": "the one described is right", "cut": "no EOS within the limit",
+             "overrun": "how many plans reach the goal and go on, which is not executed and does "
+             "not count"}
+    about = [f"{word}: {text}" for word, text in words.items() if word in table["head"]]
     return {
         "title": "All tasks" if puzzles else "All rows",
-        "about": f"In % with 95% intervals; {weights}. {'; '.join(filter(None, about))}."
+        "about": f"In % with 95% intervals; {'tasks' if puzzles else 'groups'} weigh the same and "
+                 f"every row counts. {'; '.join(about)}."
                  + (f" {differing(summaries)}".rstrip().replace("\n", ". ")),
         **table}
 
 
 def table_rows(summaries):
-    """(task, level, difficulty, n) and the cells of all conditions, for every line of the table."""
+    """The name of every line of the table, with the cells of all conditions."""
     for cells in zip(*(summary["table"] for summary in summaries.values()), strict=True):
         first = cells[0]
-        level = first["level"] or ("" if first["bucket"] or not has_puzzles(summaries) else "all")
-        yield [first["task"], level, first["bucket"] or "", first["n"]], cells
+        words = [first["task"], first["level"], first["bucket"]]
+        yield " ".join(str(word) for word in words if word), cells
+
+
+MACRO = "macro: the mean over the tasks, which weigh the same"
+
+
+def rows_column(summaries):
+    """The head of the column that names the rows of a line, and what stands about its lines."""
+    if has_puzzles(summaries):
+        return "task, size", f" {MACRO}; easy, medium, hard: by the length of the shortest plan."
+    return "group", f" {MACRO.replace('tasks', 'groups')}."
 
 
 def level_table(summaries):
     """Success by task, board size and difficulty; by group where there are no puzzles."""
     puzzles, lines = has_puzzles(summaries), []
-    for line, cells in table_rows(summaries):
+    for name, cells in table_rows(summaries):
+        line = [name, cells[0]["n"]]
         for cell in cells:
-            optimal = "" if cell["optimal"] is None else f" ({percent(cell['optimal'])})"
+            optimal = "" if cell["optimal"] is None else f" ({share_of(cell, 'optimal')})"
             line.append(f"{percent(cell['success'])}{optimal}")
         lines.append(line)
-    judged = any(any(line[4:]) for line in lines)
+    judged = any(any(line[2:]) for line in lines)
     if not judged or not puzzles and len(lines) == 2:  # one group: the table above says it
         lines = []
-    about = "Success in %, in brackets with the shortest plan." if puzzles else "Success in %."
-    return {"title": "By task and board size" if puzzles else "By group", "about": about,
-            **by_task_columns(summaries, lines)}
-
-
-def by_task_columns(summaries, lines):
-    """Head and lines of a table with task, size, difficulty, n and a column per condition."""
-    task = "task" if has_puzzles(summaries) else "group"
-    return filled([task, "size", "difficulty", "n", *summaries], lines)
+    head, about = rows_column(summaries)
+    return {"title": "By task and board size" if puzzles else "By group",
+            "about": ("Success in %, in brackets with the shortest plan; n: rows that success is "
+                      "over." if puzzles else "Success in %; n: rows that it is over.") + about,
+            **filled([head, "n", *summaries], lines)}
 
 
 def trained_table(summaries):
     """Where a run was trained on some of the rows: how many, and its success without them."""
     lines = []
-    for line, cells in table_rows(summaries):
+    for name, cells in table_rows(summaries):
         if not any(cell["trained_on"] for cell in cells):
             continue
+        line = [name]
         for cell in cells:
-            text = "not known" if cell["trained_on"] is None else str(cell["trained_on"])
-            if cell["trained_on"] is not None and cell["success_unseen"] is not None:
-                text += f": {percent(cell['success_unseen'])}"
+            text = "not known"
+            if cell["trained_on"] is not None:
+                text = f"{cell['trained_on']} of {cell['rows']}"
+            if cell["trained_on"] and cell["success_unseen"] is not None:
+                text += f"; {percent(cell['success_unseen'])}% without"
             line.append(text)
         lines.append(line)
     return {
-        "title": "Rows that were trained on",
-        "about": "How many of the rows a condition's run was trained on: its success in % without "
-                 "them.",
-        **by_task_columns(summaries, lines)}
+        "title": "Rows seen in training",
+        "about": "How many of the rows a condition's run was trained on, and its success on the "
+                 "others.",
+        **filled([rows_column(summaries)[0], *summaries], lines)}
 
 
 def diagnosis_table(summaries):
@@ -204,11 +231,11 @@ def diagnosis_table(summaries):
         "head": ["responses", *summaries], "lines": lines}
 
 
-def difference_table(comparison):
+def difference_table(summaries, comparison):
     """Gaps, differences to the reference, shares of the reference's gap that are closed."""
     reference, pairs, tasks, lines = comparison["reference"], {}, [], []
     for name, gap in comparison["gaps"].items():
-        pairs[f"{name.replace('-image', '-text')} minus {name}"] = gap
+        pairs[f"{summaries[name]['run']}-text minus {name}"] = gap
     for name, gain in comparison["differences"].items():
         pairs.setdefault(f"{name} minus {reference}", gain)
     for title, numbers in pairs.items():
@@ -217,29 +244,34 @@ def difference_table(comparison):
                                for task in tasks)])
     for name, shares in comparison["closed"].items():
         cells = ["" if shares[task] is None else f"{percent(shares[task])}%" for task in tasks]
-        lines.append([f"of the gap of {reference}, closed by {name}", *cells])
+        lines.append([f"share of the gap closed by {name}", *cells])
     return {
         "title": "Differences of success",
-        "about": "In points, with 95% intervals over the same rows.",
+        "about": "In points, with 95% intervals over the same rows. The gap is that of "
+                 f"{reference} to the same model with symbols." if comparison["closed"] else
+                 "In points, with 95% intervals over the same rows.",
         "head": ["difference", *tasks], "lines": lines}
 
 
 def perception_table(summaries):
-    """Perception questions, a line per task and question."""
+    """Perception questions, a line per task and question, and per board size for all of them."""
     asked = {name: summary["perception"] for name, summary in summaries.items()
              if summary["perception"]}
     lines = []
     for cells in zip(*asked.values(), strict=True):
         exact = [with_interval(cell["exact"], cell["exact_ci"]) for cell in cells]
-        task, question = cells[0]["task"], cells[0]["question"]
+        task, level, question = cells[0]["task"], cells[0]["level"], cells[0]["question"]
         if task not in gen_data.TASKS and question == "map":  # of own rows: their symbols
             question = "symbols"
-        lines.append([task, question, cells[0]["n"], *exact])
+        if level is None:
+            lines.append([f"{task}: {question}", cells[0]["n"], *exact])
+        elif question == "all":
+            lines.append([f"{task} {level}: all", cells[0]["n"], *exact])
     return {
         "title": "Perception questions",
-        "about": "Answered exactly, in % with 95% intervals; all: every question about a picture.",
-        "head": ["task" if has_puzzles(summaries) else "group", "question", "n", *asked],
-        "lines": lines}
+        "about": "Answered exactly, in % with 95% intervals; n: answers, or pictures for all: "
+                 "every question about a picture.",
+        "head": ["question", "n", *asked], "lines": lines}
 
 
 # ---------------------------------------------------------------- the page
@@ -331,15 +363,15 @@ CURVES = {
 
 
 def draw_training(lines):
-    """The curves of a metrics.jsonl, those that there are."""
-    log, shown = pd.DataFrame(lines).set_index("step").dropna(axis=1, how="all"), {}
+    """{title: a plot} of a metrics.jsonl, those of CURVES that there are."""
+    log, plots = pd.DataFrame(lines).set_index("step").dropna(axis=1, how="all"), {}
     for title, keys in CURVES.items():
-        if known := [key for key in keys if key in log]:
-            shown[title] = known
-    figure = Figure(figsize=(3.4 * len(shown), 2.8), layout="constrained")
-    for axes, (title, keys) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(),
-                                   strict=True):
-        for key in keys:  # a validation has a value now and then
+        known = [key for key in keys if key in log]
+        if not known:
+            continue
+        figure = Figure(figsize=(3.4, 2.6), layout="constrained")
+        axes = figure.subplots()
+        for key in known:  # a validation has a value now and then
             curve = log[key].dropna()
             axes.plot(curve.index, curve, "." if len(curve) == 1 else "-", label=key)
         axes.set_title(title, fontsize=10, loc="left")
@@ -347,17 +379,20 @@ def draw_training(lines):
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
-    return figure
+        plots[title] = as_url(figure.savefig)
+    return plots
 
 
-def make_page(rows, pool, tables, summaries, verdicts, runs):
-    """The HTML of report.html. verdicts: {condition: its predictions}; runs: folders of runs.
+def make_page(rows, pool, tables, summaries, verdicts):
+    """The HTML of report.html. verdicts: {condition: its predictions}.
 
     At most GALLERY rows are shown, evenly chosen; of several samples the first. pool: all rows of
     the split, whose pictures a control may have read.
     """
-    shown, runs = rows[::-(-len(rows) // GALLERY)], [run for run in runs if run.is_dir()]
-    answers, paths = {}, {}
+    runs = dict.fromkeys(Path(run) for summary in summaries.values()
+                         for run in summary["args"]["adapter"] or ())
+    runs = [run for run in runs if run.is_dir()]  # base is none
+    shown, answers, paths = rows[::-(-len(rows) // GALLERY)], {}, {}
     for row in pool:
         paths |= {row.data["file_name"]: row.path, row.data.get("teacher_file_name"):
                   row.teacher_path}
@@ -366,12 +401,11 @@ def make_page(rows, pool, tables, summaries, verdicts, runs):
         answers[name] = [on_the_page(row, first[row.id]) for row in shown]
     used = {answer["picture"] for some in answers.values() for answer in some} - {None}
     curves = {run.name: read_lines(run / "metrics.jsonl") for run in runs}
-    data = {"tables": tables, "total": len(rows),
+    data = {"tables": tables, "total": len(rows), "names": explained(summaries),
             "conditions": list(summaries), "answers": answers,
             "rows": [row_on_the_page(row) for row in shown],
             "pictures": {name: small_picture(paths[name]) for name in paths if name in used},
-            "curves": {name: as_url(draw_training(lines).savefig)
-                       for name, lines in curves.items() if lines},
+            "curves": {name: draw_training(lines) for name, lines in curves.items() if lines},
             "rollouts": {run.name: rollouts_on_the_page(run) for run in runs},
             "parts": gen_data.PARTS, "puzzles": list(gen_data.TASKS)}
     page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")

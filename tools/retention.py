@@ -23,10 +23,14 @@ from tiny import build
 
 def parse_args(argv=None):
     parser = Parser(prog="-m tools.retention", description=__doc__.split("\n")[0])
-    common.add_flags(parser)
     add = parser.add_argument
     add("--adapter", nargs="+", metavar="RUN", default=["base"], help="runs, base for none")
     add("--name", help="name of the one run (default: its folder's)")
+    add("--preset", choices=common.BACKBONES, help="backbone (default: the run's, else tiny)")
+    add("--model", help="checkpoint folder (default: the run's, else the bundled one)")
+    add("--bits", type=int, choices=(4, 16, 32), help="frozen weights (default: the run's)")
+    add("--max_pixels", type=whole_number(1), help="a larger picture is shrunk (default: the "
+        "run's)")
     add("--count", type=whole_number(1), default=280, help="pictures, and questions about symbols")
     add("--rollout_batch", type=whole_number(1), help="rows answered at a time")
     add("--max_new_tokens", type=whole_number(1), help="length limit of an answer, tokens")

@@ -1,8 +1,9 @@
-"""The study: what the method is worth on the bundled backbone. Prints commands, makes tables.
+"""The study: what the method is worth, and its parts. Prints commands, makes tables.
 
     python -m tools.study coldstart | xargs -d '\\n' -P 2 -I{} sh -c {}
     python -m tools.study variants | xargs -d '\\n' -P 2 -I{} sh -c {}
     python -m tools.study tables                    # of what is there
+    python -m tools.study variants --preset 4b      # for a cluster; never run (docs/study.md)
 
 A variant is one command beside the cold start that the variants of a seed and a data size share.
 Equal rows, equal optimizer steps. A seed draws its own training rows; all answer the same test
@@ -14,11 +15,12 @@ array of batch jobs. With one thread each: OMP_NUM_THREADS=1 OMP_WAIT_POLICY=pas
 from itertools import product
 from pathlib import Path
 
-from gen_data import Parser, real_number, run_script, whole_number
+import coldstart
+import distill
+from gen_data import PRESETS, Parser, real_number, run_script, whole_number
 from tools import study_results
 from tools.study_results import name_of
 
-SIZES = (40, 200, 2000)                                   # training rows per task and board size
 VARIANTS = {  # name: command of stage 2, "" for none
     "base": "",
     "coldstart": "",
@@ -38,10 +40,13 @@ VARIANTS = {  # name: command of stage 2, "" for none
     "clipped_kl": "distill.py --divergence clipped_kl",
     "mgsd_best": "",                        # of mgsd, the adapter with the best validation
 }
+# Those of the paper's table, for the real backbones.
+PAPER = ("base", "coldstart", "mgsd", "no_coldstart", "sft_response", "sft_answer", "no_plan")
 ALL_SIZES = ("coldstart", "mgsd", "sft_response", "sft_foreign", "off_policy", "no_plan")
 ALL_RATES = ("mgsd", "sft_response", "sft_foreign", "off_policy")
 # What is measured of a run: evaluate.py's flags and the data folder. "test" of every run, "seen"
-# and tools.retention of every rate on the fewest rows, the others there of the rate --lr.
+# (and, of the bundled backbone, tools.retention) of every rate on the fewest rows, the others there
+# of the rate --lr.
 MEASURED = {
     "test": ("--input both", "test"),
     "seen": ("--input image --perception --limit 10", "test"),
@@ -49,43 +54,96 @@ MEASURED = {
     "unseen": ("--input image", "unseen"),                     # board sizes never trained on
     "sampled": ("--input image --temperature 1 --samples 8 --limit 10", "test"),
 }
-UNSEEN = ("frozenlake:5", "minibehaviour:6")
+
+# Defaults of the flags. Those of the real backbones are the stages' own, so that the run `mgsd` is
+# theirs; but the largest board of each task is kept for the test.
+TINY = {
+    "variants": list(VARIANTS),
+    "tasks": None,                                        # those of the preset
+    "unseen": ["frozenlake:5", "minibehaviour:6"],
+    "rows": [40, 200, 2000],
+    "test": 60,
+    "coldstart_steps": 200,
+    "coldstart_batch": 48,
+    "steps": 60,
+    "batch": 48,
+    "lr": 5e-4,
+    "lrs": [5e-4, 1.5e-3, 4.5e-3],
+}
+
+
+def settings_of(preset):
+    """{flag: default} of the study of a preset."""
+    if preset == "tiny":
+        return TINY
+    first, second = coldstart.SETTINGS[preset], distill.SETTINGS[preset]
+    return {
+        "variants": list(PAPER),
+        "tasks": ["frozenlake:3-7", "maze:3-5", "minibehaviour:5"],
+        "unseen": ["frozenlake:8", "maze:6", "minibehaviour:6"],
+        "rows": [PRESETS[preset]["train"]],
+        "test": PRESETS[preset]["test"],
+        "coldstart_steps": first["steps"],
+        "coldstart_batch": first["batch"],
+        "steps": second["steps"],
+        "batch": second["batch"],
+        "lr": second["lr"],
+        "lrs": [],
+    }
 
 
 def parse_args(argv=None):
     parser = Parser(prog="-m tools.study", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("what", choices=("coldstart", "variants", "tables"), help="the list of commands, or tables")
-    add("--out", default="out/study", help="folder of everything")
-    add("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="default: all")
+    add("--preset", default="tiny", choices=distill.SETTINGS, help="backbone; sets the defaults "
+        "of the flags without one")
+    add("--out", help="folder of everything (default: out/study, with its preset where not tiny)")
+    add("--variants", nargs="+", choices=VARIANTS, help="some of them")
     add("--seeds", nargs="+", type=whole_number(0), default=[0, 1, 2])
-    add("--rows", nargs="+", type=whole_number(1), default=SIZES,
-        help="training rows per task and board size")
-    add("--lrs", nargs="+", type=real_number(above=True), default=[5e-4, 1.5e-3, 4.5e-3],
+    add("--tasks", nargs="+", help="what is trained on and tested: task:size or task:low-high")
+    add("--unseen", nargs="+", help="board sizes that are only tested")
+    add("--rows", nargs="+", type=whole_number(1), help="training rows per task and board size")
+    add("--lrs", nargs="+", type=real_number(above=True),
         help=f"of stage 2, of {', '.join(ALL_RATES)} on the fewest rows")
-    add("--lr", type=real_number(above=True), default=5e-4, help="of stage 2, on all others")
-    add("--steps", type=whole_number(1), default=60, help="of stage 2, in every variant")
-    add("--coldstart_steps", type=whole_number(1), default=200)
-    add("--batch", type=whole_number(1), default=48, help="rows per step")
-    add("--test", type=whole_number(1), default=60, help="test rows per task and board size")
+    add("--lr", type=real_number(above=True), help="of stage 2, on all others")
+    add("--steps", type=whole_number(1), help="of stage 2, in every variant")
+    add("--batch", type=whole_number(1), help="rows per step of stage 2")
+    add("--coldstart_steps", type=whole_number(1), help="of the cold start")
+    add("--coldstart_batch", type=whole_number(1), help="rows per step of the cold start")
+    add("--test", type=whole_number(1), help="test rows per task and board size")
     args = parser.parse_args(argv)
+    for name, value in settings_of(args.preset).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.out = args.out or ("out/study" if args.preset == "tiny" else f"out/study-{args.preset}")
     args.rows = sorted(args.rows)
     return args
 
 
 # ---------------------------------------------------------------- commands
 
-def make_data(args, name, flags):
+def preset_of(args):
+    """The flag that a command needs where it is not about the default."""
+    return "" if args.preset == "tiny" else f"--preset {args.preset} "
+
+
+def make_data(args, name, flags, tasks=None):
     """Makes a data folder where it is not there."""
-    folder = f"{args.out}/data/{name}"
-    return f"(test -d {folder} || python gen_data.py {flags} --out {folder})"
+    folder, words = f"{args.out}/data/{name}", f"{preset_of(args)}{flags}"
+    if tasks:
+        words += f" --tasks {' '.join(tasks)}"
+    return f"(test -d {folder} || python gen_data.py {words} --out {folder})"
 
 
 def train(args, variant, rows, seed, lr=None):
     """The training of a run; without lr of a cold start."""
     command = VARIANTS[variant] or "coldstart.py"
-    words = ["python", command, f"--data {args.out}/data/{rows}-{seed} --seed {seed}",
-             f"--steps {args.steps if lr else args.coldstart_steps} --batch {args.batch}"]
+    steps, batch = args.coldstart_steps, args.coldstart_batch
+    if lr:
+        steps, batch = args.steps, args.batch
+    words = ["python", command, f"{preset_of(args)}--data {args.out}/data/{rows}-{seed} "
+             f"--seed {seed} --steps {steps} --batch {batch}"]
     if lr:
         words.append(f"--lr {lr:g}")
     if lr and "--init" not in command:
@@ -98,9 +156,10 @@ def measure(args, run, adapter, kinds):
     commands = []
     for kind in kinds:
         flags, data = MEASURED[kind]
-        commands.append(f"python evaluate.py {flags} --adapter {adapter} --name model --data "
-                        f"{args.out}/data/{data} --split test --out {args.out}/eval/{run}/{kind}")
-    if "seen" in kinds:
+        commands.append(f"python evaluate.py {preset_of(args)}{flags} --adapter {adapter} "
+                        f"--name model --data {args.out}/data/{data} --split test "
+                        f"--out {args.out}/eval/{run}/{kind}")
+    if "seen" in kinds and args.preset == "tiny":  # what the others were pretrained on is unknown
         commands.append(f"python -m tools.retention --adapter {adapter} --name model --count 140 "
                         f"--out {args.out}/eval/{run}/retention")
     return commands
@@ -123,12 +182,12 @@ def all_runs(args):
 def coldstart_commands(args):
     """Data and cold start, a line for every seed and size; before them the data of the tests."""
     lines = [" && ".join([
-        make_data(args, "test", f"--train 0 --test {args.test}"),
-        make_data(args, "unseen", f"--train 0 --val 0 --test {args.test} --tasks "
-                                  f"{' '.join(UNSEEN)}")])]
+        make_data(args, "test", f"--train 0 --test {args.test}", args.tasks),
+        make_data(args, "unseen", f"--train 0 --val 0 --test {args.test}", args.unseen)])]
     for rows, seed in product(args.rows, args.seeds):
-        lines.append(make_data(args, f"{rows}-{seed}", f"--seed {seed} --train {rows} --test 0")
-                     + " && " + train(args, "coldstart", rows, seed))
+        data = make_data(args, f"{rows}-{seed}", f"--seed {seed} --train {rows} --test 0",
+                         args.tasks)
+        lines.append(f"{data} && {train(args, 'coldstart', rows, seed)}")
     return lines
 
 

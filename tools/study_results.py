@@ -10,7 +10,6 @@ interval is too narrow rather than too wide.
 import json
 import os
 import re
-from itertools import chain
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "Agg"  # no window, whatever a notebook has set
@@ -20,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from evaluate import answer_frame
-from gen_data import TASKS, write_text
+from gen_data import TASKS, fail, write_text
 from tools.report import markdown, read_lines
 
 REFERENCE = "mgsd"
@@ -103,7 +102,7 @@ def seconds_of(out, run):
     folder = Path(out, "runs", run)
     init = json.loads((folder / "args.json").read_text("utf-8"))["args"].get("init", "none")
     folders = [folder] if init == "none" else [folder, Path(out, "runs", Path(init).name)]
-    return sum(line["step_seconds"] for part in folders
+    return sum(line.get("step_seconds", 0) for part in folders  # a fork may leave a step out
                for line in read_lines(part / "metrics.jsonl"))
 
 
@@ -186,8 +185,9 @@ def frame_of(found, reference=None):
     lines = []
     for (variant, rows, measure), values in found.items():
         if reference:
-            compared = measure != "seconds" and variant != reference
-            values = subtract(values, found.get((reference, rows, measure), {}) if compared else {})
+            if variant == reference or measure == "seconds":
+                continue
+            values = subtract(values, found.get((reference, rows, measure), {}))
         if values:
             mean, (low, high) = estimate(values)
             lines.append([variant, rows, measure, len(values), mean, low, high,
@@ -305,24 +305,28 @@ def plot_rates(frame, path, kept=("questions", "symbols")):
 
 
 def write(args, runs):
-    """values.json, results.md and two plots in args.out, of what is there."""
+    """values.json and results.md in args.out, of what is there; and what can be plotted."""
     values, smallest, out = read_values(args.out, runs), args.rows[0], Path(args.out)
     found = find_measures(values, [run for run in runs if run[3] in (None, args.lr)])
     rates = frame_of_rates(values, [run for run in runs if run[1] == smallest])
     whole, differences = frame_of(found), frame_of(found, REFERENCE)
+    if whole.empty:
+        fail(f"nothing was measured in {out}: run the lines of `python -m tools.study variants`")
     parts = []
     for rows in args.rows:
-        frame, paired = (some[some["rows"] == rows] for some in (whole, differences))
-        tables = [make_summary(frame), make_claims(found, rows, rows == smallest),
-                  make_table(frame), make_table(paired)]
+        frame = whole[whole["rows"] == rows]
+        summary, claims = make_summary(frame), make_claims(found, rows, rows == smallest)
+        table, paired = make_table(frame), make_table(differences[differences["rows"] == rows])
         if rows == smallest:
-            title = f"# {rows} rows per task and board size: mean over seeds [95% interval], %"
-            heads = ["# Claims", "# All measures", "# Differences to mgsd, paired"]
-            parts = [title, tables[0], *chain(*zip(heads, tables[1:], strict=True))]
+            parts += [f"# {rows} rows per task and board size: mean over seeds [95% interval], %",
+                      summary, "# Claims", claims, "# All measures", table,
+                      "# Differences to mgsd, paired", paired]
         elif len(frame):
-            parts += [f"# {rows} rows", *tables]
-    parts += ["# Learning rates", make_rate_table(rates)]
-    plot_sizes(whole, out / "success_by_rows.png")
-    plot_rates(rates, out / "rates.png")
+            parts += [f"# {rows} rows", summary, claims, table, paired]
+    if len(rates):
+        parts += ["# Learning rates", make_rate_table(rates)]
+        plot_rates(rates, out / "rates.png")
+    if whole["rows"].nunique() > 1:
+        plot_sizes(whole, out / "success_by_rows.png")
     write_text(out / "results.md", "\n\n".join(part.strip() for part in parts) + "\n")
     print(f"{parts[0]}\n\n{parts[1]}more in {out}/results.md")
