@@ -926,16 +926,18 @@ class OwnRow(Row):
 
     def fault(self):
         """What is wrong with the row, or None."""
-        for name in set(self.data) - set(OWN_FIELDS):
+        for name in self.data:
             meant = difflib.get_close_matches(name, OWN_FIELDS, 1, 0.82)
-            if meant:
-                return f'"{name}": "{meant[0]}" is meant? Other names may be used for what is yours'
+            if meant and name not in OWN_FIELDS:  # fields of quite other names are the user's own
+                return f'"{name}": is "{meant[0]}" meant? Else give it another name'
         if "symbols" not in self.data and "teacher_file_name" not in self.data:
             return ('neither "symbols" nor "teacher_file_name" (a cleaner picture for the teacher, '
                     "with --teacher_reads picture)")
         asked = self.data.get("questions", [])
         if not isinstance(asked, list) or not all(isinstance(pair, dict) for pair in asked):
             return '"questions": wanted a list of {"question", "answer"}'
+        if self.task in (*TASKS, "macro"):
+            return f'"group": {self.task} is the name of a task: choose another'
         return self.fault_of_texts() or self.fault_of_answer()
 
     def fault_of_texts(self):
@@ -968,8 +970,6 @@ class OwnRow(Row):
         if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) \
                 or not 0 <= tolerance < math.inf:
             return f'"tolerance": wanted a number, at least 0, got {tolerance!r:.60}'
-        if self.task in (*TASKS, "macro"):
-            return f'"group": {self.task} is the name of a task: choose another'
 
     def key(self):
         """The same for rows in which the student sees and reads the same, pixel by pixel."""
@@ -1140,7 +1140,11 @@ def decode_all(paths):
 
 def check_pictures(rows):
     """Decode the pictures of a user's own rows; what was generated here is only hashed."""
-    decode_all(path for row in rows if row.own for path in row.pictures())
+    own = [row for row in rows if row.own]
+    for row in tqdm(own, desc="pictures", unit="row", leave=False, disable=not own):
+        row.key()  # which opens the student's, once for all
+        if row.teacher_path:
+            open_picture(row.teacher_path)
 
 
 def read_jsonl(file):

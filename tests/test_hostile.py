@@ -118,28 +118,29 @@ def shrink(weights):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lose, "weights are missing, first of 1 model.language_model.layers.1.mlp.up_proj.weight"),
-    (gain, "asks for, first of 1 model.language_model.layers.1.mlp.side_proj.weight"),
-    (shrink, "mlp.up_proj.weight is (2, 2) there, and (256, 128) by its config.json")])
+    (lose, "such as model.language_model.layers.1.mlp.up_proj.weight"),
+    (gain, "such as model.language_model.layers.1.mlp.side_proj.weight"),
+    (shrink, "cannot be loaded")])
 def test_a_checkpoint_with_wrong_weights(tmp_path, capsys, change, message):
-    assert message in stops(capsys, common.load, str(checkpoint(tmp_path, change)), 32)
+    folder = checkpoint(tmp_path, change)
+    line = stops(capsys, common.load, str(folder), 32)
+    assert f"--model {folder}" in line and message in line
 
 
 def test_a_checkpoint_with_broken_files(tmp_path, capsys):
     folder = checkpoint(tmp_path, lambda weights: None)
     common.load(str(folder), 32)
     whole = (folder / "model.safetensors").read_bytes()
-    for size, message in ((1000, "its 1,000 bytes hold no whole header"), (5, "its 5 bytes hold"),
-                          (100_000, f"it has 100,000 bytes, wanted {len(whole):,}")):
+    for size in (1000, 5, 100_000):
         (folder / "model.safetensors").write_bytes(whole[:size])
         line = stops(capsys, common.load, str(folder), 32)
-        assert "model.safetensors is cut" in line and message in line
+        assert f"--model {folder} cannot be loaded" in line
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")  # a pickle is not even opened
-    assert "model.safetensors is missing" in stops(capsys, common.load, str(folder), 32)
+    assert "no file named model.safetensors" in stops(capsys, common.load, str(folder), 32)
     (folder / "model.safetensors").write_bytes(whole)
     (folder / "chat_template.jinja").unlink()
-    assert "it has no chat template" in stops(capsys, common.load, str(folder), 32)
+    assert "its processor cannot be used" in stops(capsys, common.load, str(folder), 32)
 
 
 def test_no_code_from_a_checkpoint_is_run(tmp_path):
