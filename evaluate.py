@@ -78,8 +78,8 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     common.add_flags(parser)
     add = parser.add_argument
-    add("--out", help="output folder (default: eval beside the last run of --adapter, else "
-        "out/<preset>/eval)")
+    add("--out", help="output folder (default: eval beside the last run of --adapter, where "
+        "nothing else is there, else out/<preset>/eval)")
     add("--split", default="test", choices=("test", "val"), help="rows that are asked about")
     add("--adapter", nargs="+", metavar="RUN", help="runs to evaluate, base for none (default: "
         "base, out/<preset>/coldstart and out/<preset>/distill, where they are)")
@@ -109,15 +109,13 @@ def parse_args(argv=None):
     if args.name and not re.fullmatch(r"\w[\w.+-]*", args.name):
         fail(f"--name {args.name!r}: wanted letters, digits and . + - _ (it names a folder)")
     runs = [run for run in args.adapter or () if run != "base"]
-    beside = run_folder(runs[-1]).parent if runs else None
-    if beside and beside.is_relative_to(Path.cwd()):
-        beside = beside.relative_to(Path.cwd())  # shorter to read
+    args.out = args.out or (find_place(runs[-1]) if runs else None)
     if not args.adapter and not args.responses:
         runs = [f"out/{args.preset or 'tiny'}/{stage}" for stage in STAGES[1:]]
         runs = [run for run in runs if Path(run, "adapter").is_dir()]
         args.adapter = ["base", *runs]
     common.resolve(args, SETTINGS, runs[0] if runs else None)
-    args.out = args.out or str(Path(beside or f"out/{args.preset}", "eval"))
+    args.out = args.out or f"out/{args.preset}/eval"
     return args
 
 
@@ -125,6 +123,15 @@ def run_folder(run):
     """The folder of a run, which may be given as its adapter/ or adapter-best/."""
     folder = Path(run).resolve()
     return folder.parent if folder.name in ("adapter", "adapter-best") else folder
+
+
+def find_place(run):
+    """The folder eval beside a run; None where it holds other things, as docs/run/eval does."""
+    folder = run_folder(run).with_name("eval")
+    if gen_data.foreign_name(folder, "evaluation"):
+        return None
+    inside = folder.is_relative_to(Path.cwd())
+    return str(folder.relative_to(Path.cwd()) if inside else folder)  # the shorter one
 
 
 def find_adapters(args):
@@ -744,16 +751,16 @@ def outlook(seconds, rows, pool, args):
 def last_words(args, rows, pool, gaps, seconds):
     """What to do next: of the base alone always, else where its gap is in doubt; or nothing."""
     gap, alone = gaps.get("base-image", {}).get("macro"), args.adapter == ["base"]
-    if args.responses or not gap:
+    if args.responses or not (gap or alone):
         return ""
     own = any(isinstance(row, gen_data.OwnRow) for row in rows)
     if own and args.model == common.BACKBONES["tiny"]["model"]:
-        return ("the bundled backbone knows only its own words: with other data it shows that "
-                "everything runs, and no number here means more")
-    if not alone:
-        return "" if gap["ci"][0] > 0 else decide(gap, rows)
-    sentences = [decide(gap, rows)]
-    if seconds:
+        return ("the bundled backbone knows only its own words: with prompts of your own it shows "
+                "that everything runs, and no number here means more")
+    sentences = []
+    if gap and (alone or gap["ci"][0] <= 0):
+        sentences.append(decide(gap, rows))
+    if alone and seconds:
         sentences.append(outlook(seconds, rows, pool, args))
     return ". ".join(sentences)
 

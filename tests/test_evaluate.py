@@ -473,6 +473,9 @@ def test_an_evaluation_lies_beside_what_it_evaluates(tmp_path, monkeypatch):
             (["--adapter", "out/mine/distill", "--out", "here"], "here"),
             (["--responses", "x.jsonl"], "out/tiny/eval"), (["--preset", "4b"], "out/4b/eval")):
         assert Path(evaluate.parse_args(words).out) == Path(out)
+    Path("docs/run/eval").mkdir(parents=True)                  # something else is there
+    Path("docs/run/eval/report.html").write_text("")
+    assert evaluate.parse_args(["--adapter", "docs/run/distill"]).out == "out/tiny/eval"
     Path("out/mine/distill").mkdir(parents=True)
     monkeypatch.chdir("out/mine/distill")
     assert Path(evaluate.parse_args(["--adapter", "."]).out) == tmp_path / "out/mine/eval"

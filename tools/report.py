@@ -362,16 +362,19 @@ CURVES = {
     "held-out answers right": ("val_map", "val_questions", "val_success", "val_teacher")}
 
 
-def draw_training(lines):
-    """{title: a plot} of a metrics.jsonl, those of CURVES that there are."""
-    log, plots = pd.DataFrame(lines).set_index("step").dropna(axis=1, how="all"), {}
-    for title, keys in CURVES.items():
-        known = [key for key in keys if key in log]
-        if not known:
-            continue
-        figure = Figure(figsize=(3.4, 2.6), layout="constrained")
-        axes = figure.subplots()
-        for key in known:  # a validation has a value now and then
+def draw_training(lines, titles=tuple(CURVES)):
+    """The curves of a metrics.jsonl, side by side, those of `titles` that there are, or None."""
+    log, shown = pd.DataFrame(lines).set_index("step").dropna(axis=1, how="all"), {}
+    for title in titles:
+        known = [key for key in CURVES[title] if key in log]
+        if known:
+            shown[title] = known
+    if not shown:
+        return None
+    figure = Figure(figsize=(3.4 * len(shown), 2.8), layout="constrained")
+    plots = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, (title, keys) in zip(plots, shown.items(), strict=True):
+        for key in keys:  # a validation has a value now and then
             curve = log[key].dropna()
             axes.plot(curve.index, curve, "." if len(curve) == 1 else "-", label=key)
         axes.set_title(title, fontsize=10, loc="left")
@@ -379,7 +382,16 @@ def draw_training(lines):
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
-        plots[title] = as_url(figure.savefig)
+    return figure
+
+
+def plots_of(run):
+    """{title: a plot as a data URL} of the curves in the log of a run."""
+    lines, plots = read_lines(run / "metrics.jsonl"), {}
+    for title in CURVES if lines else ():
+        figure = draw_training(lines, [title])
+        if figure:
+            plots[title] = as_url(figure.savefig)
     return plots
 
 
@@ -390,8 +402,8 @@ def make_page(rows, pool, tables, summaries, verdicts):
     the split, whose pictures a control may have read.
     """
     runs = dict.fromkeys(Path(run) for summary in summaries.values()
-                         for run in summary["args"]["adapter"] or ())
-    runs = [run for run in runs if run.is_dir()]  # base is none
+                         for run in summary["args"]["adapter"] or () if run != "base")
+    runs = [run for run in runs if run.is_dir()]
     shown, answers, paths = rows[::-(-len(rows) // GALLERY)], {}, {}
     for row in pool:
         paths |= {row.data["file_name"]: row.path, row.data.get("teacher_file_name"):
@@ -400,12 +412,12 @@ def make_page(rows, pool, tables, summaries, verdicts):
         first = {line["id"]: line for line in reversed(lines)}
         answers[name] = [on_the_page(row, first[row.id]) for row in shown]
     used = {answer["picture"] for some in answers.values() for answer in some} - {None}
-    curves = {run.name: read_lines(run / "metrics.jsonl") for run in runs}
+    curves = {run.name: plots_of(run) for run in runs}
     data = {"tables": tables, "total": len(rows), "names": explained(summaries),
             "conditions": list(summaries), "answers": answers,
             "rows": [row_on_the_page(row) for row in shown],
             "pictures": {name: small_picture(paths[name]) for name in paths if name in used},
-            "curves": {name: draw_training(lines) for name, lines in curves.items() if lines},
+            "curves": {name: plots for name, plots in curves.items() if plots},
             "rollouts": {run.name: rollouts_on_the_page(run) for run in runs},
             "parts": gen_data.PARTS, "puzzles": list(gen_data.TASKS)}
     page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
