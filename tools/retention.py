@@ -66,8 +66,8 @@ def score(model, processor, asked, args):
     for i in range(0, len(asked), args.rollout_batch):
         prompts, images, answers = zip(*asked[i:i + args.rollout_batch], strict=True)
         batch = common.encode(processor, prompts, images, model.device)
-        texts = common.decode(processor, *common.sample(model, processor, batch,
-                                                        args.max_new_tokens))
+        ids, mask, _ = common.sample(model, processor, batch, args.max_new_tokens)      # [B, T]
+        texts = common.decode(processor, ids, mask)
         right += [int(text == answer) for text, answer in zip(texts, answers, strict=True)]
     return right
 
