@@ -122,7 +122,7 @@ def fetch(model):
 
 
 def is_whole(folder):
-    """Are all files of a checkpoint there? An interrupted download, or another tool's, left some."""
+    """Are all files of a checkpoint there? A download that was interrupted leaves some."""
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.is_file():
