@@ -17,6 +17,7 @@ import gc
 import importlib.util
 import io
 import json
+import os
 import sys
 import tempfile
 import time
@@ -41,8 +42,22 @@ from tools.report import percent, read_lines  # noqa: E402
 
 # ---------------------------------------------------------------- random weights
 
-def random_network(config, bits, device):
-    """The network of a configuration as `common.load` would return it, with random weights."""
+def random_network(config, bits, device, processor=None, load=common.load):
+    """What `common.load` makes of a network of this configuration with random weights.
+
+    processor: that of the network (default: the bundled one).
+    """
+    from transformers import AutoModelForImageTextToText
+    processor = processor or common.load_processor(common.TINY)
+    model = random_weights(config, bits, device)
+    found = model, {"missing_keys": set(), "unexpected_keys": set()}
+    with (mock.patch.object(AutoModelForImageTextToText, "from_pretrained", return_value=found),
+          mock.patch.object(common, "load_processor", return_value=processor)):
+        return load(common.TINY, bits)[0]
+
+
+def random_weights(config, bits, device):
+    """The network of a configuration on the device, with random weights in load's precisions."""
     from accelerate import init_empty_weights
     from transformers import Qwen3VLForConditionalGeneration
     dtype = common.compute_dtype(bits)
@@ -64,13 +79,8 @@ def random_network(config, bits, device):
         for key, buffer in module.named_buffers(recurse=False):
             setattr(module, key, buffer.to(device))
     model.tie_weights()
-    conv = model.model.visual.patch_embed.proj
-    conv.forward = partial(common.embed_patches, conv)
-    model.requires_grad_(False)
-    model.is_loaded_in_4bit = bits == 4  # peft chooses its layers by this
-    if torch.device(device).type == "cuda":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.eval()
+    model.is_loaded_in_4bit = model.is_quantized = bits == 4  # peft chooses its layers by this
+    return model
 
 
 def random_nf4(linear, device):
@@ -83,7 +93,6 @@ def random_nf4(linear, device):
     weight = torch.empty(linear.weight.shape, dtype=dtype, device=device)
     new.weight = Params4bit(weight.normal_(std=0.02), requires_grad=False, quant_type="nf4",
                             compress_statistics=True, module=new).to(device)
-    new.support_avx512bf16_for_cpu = False
     return new
 
 
@@ -159,7 +168,7 @@ def measure_model(preset, bits, data, own):
         processor = common.load(common.TINY, 32)[1] if own.tiny else estimate.qwen_processor()
 
     def network():
-        return random_network(config, bits, own.device)
+        return random_network(config, bits, own.device, processor)
     card = torch.cuda.get_device_name() if own.device == "cuda" else "CPU"
     title = f"{preset} in {bits} bits, {card}"
     found = {stage: attempt(two_steps, stage, [*words, "--data", data], network, processor)
@@ -425,7 +434,9 @@ def parse_args(argv=None):
     add("--row", metavar="RUN", help="print the line of a run, with an evaluation in RUN/eval, for "
         "docs/gpu.md's table, and stop")
     args, args.settings = parser.parse_known_args(argv)  # the rest: flags of both stages
-    if not args.row and args.device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the scripts take a card where there is one
+    elif not args.row and not torch.cuda.is_available():
         gen_data.fail("no CUDA device: --device cpu --tiny runs the same code on a small model")
     args.rollout_batches = args.rollout_batches or ([32] if args.quick else [4, 8, 16, 32, 64])
     if args.quick:
