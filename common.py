@@ -808,7 +808,7 @@ def backbone_of(run):
     if record:
         return {name: record["args"][name] for name in ("preset", *BACKBONES["tiny"])
                 if name in record["args"]}
-    file = adapter_folder(run, "--init") / "adapter_config.json"
+    file = adapter_folder(run, "the run") / "adapter_config.json"
     with in_one_line(f"cannot read {file}"):
         rank = json.loads(file.read_text(encoding="utf-8"))["r"]
     return {"lora_rank": rank, "lora_vision": None}

@@ -175,15 +175,14 @@ class Asker:
                 self.warn(self.masked(error))
 
     def __call__(self, question):
-        key, prompt, picture = question
-        content, sampling, name = [{"type": "text", "text": prompt}], {}, None
-        if picture:
-            url = data_url(picture)
+        content, sampling, name = [{"type": "text", "text": question.prompt}], {}, None
+        if question.picture:
+            url = data_url(question.picture)
             content.insert(0, {"type": "image_url", "image_url": {"url": url}})
-            name = Path(picture).relative_to(self.folder).as_posix()
+            name = Path(question.picture).relative_to(self.folder).as_posix()
         if self.args.temperature:
-            sampling["seed"] = int(digest(self.args.seed, key), 16) % 2**31
-        line = {**key, "model": self.args.api_model, "picture": name}
+            sampling["seed"] = int(digest(self.args.seed, question.key), 16) % 2**31
+        line = {**question.key, "model": self.args.api_model, "picture": name}
         try:
             line |= read_reply(self.request(content, sampling))
             self.useful = True
@@ -214,7 +213,7 @@ def check_settings(out, settings):
 
 def ask_all(args, asked, asker, lines):
     """Asks what has no answer in `lines` yet; each line is added, each answer in args.out too."""
-    todo = [question for question in asked if evaluate.label(question[0]) not in lines]
+    todo = [question for question in asked if evaluate.label(question.key) not in lines]
     asker.useful, failed = bool(lines), 0
     with ThreadPool(args.concurrency) as pool, evaluate.append_answers(Path(args.out)) as file:
         for line in tqdm(pool.imap_unordered(asker, todo), total=len(todo), unit="row"):
@@ -232,7 +231,7 @@ def main(args):
     pool, out = gen_data.load_rows(args.data, args.split), Path(args.out)
     rows = gen_data.choose_rows(pool, args.tasks, args.limit)
     asked, asker = evaluate.planning_questions(rows, args.input, pool), Asker(args)
-    gen_data.decode_all(path for _, _, path in asked if path)
+    gen_data.decode_all(question.picture for question in asked if question.picture)
     settings = {name: getattr(args, name) for name in
                 ("api_base", "api_model", "max_new_tokens", "temperature", "seed", "extra")}
     settings["questions"] = evaluate.digest_questions(asked)  # rows, prompts and pictures
@@ -243,7 +242,7 @@ def main(args):
         with in_one_line(f"{out} cannot be read"):
             lines = evaluate.read_answers(out)
         ask_all(args, asked, asker, lines)
-        lines = [lines[evaluate.label(key)] for key, _, _ in asked]
+        lines = [lines[evaluate.label(question.key)] for question in asked]
         write_text(out, "".join(json.dumps(line) + "\n" for line in lines))  # in their order
     finally:
         lock.release()

@@ -319,7 +319,7 @@ def load_splits(args, found):
     """{split: its rows} of what can be loaded. A run trains without a validation split."""
     splits = {}
     for split in args.splits:
-        if split == "val" and not Path(args.data, split, "metadata.jsonl").is_file():
+        if split == "val" and not gen_data.has_split(args.data, split):
             found.warn("no validation split: the stages train without one", f"{args.data}/{split}")
             continue
         rows = found.refused(None, gen_data.load_rows, args.data, split)

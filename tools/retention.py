@@ -11,7 +11,7 @@ import json
 import random
 from pathlib import Path
 
-from scipy.stats import binomtest
+import numpy as np
 from tqdm import tqdm
 
 import common
@@ -85,11 +85,10 @@ def main(args):
         results[name], texts = {}, [name]
         for kind, questions in asked.items():
             right = score(model, processor, questions, args)
-            ci = binomtest(sum(right), len(right)).proportion_ci(method="wilson")
-            results[name][kind] = {"exact": sum(right) / len(right), "exact_ci": list(ci),
-                                   "n": len(right), "right": right}
-            texts.append(f"{100 * sum(right) / len(right):.1f} "
-                         f"[{100 * ci.low:.1f}, {100 * ci.high:.1f}]")
+            numbers = evaluate.rate("exact", [np.array(right, float)])
+            low, high = numbers["exact_ci"]
+            results[name][kind] = {**numbers, "right": right}
+            texts.append(f"{100 * numbers['exact']:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
         lines.append(f"| {' | '.join(texts)} |")
         network = common.remove_lora(model) if adapter else model
     Path(args.out).mkdir(parents=True, exist_ok=True)
