@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -227,13 +228,17 @@ def test_the_best_of_mgsd_is_measured_in_its_line(capsys):
 
 
 @pytest.mark.parametrize("preset", ["2b", "4b", "8b"])
-def test_the_commands_of_a_real_backbone(preset, capsys):
+def test_the_commands_of_a_real_backbone(preset, tmp_path, monkeypatch, capsys):
     """Every script reads its line; what the presets say is what is run; nothing unseen is trained.
     """
+    monkeypatch.chdir(tmp_path)
     found = []
     for what in ("coldstart", "variants"):
         for line in printed(capsys, what, "--preset", preset):
             for script, words in commands_of(line):
+                for flag, run in zip(words, words[1:], strict=False):
+                    if flag in ("--init", "--adapter") and run not in ("none", "base"):
+                        pretend_run(Path(run), preset)
                 found.append((script, SCRIPTS[script].parse_args(words)))
     data = {args.out: args for script, args in found if script == "gen_data.py"}
     unseen = data[f"out/study-{preset}/data/unseen"].tasks
@@ -248,6 +253,13 @@ def test_the_commands_of_a_real_backbone(preset, capsys):
     written = [args.out for script, args in found if script != "gen_data.py"]
     assert len(written) == len(set(written))
     assert "tools.retention" not in "".join(printed(capsys, "variants", "--preset", preset))
+
+
+def pretend_run(folder, preset):
+    """A folder that says it is a run of this preset."""
+    folder.mkdir(parents=True, exist_ok=True)
+    args = {"preset": preset, **common.BACKBONES[preset]}
+    (folder / "args.json").write_text(json.dumps({"kind": "run", "args": args}))
 
 
 def commands_of(line):
@@ -315,7 +327,8 @@ def test_killed_and_run_again(tmp_path, capsys):
     toy = ["--variants", "mgsd", "sft_response", "--seeds", "0", "--rows", "4", "--lrs", "0.001",
            "--lr", "0.001", "--steps", "3", "--coldstart_steps", "2", "--batch", "6",
            "--coldstart_batch", "6", "--test", "3"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+                   "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for out in ("whole", "killed"):
         for what in ("coldstart", "variants"):
             for line in printed(capsys, what, *toy, "--out", out):
