@@ -29,6 +29,7 @@ from gen_data import open_picture
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
 RECIPES = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
+BLOCK = r"^```diff\n(.*?)^```$"
 CLASS = "# The class `Lamps` of tests/test_tasks.py stands here.\n"
 STEPS = 4
 NO_SIGNAL = "Batches without a signal left out"
@@ -115,7 +116,7 @@ def log(values, step):
 
 def changes(text):
     """Yields (file, the lines that are there, the lines in their place) of a recipe's block."""
-    [block] = re.findall(r"^```diff\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    [block] = re.findall(BLOCK, text, re.MULTILINE | re.DOTALL)
     for name, hunks in re.findall(r"^--- (\S+)\n(.*?)(?=^--- |\Z)", block, re.M | re.S):
         for hunk in hunks.split("@@\n"):
             lines = hunk.splitlines(keepends=True)
@@ -145,14 +146,16 @@ def source_of(task):
     return inspect.getsource(task).replace("gen_data.", "")
 
 
+@pytest.mark.recipes
 def test_the_table_names_every_recipe_and_its_lines():
     """In the page's order, with the lines that its block takes away and puts in."""
     rows = re.findall(r"^\| .*?\]\(#([\w-]+)\).* \| -(\d+) \+(\d+) \|$", PAGE, re.MULTILINE)
     wanted = []
     for name, text in RECIPES.items():
         anchor = re.sub(r"[^\w -]", "", name).lower().replace(" ", "-")  # as GitHub makes it
-        minus = re.findall(r"^-(?!-- )", text, re.MULTILINE)
-        plus = re.findall(r"^\+", text, re.MULTILINE)
+        [block] = re.findall(BLOCK, text, re.MULTILINE | re.DOTALL)
+        minus = re.findall(r"^-(?!-- )", block, re.MULTILINE)
+        plus = re.findall(r"^\+", block, re.MULTILINE)
         wanted.append((anchor, str(len(minus)), str(len(plus))))
     assert rows == wanted
 
@@ -456,7 +459,7 @@ def test_only_the_student_sees_the_augmented_view(place, whole, tiny):
         picture = open_picture(row.path).filter(ImageFilter.GaussianBlur(blur))
         return log_probs(*tiny, row.student_prompt(), picture, ids)
     wanted = first_kl(place, steps[0], lambda row, ids: seen(row, ids, 3), seen)
-    assert lines[0]["kl"] == pytest.approx(wanted, rel=1e-4) and wanted > 0.01
+    assert lines[0]["kl"] == pytest.approx(wanted, rel=1e-4) and wanted > 0.001
 
 
 @pytest.mark.recipes
@@ -490,12 +493,12 @@ def test_two_updates_per_batch(place, whole, tiny):
         optimizer.step()
         optimizer.zero_grad()
         if len(ratios) == 1:
-            assert lines[0]["loss"] == pytest.approx(float(loss), rel=1e-4)
+            assert lines[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert ratios[1].max() > 1.1 and ratios[1].min() < 0.9
     moved = apart = 0.0
     for name, weight in weights.items():
-        moved += float((weight - begun[name]).square().sum())
-        apart += float((weight - saved[name]).square().sum())
+        moved += (weight - begun[name]).square().sum().item()
+        apart += (weight - saved[name]).square().sum().item()
     assert apart < 1e-4 * moved
     model.unload()
 
