@@ -116,23 +116,6 @@ def test_rows_that_were_trained_on_are_told_apart():
     assert (none["trained_on"], none["success_unseen"]) == (0, 1)
 
 
-class Keyed:
-    def __init__(self, name, key):
-        self.id, self.key = name, lambda: key
-
-
-def test_a_record_of_the_older_form_is_not_known(capsys):
-    """Keys of own rows have a word in front now; what has none may be theirs, or a puzzle's."""
-    own, puzzle = Keyed("own", "picture 12ab"), Keyed("puzzle", "34cd")
-    for known, rows, wanted in (
-            (None, [own], None), (set(), [own, puzzle], []), ({"12ab"}, [own], None),
-            ({"12ab"}, [own, puzzle], None), ({"34cd"}, [puzzle], ["puzzle"]),
-            ({"picture 12ab"}, [own], ["own"]), ({"picture 12ab"}, [puzzle], []),
-            ({"picture 56ef", "34cd"}, [own, puzzle], ["puzzle"])):
-        assert evaluate.trained_ids("mine", known, rows) == wanted
-    assert capsys.readouterr().err.count("which own rows it was trained on is not known") == 2
-
-
 def answers(wins, ids=(0, 1, 2, 3)):
     """The frame of answers to these rows, a success where the id is below `wins`."""
     return evaluate.answer_frame([

@@ -200,6 +200,6 @@ def test_an_evaluation_and_its_report(data, tmp_path, monkeypatch, capsys):
     assert [verdict["optimal"] for verdict in found] == [True] + [False] * 3 + [True] * 8
     assert [verdict["map_right"] for verdict in found] == [True] * 2 + [False] * 2 + [True] * 8
     results = (tmp_path / "eval/results.md").read_text(encoding="utf-8")
-    assert "| lamps | 6 |" in results and "| lamps | 7 |" in results
+    assert "| lamps 6 |" in results and "| lamps 7 |" in results
     page = (tmp_path / "eval/report.html").read_text(encoding="utf-8")
     assert rows[0].id in page and "lamps" in page

@@ -250,8 +250,8 @@ def main(args):
     if failed == len(lines):
         fail(f"{out}: none of {failed} rows was answered; the first error: {lines[0]['error']}")
     again = "; the same command asks again for the others" if failed else ""
-    following = shlex.join(["python", "evaluate.py", "--responses", args.out, "--split", args.split,
-                            "--data", args.data])
+    following = shlex.join(["python", "evaluate.py", "--responses", args.out, "--input", args.input,
+                            "--split", args.split, "--data", args.data])
     print(f"{out}: {len(lines) - failed} of {len(lines)} rows answered{again}; next: {following}")
 
 
