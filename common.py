@@ -808,10 +808,12 @@ def backbone_of(run):
     if record:
         return {name: record["args"][name] for name in ("preset", *BACKBONES["tiny"])
                 if name in record["args"]}
-    file = adapter_folder(run, "the run") / "adapter_config.json"
-    with in_one_line(f"cannot read {file}"):
-        rank = json.loads(file.read_text(encoding="utf-8"))["r"]
-    return {"lora_rank": rank, "lora_vision": None}
+    for file in (Path(run, "adapter/adapter_config.json"), Path(run, "adapter_config.json")):
+        if file.is_file():
+            with in_one_line(f"cannot read {file}"):
+                rank = json.loads(file.read_text(encoding="utf-8"))["r"]
+            return {"lora_rank": rank, "lora_vision": None}
+    return {}  # no adapter there, as `adapter_folder` will say
 
 
 def check_backbone(run, args):

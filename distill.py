@@ -349,8 +349,10 @@ def is_due(step, args):
 
 def main(args):
     share = common.join_processes(args.batch)  # of the rows of a step: those of this process
+    if args.init != "none":
+        common.adapter_folder(args.init, "--init")  # what is missing is told before data are made
     if args.tasks and not args.data:
-        gen_data.parse_tasks(args.tasks)  # refused before data are made
+        gen_data.parse_tasks(args.tasks)
     args.data = common.once(gen_data.ensure, args.data, args.preset, args.seed)
     rows = gen_data.choose_rows(gen_data.load_rows(args.data, "train"), args.tasks)
     held_out = []

@@ -54,7 +54,9 @@ def commands():
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8") if page.name != "recipes.md" else ""  # of forks
-        for block in re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            if kind not in ("", "bash", "sh"):
+                continue
             for line in block.replace("\\\n", " ").splitlines():
                 if not re.search(r"\b(python|torchrun)\b", line):
                     continue
