@@ -109,7 +109,7 @@ def configuration(path):
     if kind:
         if kind != Qwen3VLConfig.model_type:
             fail(f"--model {path} is a {kind}: the arithmetic is that of a qwen3_vl")
-        return Qwen3VLConfig.from_pretrained(folder)
+        return Qwen3VLConfig.from_pretrained(folder, local_files_only=True)
     if path not in CONFIGS:
         fail(f"no config.json for --model {path}: wanted a folder that has one, "
              f"or {', '.join(CONFIGS)}")
