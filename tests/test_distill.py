@@ -667,7 +667,7 @@ class Broken(common.Decoder):
 
     def keep(self, going):
         super().keep(going)
-        self.left = True
+        self.left, self.logits = True, self.logits[going]
         if self.fault == "a position is left out":
             self.position = self.position + 1
         if self.fault == "keys and values are another row's":

@@ -67,13 +67,13 @@ def test_sampled_tokens_are_those_of_the_cpu():
         model.generation_config.eos_token_id = ends
         model = adapted(model)
         prompt = common.encode(processor, texts, images, device)
-        found.append([tensor.cpu() for tensor in common.sample(
-            model, processor, prompt, 24, uniforms, rollout_batch=3)])
+        ids, mask, drawn = common.sample(model, processor, prompt, 24, uniforms, rollout_batch=3)
+        found.append([ids.cpu(), mask.cpu(), (drawn * mask).cpu()])
     roll("cpu")
     with pretended():
         roll("cuda")
     for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
