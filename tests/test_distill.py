@@ -698,7 +698,7 @@ def test_a_decoder_that_reads_wrongly_ends_the_run(toy_data, tmp_path, monkeypat
 
 
 def test_what_a_step_must_show(capsys):
-    """A wrong gap ends the run in the first step on policy, later it is one warning, off it nothing.
+    """A wrong gap ends the run in the first step on policy; later it is one warning.
 
     A first gradient is zero only where it is, and something counted.
     """
