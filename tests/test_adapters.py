@@ -277,6 +277,11 @@ def test_a_checkpoint_that_is_stored_in_4_bits(tmp_path, capsys):
         assert folder in stops(capsys, common.load, folder, bits)
 
 
+def test_a_vision_tower_in_4_bits_is_refused(tmp_path, capsys):
+    folder = stored(tmp_path, quantization_config=nf4("lm_head"))
+    assert folder in stops(capsys, common.load, folder, 4)
+
+
 @pytest.mark.parametrize("method", ["fp8", "gptq", "awq"])
 def test_another_quantisation_is_refused(tmp_path, capsys, method):
     folder = shutil.copytree(common.TINY, tmp_path / "model")
