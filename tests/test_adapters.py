@@ -243,14 +243,17 @@ def nf4(*skipped):
 
 
 def test_weights_are_told_apart_wherever_they_differ(tmp_path):
-    """At their ends, in the middle, by their size; without reading gigabytes."""
+    """At their ends, in a part of the middle, by their size; without reading gigabytes."""
     found = set()
-    for size, place in ((3 << 20, 5), (3 << 20, (3 << 20) - 1), (3 << 20, 3 << 19), (4 << 20, 5)):
+    for size, changed in ((3 << 20, range(0)), (3 << 20, range(5)), (4 << 20, range(5)),
+                          (3 << 20, range((3 << 20) - 5, 3 << 20)),
+                          (3 << 20, range(5 << 18, 6 << 18))):
         content = bytearray(size)
-        content[place] = 1
+        for place in changed:
+            content[place] = 1
         (tmp_path / "model.safetensors").write_bytes(content)
         found.add(common.digest_folder(tmp_path)["model.safetensors"])
-    assert len(found) == 4
+    assert len(found) == 5
 
 
 def test_another_commit_of_the_hub_with_the_same_files_is_the_same_model(tmp_path):
@@ -272,6 +275,11 @@ def test_a_checkpoint_that_is_stored_in_4_bits(tmp_path, capsys):
     assert kinds == {"Linear4bit"}
     for bits in (16, 32):
         assert folder in stops(capsys, common.load, folder, bits)
+
+
+def test_a_vision_tower_in_4_bits_is_refused(tmp_path, capsys):
+    folder = stored(tmp_path, quantization_config=nf4("lm_head"))
+    assert folder in stops(capsys, common.load, folder, 4)
 
 
 @pytest.mark.parametrize("method", ["fp8", "gptq", "awq"])

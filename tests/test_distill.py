@@ -698,19 +698,20 @@ def test_a_decoder_that_reads_wrongly_ends_the_run(toy_data, tmp_path, monkeypat
 
 
 def test_what_a_step_must_show(capsys):
-    """A wrong gap ends the run in the first step on policy, later it is a warning, off it nothing.
+    """A wrong gap ends the run in the first step on policy; later it is one warning.
 
     A first gradient is zero only where it is, and something counted.
     """
     args = distill.parse_args(["--init", "none"])
 
-    def look(step=0, gap=0.0, right=False, loss=1.0, norm=1.0, kl=1.0, count=1):
+    def look(step=0, gap=0.0, right=None, loss=1.0, norm=1.0, kl=1.0, count=1):
         means = {"sampling_gap": gap, "kl": kl, "cut": 0}
         right = distill.check_step(args, step, loss, norm, means, count * torch.ones(3), right)
         return right, "warning: " in capsys.readouterr().err
     assert look() == look(right=True) == look(norm=1e-6) == look(norm=0.0, count=0) == (True, False)
-    assert look(gap=None) == (False, False)
-    assert look(step=3, gap=0.3, right=True) == (True, True)
+    assert look(gap=None) == (None, False)
+    assert look(step=3, gap=0.3, right=True) == (False, True)
+    assert look(step=4, gap=0.3, right=False) == (False, False)
     assert look(loss=float("nan")) == look(kl=11.0) == (True, True)
     assert look(loss=float("nan"), kl=float("nan")) == (True, False)   # the step is skipped for it
     for wrong in ({"gap": 0.3}, {"step": 3, "gap": 0.3}, {"norm": 0.0}):

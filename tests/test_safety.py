@@ -127,7 +127,7 @@ def empty_split(here):
 
 
 def no_split(here):
-    shutil.rmtree(here / "data/tiny/val")
+    shutil.rmtree(here / "data/tiny/train")
 
 
 def a_file(here):
@@ -171,7 +171,7 @@ REFUSED = [
     ("distill", nothing, ["--data", "typo", "--init", "none"], "--data typo: no such folder"),
     ("evaluate", nothing, ["--data", "typo"], "--data typo: no such folder"),
     ("coldstart", empty_split, ["--out", "new"], "data/tiny/val/metadata.jsonl is empty"),
-    ("coldstart", no_split, ["--out", "new"], "no data/tiny/val/metadata.jsonl"),
+    ("coldstart", no_split, ["--out", "new"], "no data/tiny/train/metadata.jsonl"),
     ("distill", nothing, ["--tasks", "chess", "--init", "none"], "chess"),
     ("distill", nothing, ["--preset", "4b"], "--init out/4b/coldstart: no adapter there"),
     *[(script, nothing, ["--model", "typo/"], "--model typo/")
