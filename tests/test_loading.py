@@ -109,7 +109,8 @@ def test_what_neither_a_folder_nor_the_hub_has(hub, capsys, name):
     assert f"--model {name} " in stops(capsys, common.load, name, 32)
 
 
-@pytest.mark.parametrize("missing", [None, "model.safetensors", "config.json"])
+@pytest.mark.parametrize("missing", [None, "model.safetensors", "config.json",
+                                     "tokenizer_config.json"])
 def test_what_is_whole_in_the_cache_is_taken_without_a_question(
         folder, hub, tmp_path, capsys, missing):
     """And is downloaded where an earlier download was interrupted."""
@@ -127,10 +128,10 @@ def test_what_is_whole_in_the_cache_is_taken_without_a_question(
         assert common.fetch("owner/name") == snapshot and not hub
 
 
-def test_a_download_is_interrupted_if_a_part_is_missing(tmp_path):
+def test_a_download_is_interrupted_if_a_part_is_missing(folder):
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / "model-1.safetensors").write_bytes(b"")
-    assert not common.is_whole(tmp_path)
-    (tmp_path / "model-2.safetensors").write_bytes(b"")
-    assert common.is_whole(tmp_path)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model-1.safetensors").write_bytes(b"")
+    assert not common.is_whole(folder)
+    (folder / "model-2.safetensors").write_bytes(b"")
+    assert common.is_whole(folder)

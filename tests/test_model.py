@@ -464,8 +464,9 @@ def test_an_adapter_merges_with_plain_peft(student, tiny, tmp_path, monkeypatch)
     (tmp_path / "tiny").symlink_to(common.TINY)
     monkeypatch.chdir(tmp_path)
     page = Path(common.__file__).parent / "docs/your_own_task.md"
-    lines = page.read_text(encoding="utf-8").split("```python\n")[1]
-    exec(lines.split("```")[0].replace("bfloat16", "float32"), {})
+    blocks = page.read_text(encoding="utf-8").split("```python\n")[1:]
+    lines, = [block.split("```")[0] for block in blocks if "merge_and_unload" in block]
+    exec(lines.replace("bfloat16", "float32"), {})
 
     _, prompt, ids, mask = pictures_and_answers(tiny[1], 2)
     merged, _ = common.load(str(tmp_path / "merged"), 32)

@@ -290,7 +290,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(folder, whole):
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no right to mount a small tmpfs")
     try:
-        text = finish(folder, "coldstart", out, code=1, patch=f"""
+        text = finish(folder, "coldstart", out, code=2, patch=f"""
 real = common.write_bytes
 def fill(path, content):
     if path.name == 'checkpoint.pt' and path.exists():
