@@ -704,7 +704,8 @@ def sample(model, processor, prompt, max_new_tokens, uniforms=None, temperature=
     ended = torch.isin(ids, ends).long()
     mask = (ended.cumsum(1) - ended == 0).long()    # by position: padding may be an EOS too
     length = mask.sum(1).max()
-    return ids.where(mask.bool(), pad)[:, :length], mask[:, :length], drawn[:, :length]
+    ids, drawn = ids.where(mask.bool(), pad), drawn.where(mask.bool(), 0.0)
+    return ids[:, :length], mask[:, :length], drawn[:, :length]
 
 
 def was_cut(model, processor, ids, mask):

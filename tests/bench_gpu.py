@@ -180,6 +180,8 @@ def measure_model(preset, bits, data, own):
     print_sampling(title, model, processor, rows, own)
     print_policy(title, model, processor, rows, own, args)
     print_decoding(title, model, processor, rows, own)
+    print_leaving(title, model, processor, rows, own)
+    print_adapters_in_training(title, model, processor, rows, own, args)
     print_patches(title, common.network(model).model.visual.patch_embed.proj)
     if importlib.util.find_spec("trl") and own.device == "cuda":
         print_losses(title, common.network(model).lm_head, args)
@@ -272,6 +274,56 @@ def print_policy(title, model, processor, rows, own, args):
     model.eval()
     for weight in ups:
         weight.data.zero_()
+
+
+def print_leaving(title, model, processor, rows, own):
+    """When do rows that ended leave the batch? Each time costs an eager step and a new capture.
+
+    Random weights hardly ever end, so one token in so many of the vocabulary is taken for an EOS
+    that rows last about half of the tokens on average.
+    """
+    batch, tokens = own.rollout_batches[-1], 4 * own.new_tokens
+    chosen = [rows[i % len(rows)] for i in range(batch)]
+    prompt, _ = distill.encode_roles(processor, chosen, "picture", model.device)
+    uniforms = np.random.default_rng(0).random((batch, tokens))
+    vocabulary = common.network(model).config.text_config.vocab_size
+    ends = torch.arange(0, vocabulary, max(1, tokens // 2), device=model.device)
+    head(f"Rows leave the batch, {title}: {batch} rows, at most {tokens} tokens", "when", "s")
+    makers, interval = common.decoder_of(common.network(model))
+    for share in (1 / 2, 3 / 4):
+        class Leaving(makers):
+            def wants_to_drop(self, going, share=share):
+                return going.sum() <= share * len(going)
+        with (mock.patch.object(common, "eos_tokens", lambda *words: ends),
+              mock.patch.object(common, "decoder_of", lambda net, own=Leaving: (own, interval))):
+            got = attempt(measured, partial(
+                common.sample, model, processor, prompt, tokens, uniforms))
+        line(f"{1 - share:.0%} have ended", f"{got[0]:.2f}" if got else "out of memory")
+
+
+def print_adapters_in_training(title, model, processor, rows, own, args):
+    """A micro-batch forward and backward: PEFT's forward, and two products as in sampling."""
+    chosen = [rows[i % len(rows)] for i in range(args.micro_batch)]
+    prompt, _ = distill.encode_roles(processor, chosen, "picture", model.device)
+    ids = torch.zeros(len(chosen), own.new_tokens, dtype=torch.long, device=model.device)
+    mask = torch.ones_like(ids)
+
+    def both_ways(adapters):
+        model.train()
+        with adapters():  # around both passes, since the casts are part of the graph
+            common.response_hidden(model, prompt, ids, mask).sum().backward()
+        model.zero_grad()
+
+    def two_products(base, down, up, x):  # not in place: there is a gradient
+        return base(x) + torch.nn.functional.linear(x, down) @ up
+    head(f"Adapters in training, {title}: {len(chosen)} rows of {own.new_tokens} tokens",
+         "adapters", "s")
+    for name, adapters in (("PEFT's forward", nullcontext),
+                           ("two products", partial(common.light_adapters, model))):
+        with mock.patch.object(common, "light_forward", two_products):
+            got = attempt(measured, partial(both_ways, adapters))
+        line(name, f"{got[0]:.3f}" if got else "out of memory")
+    model.eval()
 
 
 def print_patches(title, conv, patches=8192):
