@@ -56,11 +56,12 @@ def test_a_run_is_continued(toy_data, tmp_path):
     shared = ["--preset", "tiny", "--data", str(toy_data), "--steps", "1", "--batch", "4",
               "--max_new_tokens", "2"]
     coldstart.main(coldstart.parse_args([*shared, "--out", str(tmp_path / "a")]))
-    keys = json.loads((tmp_path / "a/trained_rows.json").read_text())
-    (tmp_path / "a/trained_rows.json").write_text(json.dumps([*keys, "f" * 16]))
+    keys = json.loads((tmp_path / "a/trained_rows.json").read_text())["rows"]
+    (tmp_path / "a/trained_rows.json").write_text(json.dumps({"rows": [*keys, "f" * 16]}))
     more = ["--init", str(tmp_path / "a"), "--target", "answer", "--out", str(tmp_path / "b")]
     coldstart.main(coldstart.parse_args([*shared, *more, "--lr", "1e-12"]))
-    assert set(json.loads((tmp_path / "b/trained_rows.json").read_text())) == {*keys, "f" * 16}
+    trained = json.loads((tmp_path / "b/trained_rows.json").read_text())["rows"]
+    assert set(trained) == {*keys, "f" * 16}
     from safetensors.torch import load_file
     a, b = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in "ab")
     assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-9

@@ -331,7 +331,7 @@ def board_pool(task, level, count, seed):
         puzzle = TASKS[task].sample(rng, level)
         plan = solve(puzzle) if gen_data.split_of(task, puzzle) == "train" else None
         if plan:
-            rows.append(gen_data.PuzzleRow({"id": None, "task": task, "level": level,
+            rows.append(gen_data.PuzzleRow({"id": "", "task": task, "level": level,
                                             "state": asdict(puzzle), "plan": plan}))
     return rows
 
