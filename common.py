@@ -1051,8 +1051,9 @@ class Run:
         if self.trained_on is not None:
             self.trained_on |= {row.key() for row in train}
         self.inputs = {"model": digest(digest_folder(fetch(args.model))),
-                       "init": digest(digest_folder(self.init)),
-                       "train": digest_rows(train), "val": digest_rows(val)}
+                       "init": digest(digest_folder(self.init)), "train": digest_rows(train)}
+        if val:
+            self.inputs["val"] = digest_rows(val)
         self.step = self.saved = self.not_finite = 0
         self.state, self.lock, self.handed_out, self.read_back = None, None, False, False
         self.versions = versions()
@@ -1115,7 +1116,7 @@ class Run:
             if name not in FREE and now[name] != record["args"].get(name):
                 changed.append(f"--{name} ({record['args'].get(name)} in {self.out}/args.json)")
         for name in self.inputs:
-            if self.inputs[name] != record["inputs"].get(name):
+            if self.inputs[name] != record["inputs"].get(name, self.inputs[name]):
                 changed.append(f"the contents of {name}")
         for script in modules_beside():
             kept = self.out / "code" / script.name

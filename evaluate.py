@@ -535,7 +535,9 @@ def judge(out, condition, rows, pool):
     for line in stored_answers(out, condition, "perception", rows):
         row, name = by_id[line["id"]], line["question"]
         right = row.score((name,), line["response"])[name]
-        perception.append({**line, "task": row.task, "level": row.level, "right": right})
+        in_form = row.in_form(name, line["response"])
+        perception.append({**line, "task": row.task, "level": row.level, "right": right,
+                           "in_form": in_form})
     return verdicts, perception
 
 
@@ -646,17 +648,19 @@ def summarise(verdicts):
 def summarise_perception(answers):
     """Exact match per task, level and question, and of all questions about a picture.
 
-    answers: [{"id", "task", "level", "question", "right"}]. level None: all sizes.
+    answers: [{"id", "task", "level", "question", "right", "in_form"}]. level None: all sizes.
     """
-    frame, numbers = pd.DataFrame(answers, columns=["id", "task", "level", "question", "right"]), []
+    columns = ["id", "task", "level", "question", "right", "in_form"]
+    frame, numbers = pd.DataFrame(answers, columns=columns), []
     for task, of_task in frame.groupby("task", sort=False):
         sizes = [(int(level), some) for level, some in of_task.groupby("level")]
         for level, some in [(None, of_task), *sizes]:
-            groups = dict(list(some.groupby("question", sort=False)["right"]))
-            groups["all"] = some.groupby("id", sort=False)["right"].all()
-            for question, right in groups.items():
+            groups = dict(list(some.groupby("question", sort=False)[["right", "in_form"]]))
+            groups["all"] = some.groupby("id", sort=False)[["right", "in_form"]].all()
+            for question, group in groups.items():
                 numbers.append({"task": task, "level": level, "question": question,
-                                "n": len(right), **rate("exact", [right.to_numpy(float)])})
+                                "n": len(group), "not_in_form": int((~group["in_form"]).sum()),
+                                **rate("exact", [group["right"].to_numpy(float)])})
     return numbers
 
 

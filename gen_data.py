@@ -739,7 +739,8 @@ class Row:
     id, task, level (board size) and bucket (difficulty) tell rows apart; path is the file of the
     picture, teacher_path that of the teacher's own or None, where the place of the row's line, data
     the line itself. own: is it a user's, which has no board size and no plan? A kind of row has its
-    own student_prompt, teacher_prompt, symbols, response, questions, is_right, judge, key, fault.
+    own student_prompt, teacher_prompt, symbols, response, questions, is_right, in_form, judge,
+    key and fault.
     """
     own, level, bucket, teacher_path = False, None, None, None
 
@@ -878,6 +879,13 @@ class PuzzleRow(Row):
             return read_facts(name, said, self.puzzle.actions) == facts
         return same_answer(said, wanted)
 
+    def in_form(self, name, text):
+        """Has an answer to the question `name` the form that was asked for?"""
+        said = after_thinking(text)
+        if name == "map":
+            return read_map(self.task, said) is not None
+        return bool(read_facts(name, said, self.puzzle.actions)) or same_answer(said, "none")
+
     def judge(self, text, parse=parse, cut=False):
         """What a response is worth: its plan, how it ends, the map it describes and if it is right.
 
@@ -1006,6 +1014,10 @@ class OwnRow(Row):
     def is_right(self, name, said, wanted):
         """By words; letter for letter where the row's answer is compared so."""
         return same_answer(said, wanted, "exact" if self.compare == "exact" else "words")
+
+    def in_form(self, name, text):
+        """Whatever is said; no form is asked for."""
+        return bool(after_thinking(text).strip())
 
     def judge(self, text, parse=None, cut=False):
         """What a response is worth. "plan" is the answer given.

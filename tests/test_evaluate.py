@@ -261,7 +261,8 @@ def test_is_there_a_gap(capsys):
 
 def test_perception_by_hand():
     rights = {"a": (True, True), "b": (True, False), "c": (False, True)}
-    answers = [{"id": name, "task": "maze", "level": level, "question": question, "right": right}
+    answers = [{"id": name, "task": "maze", "level": level, "question": question, "right": right,
+                "in_form": right or name == "b"}
                for level, (name, pair) in zip((3, 3, 4), rights.items(), strict=True)
              for question, right in zip(("size", "goal"), pair, strict=True)]
     table = evaluate.summarise_perception(answers)
@@ -274,6 +275,8 @@ def test_perception_by_hand():
     assert [line[:2] for line in shown["lines"]] == [
         ["maze: size", 3], ["maze: goal", 3], ["maze: all", 3], ["maze 3: all", 2],
         ["maze 4: all", 1]]
+    assert [line["not_in_form"] for line in table if line["level"] is None] == [1, 0, 1]
+    assert shown["lines"][0][2].endswith(", 1 not in form") and "form" not in shown["lines"][1][2]
 
 
 # ---------------------------------------------------------------- files and runs

@@ -894,3 +894,13 @@ def test_what_run_script_catches(capsys):
     with pytest.raises(SystemExit) as stop:
         gen_data.run_script(lambda: None, raising(KeyboardInterrupt()))
     assert stop.value.code == 130
+
+
+def test_an_answer_in_the_form_that_was_asked_for():
+    """Wrong answers may have it; what has it not is counted beside them."""
+    row = next(gen_data.sample_rows("frozenlake", 3, "train", 1, seed=0))
+    names = list(row.questions())
+    assert all(row.in_form(name, row.answers((name,))) for name in names)
+    assert row.in_form("holes", "none") and row.in_form("size", "9x9")
+    for name in names:
+        assert not row.in_form(name, "No idea") and not row.in_form(name, "<think>3x3 (0,0)")

@@ -259,7 +259,10 @@ def perception_table(summaries):
              if summary["perception"]}
     lines = []
     for cells in zip(*asked.values(), strict=True):
-        exact = [with_interval(cell["exact"], cell["exact_ci"]) for cell in cells]
+        exact = []
+        for cell in cells:
+            unread = f", {cell['not_in_form']} not in form" if cell["not_in_form"] else ""
+            exact.append(with_interval(cell["exact"], cell["exact_ci"]) + unread)
         task, level, question = cells[0]["task"], cells[0]["level"], cells[0]["question"]
         if task not in gen_data.TASKS and question == "map":  # of own rows: their symbols
             question = "symbols"
@@ -270,7 +273,8 @@ def perception_table(summaries):
     return {
         "title": "Perception questions",
         "about": "Answered exactly, in % with 95% intervals; n: answers, or pictures for all: "
-                 "every question about a picture.",
+                 "every question about a picture; not in form: answers that have not the form that "
+                 "was asked for, which are wrong.",
         "head": ["question", "n", *asked], "lines": lines}
 
 
