@@ -757,7 +757,7 @@ def last_words(args, rows, pool, gaps, seconds):
     gap, alone = gaps.get("base-image", {}).get("macro"), args.adapter == ["base"]
     if args.responses or not (gap or alone):
         return ""
-    own = any(isinstance(row, gen_data.OwnRow) for row in rows)
+    own = any(row.own for row in rows)
     if own and args.model == common.BACKBONES["tiny"]["model"]:
         return ("the bundled backbone knows only its own words: with prompts of your own it shows "
                 "that everything runs, and no number here means more")

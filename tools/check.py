@@ -334,7 +334,7 @@ def main(args):
         fail(f"{args.data}: no such folder")
     model, processor = load_tokens(args)
     splits = load_splits(args, found)
-    own = any(isinstance(row, OwnRow) for rows in splits.values() for row in rows)
+    own = any(row.own for rows in splits.values() for row in rows)
     if own and args.model == common.BACKBONES["tiny"]["model"]:
         common.warn("the bundled backbone knows only the words of its puzzles: with rows of your "
                     "own it tests the plumbing and no more, and tokens are counted by its own "

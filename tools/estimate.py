@@ -203,8 +203,9 @@ def parts(args, counts):
                          vision.hidden_size * (vision.depth * size + mergers * (8 + size))))
     kept = [
         ("inputs of the layers", rows * whole, "tokens", token), *pictures,
-        # the student's, the teacher's, and the gradient, in chunks and put together
-        ("last hidden states", rows * args.max_new_tokens, "positions", 4 * h * size)]
+        # the student's, and the gradient, in chunks and put together
+        ("last hidden states", rows * args.max_new_tokens, "positions", 3 * h * size),
+        ("the teacher's, of all rows", args.batch * args.max_new_tokens, "positions", h * size)]
     # One layer, computed again. Autograd saves the inputs of the seven adapted linears in float32
     # (a 16-bit network makes a copy for each), those of the norms in float32, of attention queries,
     # keys and values (repeated for every head) and the output, three of the MLP; and the mask. The
