@@ -38,10 +38,10 @@ QWEN = {
 }
 SETTINGS = {
     "tiny": {
-        "steps": 150,
+        "steps": 100,
         "lr": 2e-3,
-        "batch": 96,
-        "micro_batch": 24,
+        "batch": 64,
+        "micro_batch": 32,
         "rollout_batch": 96,
         "max_new_tokens": 120,
     },

@@ -51,10 +51,10 @@ QWEN = {
 }
 SETTINGS = {
     "tiny": {
-        "steps": 80,
-        "lr": 3.5e-4,  # higher rates plan as well and forget more perception answers
-        "batch": 96,
-        "micro_batch": 24,
+        "steps": 50,
+        "lr": 1e-3,  # lower ones, with more steps, plan as well and forget fewer perception answers
+        "batch": 64,
+        "micro_batch": 32,
         "rollout_batch": 96,
         "max_new_tokens": 120,
         "chunk": 128,
