@@ -38,7 +38,7 @@ QWEN = {
 }
 SETTINGS = {
     "tiny": {
-        "steps": 100,
+        "steps": 150,
         "lr": 2e-3,
         "batch": 64,
         "micro_batch": 32,

@@ -51,7 +51,7 @@ QWEN = {
 }
 SETTINGS = {
     "tiny": {
-        "steps": 50,
+        "steps": 40,
         "lr": 1e-3,  # lower ones, with more steps, plan as well and forget fewer perception answers
         "batch": 64,
         "micro_batch": 32,
