@@ -1102,10 +1102,10 @@ class Run:
         if changed:
             fail(f"{self.out} holds {done} steps of another run, which differs in "
                  f"{'; '.join(changed)}. Choose another --out")
-        for name, was in record["versions"].items():
-            if was != self.versions[name]:  # bit for bit is not promised then
-                warn(f"the first steps in {self.out} were made with {name} {was}, now it is "
-                     f"{self.versions[name]}")
+        others = [f"{name} {was} (now {self.versions[name]})"
+                  for name, was in record["versions"].items() if was != self.versions[name]]
+        if others:  # bit for bit is not promised then
+            warn(f"the first steps in {self.out} were made with {', '.join(others)}")
         self.versions = record["versions"]
         return state
 
