@@ -1040,7 +1040,7 @@ class Run:
         """train, val: rows, compared by their contents; those of train count as trained on."""
         self.args, self.out = args, Path(args.out)
         if args.model == BACKBONES["tiny"]["model"] and train[0].own:
-            warn("the bundled backbone knows only its own tasks: with rows of your own it tests "
+            warn("the bundled backbone knows only its own prompts and boards: with others it tests "
                  "the plumbing and no more; --preset 4b is a real one")
         self.init, self.trained_on = None, set()
         once(fetch, args.model)
