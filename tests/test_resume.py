@@ -245,10 +245,12 @@ common.average_gradients = drift""")
 def test_torchrun_itself(folder, whole):
     words = ["--steps", STEPS, "--batch", 4, "--micro_batch", 2, "--lora_rank", 2, "--save_every",
              2, "--out", "torchrun", *FLAGS["distill"]]
+    script = folder / "few.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{FEW}\nimport common\n"
+                      "common.run_script(distill.parse_args, distill.main)\n")
     done = subprocess.run(
         [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2",
-         ROOT / "distill.py", *map(str, words)], cwd=folder,
-        capture_output=True, text=True)
+         script, *map(str, words)], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 4 ") == 1
     same_but_for_sums(folder / "torchrun", folder / "whole-distill")
