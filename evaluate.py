@@ -55,7 +55,7 @@ PLANS = ("shortest", "longer", "failed")
 FAILURES = ("perception", "planning", "unclear")
 SMALL_GAP = 0.1  # a smaller one is none, where it is decided whether a training is worth while
 # Time of a row in a stage's step over that of sampling one response: 0.80 and 1.96 on the card of
-# docs/gpu.md, 0.85 and 2.5 on the CPU of docs/speed.md.
+# docs/gpu.md, 0.87 and 2.3 on the CPU of docs/speed.md.
 ROW_COST = {"cold start": (coldstart, 0.8), "distillation": (distill, 2.2)}
 
 # Defaults of the flags.

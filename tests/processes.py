@@ -3,6 +3,7 @@
 `run(folder, script, *words)` is what a shell would do; patches (Python, executed before the main)
 and edited copies of the scripts can be run the same way.
 """
+import json
 import multiprocessing
 import os
 import shutil
@@ -107,3 +108,16 @@ def fork(folder, *edits):
 def run(folder, script, *words, **options):
     """A script from its start to its end."""
     return collect(folder, start(folder, script, words, **options))[0]
+
+
+def contents(out):
+    """What a run leaves, without times and memory: the adapter's bytes, the lines of the logs."""
+    lines = {}
+    for file in sorted(out.glob("*.jsonl")):
+        lines[file.name] = [json.loads(line) for line in open(file)]
+    for line in lines["metrics.jsonl"]:
+        for name in ("seconds", "step_seconds", "peak_gb"):
+            line.pop(name, None)  # a step that was left out has none
+    if (out / "adapter-best").is_dir():
+        lines["adapter-best"] = (out / "adapter-best/adapter_model.safetensors").read_bytes()
+    return (out / "adapter/adapter_model.safetensors").read_bytes(), lines

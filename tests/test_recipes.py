@@ -248,17 +248,6 @@ def whole(place):
     return train_once
 
 
-def contents(out):
-    """What a run leaves, without times and memory: the adapter's bytes, the lines of the logs."""
-    lines = {}
-    for file in sorted(out.glob("*.jsonl")):
-        lines[file.name] = [json.loads(line) for line in open(file)]
-    for line in lines["metrics.jsonl"]:
-        for name in ("seconds", "step_seconds", "peak_gb"):
-            line.pop(name, None)
-    return (out / "adapter/adapter_model.safetensors").read_bytes(), lines
-
-
 @pytest.mark.recipes
 @pytest.mark.parametrize("name", RECIPES)
 def test_killed_and_resumed_it_ends_like_one_left_alone(place, whole, name):
@@ -279,7 +268,7 @@ def test_killed_and_resumed_it_ends_like_one_left_alone(place, whole, name):
         assert "differs in the contents of teacher." in train(place, *words, root=root, code=2)[0]
         file.write_bytes(kept)
     assert "resuming after step 2 of 4" in train(place, *words, root=root)[0]
-    assert contents(out[1]) == contents(out[0])
+    assert processes.contents(out[1]) == processes.contents(out[0])
     records = [json.loads((folder / "args.json").read_text()) for folder in out]
     for record in records:
         del record["args"]["out"]

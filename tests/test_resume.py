@@ -71,19 +71,6 @@ def finish(folder, kind, out, *words, code=0, **more):
     return text
 
 
-def contents(out):
-    """What a run leaves, without times and memory: the adapter's bytes, the lines of the logs."""
-    lines = {}
-    for file in sorted(out.glob("*.jsonl")):
-        lines[file.name] = [json.loads(line) for line in open(file)]
-    for line in lines["metrics.jsonl"]:
-        for name in ("seconds", "step_seconds", "peak_gb"):
-            del line[name]
-    if (out / "adapter-best").is_dir():
-        lines["adapter-best"] = (out / "adapter-best/adapter_model.safetensors").read_bytes()
-    return (out / "adapter/adapter_model.safetensors").read_bytes(), lines
-
-
 def saved_step(out):
     """The step of checkpoint.pt; 0 without one."""
     file = out / "checkpoint.pt"
@@ -95,7 +82,7 @@ def whole(folder):
     """The uninterrupted run of each kind."""
     for kind in FLAGS:
         finish(folder, kind, f"whole-{kind}")
-    return {kind: contents(folder / f"whole-{kind}") for kind in FLAGS}
+    return {kind: processes.contents(folder / f"whole-{kind}") for kind in FLAGS}
 
 
 def wait_for(process, path):
@@ -117,13 +104,13 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(folder, whole, kind, 
                   code=-9 if number == signal.SIGKILL else 130)
     assert saved_step(out) == 2 and "Traceback" not in text
     assert "resuming after step 2 of 4" in finish(folder, kind, out)
-    assert contents(out) == whole[kind]
+    assert processes.contents(out) == whole[kind]
     # Once more: nothing is left to do, and nothing changes. Nor does it where the last save was
     # interrupted between the two: an earlier adapter is brought up to date.
     for file in out.glob("adapter/adapter_model.safetensors"):
         save_file({name: 0 * weight for name, weight in load_file(file).items()}, file)
     assert "all 4 steps were done before; nothing is trained" in finish(folder, kind, out)
-    assert contents(out) == whole[kind]
+    assert processes.contents(out) == whole[kind]
 
 
 @pytest.mark.parametrize("moment", ["checkpoint", "adapter"])
@@ -148,7 +135,7 @@ common.write_bytes, common.Run.export = write_and_die, export_and_die""")
     assert saved_step(out) == (2 if moment == "checkpoint" else 4)
     load_file(out / "adapter/adapter_model.safetensors")                  # the old one, whole
     finish(folder, "coldstart", out)
-    assert contents(out) == whole["coldstart"] and not list(out.glob("*.partial"))
+    assert processes.contents(out) == whole["coldstart"] and not list(out.glob("*.partial"))
 
 
 @pytest.mark.slow
@@ -168,14 +155,14 @@ def test_killed_at_twenty_random_moments(folder, kind):
         tally.append(saved_step(out))
     finish(folder, kind, out, steps=150)
     print(f"\n{kind}: step of the latest checkpoint after each kill: {tally}")
-    assert contents(out) == contents(folder / f"alone-{kind}")
+    assert processes.contents(out) == processes.contents(folder / f"alone-{kind}")
 
 
 # ---------------------------------------------------------------- several processes
 
 def same_but_for_sums(out, other):
     """The same rollouts and rows; losses and adapters up to the order of float sums."""
-    (_, one), (_, two) = contents(out), contents(other)
+    (_, one), (_, two) = processes.contents(out), processes.contents(other)
     assert one.keys() == two.keys()
     for a, b in zip(one["metrics.jsonl"], two["metrics.jsonl"], strict=True):
         assert a.keys() == b.keys()
@@ -305,7 +292,7 @@ common.write_bytes = fill""")
         assert "No space left on device" in text and saved_step(out) == 2
         (out / "ballast").unlink()
         finish(folder, "coldstart", out)
-        assert contents(out) == whole["coldstart"]
+        assert processes.contents(out) == whole["coldstart"]
     finally:
         subprocess.run(["umount", out])
 
@@ -384,7 +371,7 @@ module.{function} = starve""")
     assert "memory does not suffice" in text and "--micro_batch" in text
     assert saved_step(folder / out) == 2
     finish(folder, stage, out)
-    assert contents(folder / out) == whole[stage]
+    assert processes.contents(folder / out) == whole[stage]
 
 
 # ---------------------------------------------------------------- what a fork may do
@@ -442,14 +429,14 @@ def test_a_fork_with_dropout_and_a_second_group(folder, tmp_path):
     finish(folder, "distill", cut, root=root, **KILLED)
     shutil.copytree(cut, decayed)
     finish(folder, "distill", cut, root=root)
-    assert contents(cut) == contents(whole)
-    lines = contents(whole)[1]["metrics.jsonl"]
+    assert processes.contents(cut) == processes.contents(whole)
+    lines = processes.contents(whole)[1]["metrics.jsonl"]
     assert all(line["lr_b"] == 16 * line["lr"] for line in lines)
 
     processes.edit(root / "distill.py", "weight_decay=0.0", "weight_decay=30.0")
     shutil.copy(root / "distill.py", decayed / "code")
     finish(folder, "distill", decayed, root=root)
-    assert contents(decayed)[0] != contents(whole)[0]
+    assert processes.contents(decayed)[0] != processes.contents(whole)[0]
     for out, decay in ((whole, 0), (decayed, 30)):
         state = torch.load(out / "checkpoint.pt", weights_only=True)["things"]["optimizer"]
         assert [group["weight_decay"] for group in state["param_groups"]] == [decay] * 2
@@ -463,9 +450,9 @@ def test_a_step_in_which_no_token_counts_moves_nothing(folder, tmp_path):
     root = processes.fork(tmp_path / "fork", ("distill.py", parts, none + parts))
     out = folder / "no-token"
     finish(folder, "distill", out, root=root, **KILLED)
-    after_two, _ = contents(out)
+    after_two, _ = processes.contents(out)
     finish(folder, "distill", out, root=root)
-    after_four, lines = contents(out)
+    after_four, lines = processes.contents(out)
     assert after_four == after_two and saved_step(out) == STEPS
     assert [line["loss"] == 0 for line in lines["metrics.jsonl"]] == [False, False, True, True]
 
@@ -480,4 +467,4 @@ def test_the_dropout_of_a_checkpoint_is_set_to_0(folder, whole, tmp_path):
     text = finish(folder, *words, **KILLED)
     assert text.count("warning: a dropout of 0.02 is set to 0") == 1
     finish(folder, *words)
-    assert contents(folder / "dropout") == whole["distill"]
+    assert processes.contents(folder / "dropout") == whole["distill"]
