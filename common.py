@@ -801,20 +801,25 @@ def read_run(folder):
     return {}
 
 
+def adapter_place(run):
+    """Where the adapter of a run lies: in its adapter/, else in the folder itself."""
+    inside = Path(run, "adapter")
+    return inside if inside.is_dir() else Path(run)
+
+
 def backbone_of(run):
     """{flag: value} of the preset and the backbone that an adapter was trained with, as far as it
     says: another tool's only has its rank.
     """
-    record = read_run(run)
+    record, file = read_run(run), adapter_place(run) / "adapter_config.json"
     if record:
         return {name: record["args"][name] for name in ("preset", *BACKBONES["tiny"])
                 if name in record["args"]}
-    for file in (Path(run, "adapter/adapter_config.json"), Path(run, "adapter_config.json")):
-        if file.is_file():
-            with in_one_line(f"cannot read {file}"):
-                rank = json.loads(file.read_text(encoding="utf-8"))["r"]
-            return {"lora_rank": rank, "lora_vision": None}
-    return {}  # no adapter there, as `adapter_folder` will say
+    if not file.is_file():  # no adapter there, as `adapter_folder` will say
+        return {}
+    with in_one_line(f"cannot read {file}"):
+        rank = json.loads(file.read_text(encoding="utf-8"))["r"]
+    return {"lora_rank": rank, "lora_vision": None}
 
 
 def check_backbone(run, args):
@@ -838,7 +843,7 @@ def adapter_folder(run, flag):
 
     flag: the one that named the run.
     """
-    folder = Path(run, "adapter") if Path(run, "adapter").is_dir() else Path(run)
+    folder = adapter_place(run)
     if not (folder / "adapter_model.safetensors").is_file():
         fail(f"{flag} {run}: no adapter there ({folder}/adapter_model.safetensors is missing); "
              "`python coldstart.py` makes one")
